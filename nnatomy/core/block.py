@@ -1,0 +1,183 @@
+"""A block: the user's side of a run. It asks for points; the forward pass comes to them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from threading import Lock
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+
+from nnatomy.core.gates import has_gate
+from nnatomy.core.run import Run, Slot, Tap
+from nnatomy.errors import NotReachedError, OutOfOrderError, UsageError
+
+
+class Want(NamedTuple):
+    """A point that a block waits for."""
+
+    module: Module
+    kind: str
+    call: int
+    step: int
+    tap: Tap | None
+    name: str
+
+    def __str__(self) -> str:
+        call = f" (call {self.call})" if self.call else ""
+        step = f" of step {self.step}" if self.step else ""
+        return f"{self.name}{call}{step}"
+
+
+class Block:
+    """The `with` body of one trace.
+
+    Attributes:
+        here: the slot that the forward pass stands at for this block, if it does.
+        want: the point this block waits for, while it waits.
+        step: which step (see `run`) the block's questions mean.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.here: Slot | None = None
+        self.want: Want | None = None
+        self.step = 0
+        self._last: tuple[str, str] | None = None
+        self._waiting = False
+        self._wake = Lock()
+        self._wake.acquire()
+        run.blocks.append(self)
+
+    # What the worker calls.
+
+    def take(self, slot: Slot | None) -> None:
+        """Come to work, at the point waited for, or knowing (None) that it will not be reached."""
+        self.here, self.want = slot, None
+        self.run.watch()
+        self._waiting = False
+        self._wake.release()
+
+    def tell_ended(self) -> None:
+        if self._waiting:
+            self.take(None)
+
+    # What the user's thread calls.
+
+    def reach(
+        self, module: Module, kind: str, name: str, call: int = 0, tap: Tap | None = None
+    ) -> Slot:
+        """Let the forward pass run until it is at that point.
+
+        Raises:
+            OutOfOrderError: if it is past it.
+            NotReachedError: if it ended, or left that step, without coming there.
+            Exception: what the model raised on the way, as it was raised.
+        """
+        run, step = self.run, self.step
+        here = self.here
+        if (
+            here is not None
+            and here.module is module
+            and here.kind == kind
+            and here.call == call
+            and here.step == step
+        ):
+            return here
+        want = Want(module, kind, call, step, tap, name)
+        if run.started:
+            if run.error is not None:
+                raise run.error.with_traceback(run.traceback)
+            if run.has_passed(module, kind, call, step):
+                raise self._out_of_order(want)
+            if not has_gate(module):
+                raise NotReachedError(
+                    f"{name} cannot be reached: the module is not among those of the traced model, or it is "
+                    "compiled (torch.compile), so that Python does not see its calls. Trace the model it "
+                    "belongs to, without compiling it."
+                )
+        self._wait(want)
+        if self.here is None:
+            if run.error is not None:
+                raise run.error.with_traceback(run.traceback)
+            raise self._not_reached(want)
+        self._last = (str(want), _user_line())
+        return self.here
+
+    def reach_step(self, step: int) -> bool:
+        """Let the forward pass run until `step` begins. False if it ends before."""
+        run = self.run
+        if not run.ended:
+            if step < run.step or (step == run.step and run.entered.get(run.root)):
+                return step == run.step and step > self.step
+            self._wait(Want(run.root, "input", 0, step, None, "step"))
+        if run.error is not None:
+            raise run.error.with_traceback(run.traceback)
+        return self.here is not None
+
+    def reach_end(self) -> None:
+        """Let the forward pass run to its end."""
+        if not self.run.ended:
+            self._wait(None)
+        if self.run.error is not None:
+            raise self.run.error.with_traceback(self.run.traceback)
+
+    def _wait(self, want: Want | None) -> None:
+        run = self.run
+        self.here, self.want, self._waiting = None, want, True
+        run.watch()
+        run.resume()
+        try:
+            self._wake.acquire()
+        except BaseException:  # Ctrl-C
+            run.cancel()
+            raise
+
+    def close(self) -> None:
+        self.here = self.want = None
+
+    def _out_of_order(self, want: Want) -> UsageError:
+        last, line = self._last or ("the start", "the trace's first line")
+        if self.run.cancelled:
+            return OutOfOrderError(f"{want} was asked for after the forward pass had been stopped (after {last}, {line}).")
+        steps = ""
+        if self.run.step > self.step:
+            steps = (
+                f" The model is in step {self.run.step} and this question means step {self.step}: to ask in "
+                "another step, do so inside `for step in tracer.iter[...]:`."
+            )
+        return OutOfOrderError(
+            f"{want} was asked for at {_user_line()}, but the forward pass is already past it: it stands "
+            f"behind {last}, asked for at {line}. Ask for values in the order the model computes them: move "
+            f"this line above {line}.{steps}"
+        )
+
+    def _not_reached(self, want: Want) -> UsageError:
+        if want.kind not in ("input", "output") and self.run.entered.get(want.module):
+            return NotReachedError(f"{want} was asked for, but the module has run without computing one.")
+        end = f"step {want.step}" if not self.run.ended or self.run.step > want.step else "the forward pass"
+        return NotReachedError(
+            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these inputs "
+            "the model does not call that module (or not that often, or not that many steps)."
+        )
+
+
+def _user_line() -> str:
+    """The file and line of the innermost frame that is not this library's."""
+    frame = next(user_frames())
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def user_frames() -> Iterator[Any]:
+    """The frames of this thread from the innermost one that is not this library's outwards."""
+    frame = sys._getframe(1)
+    outside = False
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        outside = outside or not (
+            name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
+        )
+        if outside:
+            yield frame
+        frame = frame.f_back

@@ -1,0 +1,23 @@
+"""`tensor.save()`, for scripts written for nnsight or nnterp.
+
+Values read in a trace are ordinary tensors and need no saving. So that such scripts run unchanged,
+the first trace gives `torch.Tensor` a method `save` that returns the tensor. (An attribute of each
+tensor read would be narrower, but would miss `model.logits.argmax(-1).save()`, would be pickled with
+the tensor, and would mark the model's own parameters.) Where nnsight is loaded, its `object.save` is
+called, so that tensors saved in its traces are saved.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def mount_save() -> None:
+    if "save" not in torch.Tensor.__dict__:
+        torch.Tensor.save = _save  # type: ignore[attr-defined]
+
+
+def _save(self: torch.Tensor) -> torch.Tensor:
+    """Return the tensor: a value read in an nnatomy trace is there after the block as it is."""
+    nnsight_save = getattr(object, "save", None)
+    return self if nnsight_save is None else nnsight_save(self)

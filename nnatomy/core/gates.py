@@ -1,0 +1,103 @@
+"""Gates: how a forward pass tells that it enters and leaves a module.
+
+While a run is open, every submodule of its root carries a *gate*: an instance attribute
+`_call_impl`, which `torch.nn.Module.__call__` looks up and calls. The gate counts the call, lets
+the run look at (and replace) the inputs, calls the module's own `_call_impl` with all of its hooks,
+and lets the run look at the output. When the run ends the attributes are deleted; outside of a run
+a model carries none.
+
+Why not forward hooks? A hook is looked up before `forward` starts, so one that is put on a module
+in flight never fires; it cannot keep `forward` from running; and with hooks on the modules asked
+for alone nobody knows whether another module has already been called, so that an out-of-order
+question is only noticed at the end, or is answered with a later call's value. A gate on every
+module answers all three and costs less than a hook: about 0.3 µs a call, 0.3 µs to put on and off.
+
+A gate acts only in the thread that a run is at work in: every other thread, the one with the
+user's block included, goes straight through to the module. `torch.compile`d and scripted modules
+run no Python below themselves, so they get no gates there.
+"""
+
+from __future__ import annotations
+
+from threading import Lock, get_ident
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Module
+
+if TYPE_CHECKING:
+    from nnatomy.core.run import Run
+
+#: The run at work in a thread, by the thread's identifier.
+runs: dict[int, Run] = {}
+
+_GATE = "_call_impl"
+_module_call = Module._call_impl
+_gated: list[list[Module]] = []
+_lock = Lock()
+
+
+def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
+    run = runs.get(get_ident())
+    if run is None:
+        return _module_call(self, *args, **kwargs)
+    entered = run.entered
+    call = entered.get(self, 0)
+    entered[self] = call + 1
+    in_flight = (self, call)
+    run.stack.append(in_flight)
+    try:
+        if run.cancelled or self in run.watched:
+            output = run.enter(self, call, args, kwargs)
+        else:
+            output = _module_call(self, *args, **kwargs)
+    finally:
+        run.leave(in_flight)
+    if self in run.watched:
+        output = run.arrive(self, "output", call, output).value
+    if self is run.root:
+        run.end_step()
+    return output
+
+
+def put_gates(root: Module) -> list[Module]:
+    """Put a gate on `root` and its submodules; returns these modules, for `remove_gates`."""
+    modules = [root]
+    seen = {root}
+    for module in modules:
+        if module._modules and not _is_opaque(module):
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    modules.append(child)
+    with _lock:
+        for module in modules:
+            # A bound method, so that a copy or a pickle of the module made meanwhile binds to the copy.
+            module.__dict__[_GATE] = MethodType(_call_impl, module)
+        _gated.append(modules)
+    return modules
+
+
+def _is_opaque(module: Module) -> bool:
+    """Whether Python does not see the calls of the module's children."""
+    compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
+def remove_gates(modules: list[Module]) -> None:
+    """Take off the gates that `put_gates` put on, but for those another open run needs."""
+    with _lock:
+        for i, other in enumerate(_gated):
+            if other is modules:
+                del _gated[i]
+                break
+        needed = {module for other in _gated for module in other}
+        for module in modules:
+            if module not in needed:
+                module.__dict__.pop(_GATE, None)
+
+
+def has_gate(module: Module) -> bool:
+    """Whether an open run sees the calls of this module."""
+    return _GATE in module.__dict__ and module._compiled_call_impl is None

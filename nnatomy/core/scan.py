@@ -1,0 +1,34 @@
+"""Running a module over fake tensors: all shapes, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+
+def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """`module(*args, **kwargs)` as a call that takes fakes of the tensors in its arguments.
+
+    The module's own tensors are turned into fakes where an operation meets them. The fakes live on the
+    module's device, so that a module on the meta device, without weights, runs too.
+    """
+    anchor = next(module.parameters(), None)
+    device = None if anchor is None else anchor.device
+
+    def call() -> Any:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+            def fake(tensor: Tensor) -> Tensor:
+                return mode.from_tensor(tensor if device is None else tensor.to(device))
+
+            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
+            with torch.no_grad():
+                return module(*fake_args, **fake_kwargs)
+
+    return call

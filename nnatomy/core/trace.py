@@ -1,0 +1,204 @@
+"""A trace: the context manager whose body looks into one call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch.nn import Module
+
+from nnatomy.core.block import Block, user_frames
+from nnatomy.core.cache import Cache
+from nnatomy.core.compat import mount_save
+from nnatomy.core.run import Run
+from nnatomy.core.views import ModuleView
+from nnatomy.core.worker import ThreadState
+from nnatomy.errors import NotReachedError, UsageError
+
+if TYPE_CHECKING:
+    from nnatomy.core.traceable import Traceable
+
+
+class Trace:
+    """`with net.trace(x) as tracer:` — the body reads and edits the values of one call of the model.
+
+    The call runs in a worker thread and stands still whenever the body is at work. It starts with the
+    body's first question and is cancelled when the body ends, unless `early_stop=False`, or a cache
+    has been opened; what the body has asked for stays in the body's own variables.
+    """
+
+    def __init__(self, root: Traceable, call: Callable[[], Any], *, early_stop: bool = True) -> None:
+        self._root = root
+        self._call: Callable[[], Any] | None = call
+        self._early_stop = early_stop
+        self._run: Run | None = None
+        self._block: Block | None = None
+        self._frame: Any = None
+        self._thread = 0
+        self._result: Any = None
+        self._has_result = False
+
+    def __enter__(self) -> Self:
+        if self._call is None:
+            raise UsageError("This trace has been used already: open a new one with .trace(...).")
+        mount_save()
+        self._run = Run(self._root.module, self._call, ThreadState())
+        self._call = None
+        self._block = Block(self._run)
+        self._frame = next(user_frames())
+        self._thread = get_ident()
+        self._root._opened(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._run is not None
+        run = self._run
+        try:
+            if error is None and (not self._early_stop or run.run_to_end):
+                self.block.reach_end()
+        except BaseException:
+            run.cancel()
+            raise
+        else:
+            run.cancel()
+        finally:
+            self._close(run)
+
+    def _close(self, run: Run) -> None:
+        self._root._closed(self)
+        if run.has_result:
+            self._result, self._has_result = run.result, True
+        run.forget()
+        self.block.close()
+        self._frame = None
+
+    @property
+    def block(self) -> Block:
+        if self._block is None:
+            raise UsageError("This trace has not been entered: write `with ....trace(...) as tracer:`.")
+        return self._block
+
+    def run(self) -> Any:
+        """Run the call with no block, and return its result."""
+        with self:
+            result = self.result
+        return result
+
+    @property
+    def result(self) -> Any:
+        """What the traced call returned.
+
+        In the block, asking for it runs the forward pass to its end. After the block it is there if
+        the forward pass has run to its end (`early_stop=False`, or the block asked for it).
+        """
+        if self._frame is None:
+            if not self._has_result:
+                raise NotReachedError(
+                    "The forward pass was stopped when the block ended, so there is no result. Ask for "
+                    "tracer.result inside the block, or trace with early_stop=False."
+                )
+            return self._result
+        self.block.reach_end()
+        if not self.block.run.has_result:
+            raise NotReachedError("The forward pass was stopped, so there is no result.")
+        return self.block.run.result
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of a generation: `for step in tracer.iter[:]:`, also `[2:5]`, `[0]`, `[[0, 3]]`.
+
+        In the loop's body, questions mean that step. The loop ends when the model does; what follows
+        it runs. Outside of such a loop, questions mean step 0.
+        """
+        return Steps(self.block)
+
+    def stop(self) -> None:
+        """Cancel the forward pass here; the block goes on, and can ask for nothing more."""
+        self.block.run.cancel()
+        self.block.close()
+
+    def cache(
+        self,
+        modules: Iterable[ModuleView | Module | str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        clone: bool = False,
+        include_output: bool = True,
+        include_inputs: bool = False,
+    ) -> Cache:
+        """Collect the outputs of many modules while the forward pass runs, from here to its end.
+
+        Nothing stops for it: use it where the block has nothing to decide. The forward pass then runs
+        to its end when the block ends. Over a generation the cache keeps every step.
+
+        Args:
+            modules: views, modules or paths; all submodules by default.
+            device: move tensors there.
+            dtype: convert floating-point tensors to this.
+            clone: copy, where neither of the two has copied.
+            include_output: collect what the modules return.
+            include_inputs: collect (args, kwargs).
+        """
+        paths = self._root.paths(modules)
+        cache = Cache(
+            paths,
+            device=device,
+            dtype=dtype,
+            clone=clone,
+            include_output=include_output,
+            include_inputs=include_inputs,
+        )
+        run = self.block.run
+        run.collectors.append(cache)
+        run.run_to_end = True
+        run.watch()
+        return cache
+
+
+class Steps:
+    """`tracer.iter`: see there."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def __getitem__(self, which: slice | int | Iterable[int]) -> Iterator[int]:
+        block = self._block
+
+        def steps() -> Iterator[int]:
+            outer = block.step
+            try:
+                for step in _indices(which):
+                    if not block.reach_step(step):
+                        return
+                    block.step = step
+                    yield step
+            finally:
+                block.step = outer
+
+        return steps()
+
+    def __iter__(self) -> Iterator[int]:
+        return self[:]
+
+
+def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
+    if isinstance(which, int):
+        which = [which]
+    if not isinstance(which, slice):
+        steps = list(which)
+        if any(step < 0 for step in steps) or steps != sorted(set(steps)):
+            raise UsageError(f"tracer.iter[{steps}]: steps are counted from 0, each once, in rising order.")
+        return steps
+    start, stop, stride = which.start or 0, which.stop, which.step or 1
+    if start < 0 or stride < 1 or (stop is not None and stop < 0):
+        raise UsageError(
+            f"tracer.iter[{which.start}:{which.stop}:{which.step}]: how many steps there will be is not known "
+            "beforehand, so steps count from 0 upwards."
+        )
+    return range(start, 2**62 if stop is None else stop, stride)

@@ -1,0 +1,171 @@
+"""Views: the module tree of a model, with the values of its modules during a trace."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import Module
+
+from nnatomy.core.block import Block
+from nnatomy.errors import NoSuchModuleError
+
+if TYPE_CHECKING:
+    from nnatomy.core.traceable import Traceable
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class ModuleView:
+    """One module of a traced model.
+
+    Children are reached as in the module tree: `view.encoder.layers[3]`, or by a path:
+    `view["encoder.layers.3"]`. The latter also reaches a child that has the name of one of the
+    attributes below (BERT's layers have a child called `output`: `layer["output"].output`).
+
+    Inside a trace of the model, `input`, `inputs` and `output` give the values of the module's call,
+    and can be assigned; `calls[k]` is the same for the k-th call of a module that the forward pass
+    calls several times.
+    """
+
+    __slots__ = ("_call", "_path", "_root", "module")
+
+    def __init__(self, root: Traceable | None, module: Module, path: str, call: int = 0) -> None:
+        self._root = root
+        self.module = module
+        self._path = path
+        self._call = call
+
+    # Values.
+
+    @property
+    def output(self) -> Any:
+        """What the module's call returns (a tensor, a tuple, ...), after its forward hooks.
+
+        Assigning puts another value in its place.
+
+        Raises:
+            OutsideTraceError: if no trace of the model is open here.
+            OutOfOrderError: if the forward pass is already past this point.
+            NotReachedError: if the forward pass ends without calling the module.
+        """
+        return self._block().reach(self.module, "output", f"{self._path}.output", self._call).value
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._block().reach(self.module, "output", f"{self._path}.output", self._call).value = value
+
+    @property
+    def inputs(self) -> Inputs:
+        """The arguments of the module's call: (args, kwargs). Assigning replaces both. Errors as `output`."""
+        return self._block().reach(self.module, "input", f"{self._path}.inputs", self._call).value
+
+    @inputs.setter
+    def inputs(self, value: Inputs) -> None:
+        args, kwargs = value
+        self._block().reach(self.module, "input", f"{self._path}.inputs", self._call).value = (tuple(args), dict(kwargs))
+
+    @property
+    def input(self) -> Any:
+        """The first positional argument of the module's call, or its first keyword argument if there
+        is none. Assigning replaces that argument. Errors as `output`."""
+        args, kwargs = self._block().reach(self.module, "input", f"{self._path}.input", self._call).value
+        return args[0] if args else next(iter(kwargs.values()), None)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        slot = self._block().reach(self.module, "input", f"{self._path}.input", self._call)
+        args, kwargs = slot.value
+        if args or not kwargs:
+            slot.value = ((value, *args[1:]), kwargs)
+        else:
+            slot.value = (args, {**kwargs, next(iter(kwargs)): value})
+
+    def skip(self, value: Any) -> None:
+        """Do not run the module in this call: `value` is its output. Errors as `output`."""
+        slot = self._block().reach(self.module, "input", f"{self._path}.skip", self._call)
+        slot.skip(value)
+
+    @property
+    def calls(self) -> Calls:
+        """The calls of this module in one forward pass: `view.calls[1].output` is its second call's."""
+        return Calls(self)
+
+    def _block(self) -> Block:
+        root = self._root
+        assert root is not None
+        return root.open_block(self._path)
+
+    # The module tree.
+
+    def __getattr__(self, name: str) -> ModuleView:
+        prop = getattr(type(self), name, None)
+        if isinstance(prop, property):  # it raised an AttributeError of the model's own: not to be hidden
+            return prop.__get__(self)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._child(name)
+
+    def __getitem__(self, which: int | slice | str) -> Any:
+        if isinstance(which, str):
+            view = self
+            for name in which.split("."):
+                view = view._child(name)
+            return view
+        names = list(self.module._modules)
+        if isinstance(which, slice):
+            return [self._child(name) for name in names[which]]
+        if not -len(names) <= which < len(names):
+            raise IndexError(f"{self._path or 'the model'} has {len(names)} children, so no [{which}].")
+        return self._child(names[which])
+
+    def _child(self, name: str) -> ModuleView:
+        child = self.module._modules.get(name)
+        if child is None:
+            raise self._no_such(name)
+        return ModuleView(self._root, child, f"{self._path}.{name}" if self._path else name)
+
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        here = f"{self._path or 'the model'} ({type(self.module).__name__})"
+        names = [*self.module._modules, "input", "inputs", "output", "module"]
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        if hasattr(self.module, name):
+            hint = f" It is an attribute of the module itself: use `.module.{name}`."
+        children = ", ".join(list(self.module._modules)[:20]) or "none"
+        return NoSuchModuleError(f"{here} has no submodule {name!r}.{hint} Its children: {children}.")
+
+    def __len__(self) -> int:
+        return len(self.module._modules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[ModuleView]:
+        return (self._child(name) for name in self.module._modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module itself on values of your own; not part of the traced forward pass."""
+        return self.module(*args, **kwargs)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(name for name in self.module._modules if name.isidentifier())]
+
+    def __repr__(self) -> str:
+        return f"<{self._path or 'root'}: {self.module!r}>"
+
+
+class Calls:
+    """The calls of one module in a forward pass, by index: `view.calls[1].output`."""
+
+    def __init__(self, view: ModuleView) -> None:
+        self._view = view
+
+    def __getitem__(self, call: int) -> ModuleView:
+        if call < 0:
+            raise IndexError(
+                f"{self._view._path}.calls[{call}]: how often a module is called is not known beforehand, so calls "
+                "count from the first, 0."
+            )
+        return ModuleView(self._view._root, self._view.module, self._view._path, call)

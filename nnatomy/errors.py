@@ -1,0 +1,81 @@
+"""Every error nnatomy raises, in one tree.
+
+    NnatomyError
+    ├── UsageError                  the call is at fault; the text says how to mend it
+    │   ├── OutsideTraceError       a value was asked for and no trace is open here
+    │   ├── OutOfOrderError         the forward pass is already past that point
+    │   ├── NotReachedError         the forward pass ended without coming to that point
+    │   ├── NoSuchModuleError       a name that is no submodule            (also AttributeError)
+    │   ├── LayerIndexError         a layer that the model does not have   (also IndexError)
+    │   ├── AssignmentError         a value that does not fit where it was put
+    │   ├── CacheError              a cached value that cannot be given as asked
+    │   └── InputError              a prompt or token ids that cannot be run
+    └── ModelError                  the model is not what was thought
+        ├── LoadError               the model or its tokenizer could not be loaded
+        ├── UnknownArchitectureError  no naming config fits the model
+        ├── NotInThisModelError     a standard name for something this model does not have
+        └── ValidationError         a loaded model broke a promise of a standard name
+
+An exception of the user's own code or of the model's code is never wrapped in one of these: it
+arrives as it was raised.
+"""
+
+
+class NnatomyError(Exception):
+    """Base of all errors of this library."""
+
+
+class UsageError(NnatomyError):
+    """The call is at fault."""
+
+
+class OutsideTraceError(UsageError):
+    """A value was asked for and no trace is open here."""
+
+
+class OutOfOrderError(UsageError):
+    """The forward pass is already past the point asked for."""
+
+
+class NotReachedError(UsageError):
+    """The forward pass ended without coming to the point asked for."""
+
+
+class NoSuchModuleError(UsageError, AttributeError):
+    """A name that is no submodule."""
+
+
+class LayerIndexError(UsageError, IndexError):
+    """A layer that the model does not have."""
+
+
+class AssignmentError(UsageError):
+    """A value that does not fit where it was put."""
+
+
+class CacheError(UsageError):
+    """A cached value that cannot be given as asked."""
+
+
+class InputError(UsageError):
+    """A prompt or token ids that cannot be run."""
+
+
+class ModelError(NnatomyError):
+    """The model is not what was thought."""
+
+
+class LoadError(ModelError):
+    """The model or its tokenizer could not be loaded."""
+
+
+class UnknownArchitectureError(ModelError):
+    """No naming config fits the model."""
+
+
+class NotInThisModelError(ModelError):
+    """A standard name for something this model does not have."""
+
+
+class ValidationError(ModelError):
+    """A loaded model broke a promise of a standard name."""
