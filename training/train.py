@@ -126,7 +126,7 @@ class Batches:
         ids = [self.eos] if rng.random() < 0.5 else []
         lines = rng.random() < 1 / 3
         if rng.random() < STORIES:
-            text = ("\n" if lines else " ").join(s.text for s in story(rng, rng.randint(1, 4), length // 6))
+            text = ("\n" if lines else " ").join(s.text for s in story(rng, rng.randint(1, 4), length // 4))
             ids += self.tokenizer.encode(text)
             return ids[:length]
         ids += self.opening[rng.randrange(len(self.opening))]

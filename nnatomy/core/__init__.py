@@ -2,9 +2,9 @@
 
 from nnatomy.core.block import Block as Block
 from nnatomy.core.cache import Cache as Cache
-from nnatomy.core.run import Collector as Collector
-from nnatomy.core.run import Slot as Slot
-from nnatomy.core.run import Tap as Tap
+from nnatomy.core.points import Collector as Collector
+from nnatomy.core.points import Slot as Slot
+from nnatomy.core.points import Tap as Tap
 from nnatomy.core.trace import Trace as Trace
 from nnatomy.core.traceable import Traceable as Traceable
 from nnatomy.core.views import ModuleView as ModuleView

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from threading import Lock
-from typing import Any, NamedTuple
+from threading import Lock, get_ident
+from types import FrameType
 
 from torch.nn import Module
 
 from nnatomy.core.gates import has_gate
-from nnatomy.core.run import Run, Slot, Tap
-from nnatomy.errors import NotReachedError, OutOfOrderError, UsageError
+from nnatomy.core.points import Slot, Tap, Waiter, Want
+from nnatomy.core.run import Run
+from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError, UsageError
 
 
-class Want(NamedTuple):
-    """A point that a block waits for."""
-
-    module: Module
-    kind: str
-    call: int
-    step: int
-    tap: Tap | None
-    name: str
-
-    def __str__(self) -> str:
-        call = f" (call {self.call})" if self.call else ""
-        step = f" of step {self.step}" if self.step else ""
-        return f"{self.name}{call}{step}"
-
-
-class Block:
+class Block(Waiter):
     """The `with` body of one trace.
 
     Attributes:
@@ -53,21 +38,18 @@ class Block:
     # What the worker calls.
 
     def take(self, slot: Slot | None) -> None:
-        """Come to work, at the point waited for, or knowing (None) that it will not be reached."""
         self.here, self.want = slot, None
         self.run.watch()
         self._waiting = False
         self._wake.release()
 
-    def tell_ended(self) -> None:
+    def run_ended(self) -> None:
         if self._waiting:
             self.take(None)
 
     # What the user's thread calls.
 
-    def reach(
-        self, module: Module, kind: str, name: str, call: int = 0, tap: Tap | None = None
-    ) -> Slot:
+    def reach(self, module: Module, kind: str, name: str, call: int = 0, tap: Tap | None = None) -> Slot:
         """Let the forward pass run until it is at that point.
 
         Raises:
@@ -140,7 +122,9 @@ class Block:
     def _out_of_order(self, want: Want) -> UsageError:
         last, line = self._last or ("the start", "the trace's first line")
         if self.run.cancelled:
-            return OutOfOrderError(f"{want} was asked for after the forward pass had been stopped (after {last}, {line}).")
+            return OutOfOrderError(
+                f"{want} was asked for after the forward pass had been stopped (after {last}, {line})."
+            )
         steps = ""
         if self.run.step > self.step:
             steps = (
@@ -163,15 +147,53 @@ class Block:
         )
 
 
+class OpenBlocks:
+    """The blocks that are open on one model, by thread."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, list[tuple[Block, FrameType]]] = {}
+
+    def add(self, block: Block, frame: FrameType) -> int:
+        """Open a block whose `with` stands in `frame`; returns the thread, for `remove`."""
+        thread = get_ident()
+        self._by_thread.setdefault(thread, []).append((block, frame))
+        return thread
+
+    def remove(self, block: Block, thread: int) -> None:
+        blocks = self._by_thread[thread]
+        blocks[:] = [entry for entry in blocks if entry[0] is not block]
+        if not blocks:
+            del self._by_thread[thread]
+
+    def current(self, name: str) -> Block:
+        """The block that the user's line stands in.
+
+        In one thread several can be open: one in the other (the inner one is meant), or in suspended
+        generators (then the one is meant whose frame the line runs in).
+        """
+        blocks = self._by_thread.get(get_ident())
+        if not blocks:
+            raise OutsideTraceError(
+                f"{name or 'the model'}: values exist only while the model runs. Ask for them inside "
+                "`with model.trace(...):`, in the thread that opened it."
+            )
+        if len(blocks) > 1:
+            for frame in user_frames():
+                for block, opened_in in reversed(blocks):
+                    if opened_in is frame:
+                        return block
+        return blocks[-1][0]
+
+
 def _user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
     frame = next(user_frames())
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def user_frames() -> Iterator[Any]:
+def user_frames() -> Iterator[FrameType]:
     """The frames of this thread from the innermost one that is not this library's outwards."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     outside = False
     while frame is not None:
         name = frame.f_globals.get("__name__", "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.run import Slot
+from nnatomy.core.points import Collector, Slot
 from nnatomy.core.views import Inputs, ModuleView
 from nnatomy.errors import CacheError
 
@@ -31,7 +31,7 @@ class CachedCall(NamedTuple):
     inputs: Inputs | None = None
 
 
-class Cache:
+class Cache(Collector):
     """The values of many modules, by path: `cache["layers.3"].output`.
 
     Tensors are the model's own (nothing is copied) unless `device` or `dtype` says otherwise or
@@ -50,7 +50,7 @@ class Cache:
         include_inputs: bool = False,
     ) -> None:
         self.modules = set(paths)
-        self.kinds: dict[str, Any] = {}
+        self.kinds = {}
         if include_inputs:
             self.kinds["input"] = None
         if include_output:
@@ -87,11 +87,13 @@ class Cache:
         return kept
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
-        path = module if isinstance(module, str) else module._path
+        path = module if isinstance(module, str) else module.path
         if path not in self._calls:
             if path in self._paths.values():
                 raise CacheError(f"{path!r} was not called while the cache was open.")
-            raise CacheError(f"{path!r} is not in the cache. It holds: {', '.join(list(self._calls)[:20]) or 'nothing yet'}.")
+            raise CacheError(
+                f"{path!r} is not in the cache. It holds: {', '.join(list(self._calls)[:20]) or 'nothing yet'}."
+            )
         for tensor, version in self._versions.get(path, ()):
             if tensor._version != version:
                 raise CacheError(
@@ -107,7 +109,7 @@ class Cache:
         return len(self._calls)
 
     def __contains__(self, module: object) -> bool:
-        path = module._path if isinstance(module, ModuleView) else module
+        path = module.path if isinstance(module, ModuleView) else module
         return path in self._calls
 
     def keys(self) -> Iterable[str]:

@@ -19,21 +19,20 @@ run no Python below themselves, so they get no gates there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock, get_ident
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Module
 
-if TYPE_CHECKING:
-    from nnatomy.core.run import Run
-
 #: The run at work in a thread, by the thread's identifier.
-runs: dict[int, Run] = {}
+runs: dict[int, Any] = {}
 
 _GATE = "_call_impl"
-_module_call = Module._call_impl
+#: What a module does without a gate.
+module_call: Callable[..., Any] = Module._call_impl
 _gated: list[list[Module]] = []
 _lock = Lock()
 
@@ -41,7 +40,7 @@ _lock = Lock()
 def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     run = runs.get(get_ident())
     if run is None:
-        return _module_call(self, *args, **kwargs)
+        return module_call(self, *args, **kwargs)
     entered = run.entered
     call = entered.get(self, 0)
     entered[self] = call + 1
@@ -51,7 +50,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
         if run.cancelled or self in run.watched:
             output = run.enter(self, call, args, kwargs)
         else:
-            output = _module_call(self, *args, **kwargs)
+            output = module_call(self, *args, **kwargs)
     finally:
         run.leave(in_flight)
     if self in run.watched:

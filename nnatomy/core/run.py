@@ -2,15 +2,7 @@
 
 Exactly one thread is ever at work: the worker, or the one block that it has handed over to. The
 worker parks in a module's gate (see `gates`) while a block holds the point, and goes on when that
-block asks for the next one. `Run` is the model's side of this; `block.Block` is the user's.
-
-Words used throughout:
-
-    point   what can be asked for: a module's "input" or "output", or a value inside its call that
-            a tap finds, of one `call` (a shared module is called several times) in one `step`
-    step    how many calls of the root have ended: 0 in a plain forward pass, 0, 1, 2, ... while
-            generating
-    slot    a point that has been reached, and its value, which a block may replace
+block asks for the next one. This is the model's side; `block` is the user's, `points` the words.
 """
 
 from __future__ import annotations
@@ -19,54 +11,18 @@ import ctypes
 from collections.abc import Callable
 from threading import Lock, get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
-from nnatomy.core.gates import _module_call, put_gates, remove_gates, runs
+from nnatomy.core.gates import module_call, put_gates, remove_gates, runs
+from nnatomy.core.points import Collector, Slot, Waiter
 from nnatomy.core.worker import ThreadState, Worker
-
-if TYPE_CHECKING:
-    from nnatomy.core.block import Block
 
 
 class Cancelled(BaseException):
     """Ends a forward pass nobody needs any more; seen by the model's code alone."""
-
-
-class Slot:
-    """A point that the forward pass has reached."""
-
-    __slots__ = ("call", "instead", "kind", "module", "skipped", "step", "value")
-
-    def __init__(self, module: Module, kind: str, call: int, step: int, value: Any) -> None:
-        self.module = module
-        self.kind = kind
-        self.call = call
-        self.step = step
-        self.value = value
-        self.skipped = False
-
-    def skip(self, value: Any) -> None:
-        """At a module's input: do not run the module, `value` is its output."""
-        self.skipped, self.instead = True, value
-
-
-#: Makes the mode that finds a value inside a module's call; it is given what to do with that value.
-Tap = Callable[[Module, Callable[[Any], Slot]], TorchFunctionMode]
-
-
-class Collector(Protocol):
-    """Takes values as the forward pass makes them, without stopping it."""
-
-    #: The modules to be told about.
-    modules: frozenset[Module] | set[Module]
-    #: The kinds of points, each with its tap where it is no input or output.
-    kinds: dict[str, Tap | None]
-
-    def take(self, slot: Slot) -> None:
-        """A point of one of the modules and kinds has been reached, and the blocks are done with it."""
 
 
 class Run:
@@ -94,7 +50,7 @@ class Run:
         self.stack: list[tuple[Module, int]] = []
         #: The modules where the forward pass has to stop and look.
         self.watched: set[Module] = set()
-        self.blocks: list[Block] = []
+        self.blocks: list[Waiter] = []
         self.collectors: list[Collector] = []
         self._call: Callable[[], Any] | None = call
         self._state: ThreadState | None = state
@@ -204,7 +160,7 @@ class Run:
     def _tell_ended(self) -> None:
         self._done.release()
         for block in self.blocks:
-            block.tell_ended()
+            block.run_ended()
 
     def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a watched module: inputs first, then its own call, or what is put in its place."""
@@ -213,7 +169,7 @@ class Run:
             return slot.instead
         args, kwargs = slot.value
         del slot
-        return _module_call(module, *args, **kwargs)
+        return module_call(module, *args, **kwargs)
 
     def leave(self, in_flight: tuple[Module, int]) -> None:
         """A call is over, or was left by an exception."""
@@ -246,7 +202,7 @@ class Run:
         self.entered.clear()
         self._tapped.clear()
 
-    def _waiting_for(self, slot: Slot) -> Block | None:
+    def _waiting_for(self, slot: Slot) -> Waiter | None:
         for block in self.blocks:
             want = block.want
             if want is None or want.module is not slot.module or want.step != slot.step:
@@ -259,7 +215,7 @@ class Run:
                     return self._waiting_for(slot)
         return None
 
-    def _hand_over(self, block: Block, slot: Slot | None) -> None:
+    def _hand_over(self, block: Waiter, slot: Slot | None) -> None:
         self._parked = True
         block.take(slot)
         self._wake.acquire()
@@ -290,7 +246,9 @@ class Run:
             return
         for in_flight in self.stack:
             for module, kind, tap in wanted:
-                if in_flight[0] is module and not any(m[0] is in_flight and m[1] == kind for m in self._modes):
+                if in_flight[0] is module and not any(
+                    m[0] is in_flight and m[1] == kind for m in self._modes
+                ):
                     mode = tap(module, self._visitor(in_flight, kind))
                     self._modes.append((in_flight, kind, mode))
                     mode.__enter__()
@@ -298,7 +256,7 @@ class Run:
     def _visitor(self, in_flight: tuple[Module, int], kind: str) -> Callable[[Any], Slot]:
         def visit(value: Any) -> Slot:
             self._tapped.add((*in_flight, kind))
-            return self.arrive(*in_flight, value=value, kind=kind)  # type: ignore[misc]
+            return self.arrive(in_flight[0], kind, in_flight[1], value)
 
         return visit
 

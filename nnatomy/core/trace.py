@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -18,9 +17,6 @@ from nnatomy.core.views import ModuleView
 from nnatomy.core.worker import ThreadState
 from nnatomy.errors import NotReachedError, UsageError
 
-if TYPE_CHECKING:
-    from nnatomy.core.traceable import Traceable
-
 
 class Trace:
     """`with net.trace(x) as tracer:` — the body reads and edits the values of one call of the model.
@@ -30,27 +26,26 @@ class Trace:
     has been opened; what the body has asked for stays in the body's own variables.
     """
 
-    def __init__(self, root: Traceable, call: Callable[[], Any], *, early_stop: bool = True) -> None:
+    def __init__(self, root: ModuleView, call: Callable[[], Any], *, early_stop: bool = True) -> None:
         self._root = root
         self._call: Callable[[], Any] | None = call
         self._early_stop = early_stop
         self._run: Run | None = None
         self._block: Block | None = None
-        self._frame: Any = None
+        self._open = False
         self._thread = 0
         self._result: Any = None
         self._has_result = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Trace:
         if self._call is None:
             raise UsageError("This trace has been used already: open a new one with .trace(...).")
         mount_save()
         self._run = Run(self._root.module, self._call, ThreadState())
         self._call = None
         self._block = Block(self._run)
-        self._frame = next(user_frames())
-        self._thread = get_ident()
-        self._root._opened(self)
+        self._thread = self._root._blocks.add(self._block, next(user_frames()))
+        self._open = True
         return self
 
     def __exit__(
@@ -70,12 +65,12 @@ class Trace:
             self._close(run)
 
     def _close(self, run: Run) -> None:
-        self._root._closed(self)
+        self._open = False
+        self._root._blocks.remove(self.block, self._thread)
         if run.has_result:
             self._result, self._has_result = run.result, True
         run.forget()
         self.block.close()
-        self._frame = None
 
     @property
     def block(self) -> Block:
@@ -96,7 +91,7 @@ class Trace:
         In the block, asking for it runs the forward pass to its end. After the block it is there if
         the forward pass has run to its end (`early_stop=False`, or the block asked for it).
         """
-        if self._frame is None:
+        if not self._open:
             if not self._has_result:
                 raise NotReachedError(
                     "The forward pass was stopped when the block ended, so there is no result. Ask for "

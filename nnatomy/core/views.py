@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch.nn import Module
 
-from nnatomy.core.block import Block
+from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.errors import NoSuchModuleError
-
-if TYPE_CHECKING:
-    from nnatomy.core.traceable import Traceable
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,12 +26,12 @@ class ModuleView:
     calls several times.
     """
 
-    __slots__ = ("_call", "_path", "_root", "module")
+    __slots__ = ("_blocks", "_call", "module", "path")
 
-    def __init__(self, root: Traceable | None, module: Module, path: str, call: int = 0) -> None:
-        self._root = root
+    def __init__(self, blocks: OpenBlocks, module: Module, path: str, call: int = 0) -> None:
+        self._blocks = blocks
         self.module = module
-        self._path = path
+        self.path = path
         self._call = call
 
     # Values.
@@ -50,32 +47,35 @@ class ModuleView:
             OutOfOrderError: if the forward pass is already past this point.
             NotReachedError: if the forward pass ends without calling the module.
         """
-        return self._block().reach(self.module, "output", f"{self._path}.output", self._call).value
+        return self._block().reach(self.module, "output", f"{self.path}.output", self._call).value
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._block().reach(self.module, "output", f"{self._path}.output", self._call).value = value
+        self._block().reach(self.module, "output", f"{self.path}.output", self._call).value = value
 
     @property
     def inputs(self) -> Inputs:
         """The arguments of the module's call: (args, kwargs). Assigning replaces both. Errors as `output`."""
-        return self._block().reach(self.module, "input", f"{self._path}.inputs", self._call).value
+        return self._block().reach(self.module, "input", f"{self.path}.inputs", self._call).value
 
     @inputs.setter
     def inputs(self, value: Inputs) -> None:
         args, kwargs = value
-        self._block().reach(self.module, "input", f"{self._path}.inputs", self._call).value = (tuple(args), dict(kwargs))
+        self._block().reach(self.module, "input", f"{self.path}.inputs", self._call).value = (
+            tuple(args),
+            dict(kwargs),
+        )
 
     @property
     def input(self) -> Any:
         """The first positional argument of the module's call, or its first keyword argument if there
         is none. Assigning replaces that argument. Errors as `output`."""
-        args, kwargs = self._block().reach(self.module, "input", f"{self._path}.input", self._call).value
+        args, kwargs = self._block().reach(self.module, "input", f"{self.path}.input", self._call).value
         return args[0] if args else next(iter(kwargs.values()), None)
 
     @input.setter
     def input(self, value: Any) -> None:
-        slot = self._block().reach(self.module, "input", f"{self._path}.input", self._call)
+        slot = self._block().reach(self.module, "input", f"{self.path}.input", self._call)
         args, kwargs = slot.value
         if args or not kwargs:
             slot.value = ((value, *args[1:]), kwargs)
@@ -84,7 +84,7 @@ class ModuleView:
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this call: `value` is its output. Errors as `output`."""
-        slot = self._block().reach(self.module, "input", f"{self._path}.skip", self._call)
+        slot = self._block().reach(self.module, "input", f"{self.path}.skip", self._call)
         slot.skip(value)
 
     @property
@@ -93,9 +93,7 @@ class ModuleView:
         return Calls(self)
 
     def _block(self) -> Block:
-        root = self._root
-        assert root is not None
-        return root.open_block(self._path)
+        return self._blocks.current(self.path)
 
     # The module tree.
 
@@ -117,17 +115,34 @@ class ModuleView:
         if isinstance(which, slice):
             return [self._child(name) for name in names[which]]
         if not -len(names) <= which < len(names):
-            raise IndexError(f"{self._path or 'the model'} has {len(names)} children, so no [{which}].")
+            raise IndexError(f"{self.path or 'the model'} has {len(names)} children, so no [{which}].")
         return self._child(names[which])
 
     def _child(self, name: str) -> ModuleView:
         child = self.module._modules.get(name)
         if child is None:
             raise self._no_such(name)
-        return ModuleView(self._root, child, f"{self._path}.{name}" if self._path else name)
+        return ModuleView(self._blocks, child, f"{self.path}.{name}" if self.path else name)
+
+    def paths(self, modules: Iterable[ModuleView | Module | str] | None = None) -> dict[Module, str]:
+        """The submodules that views, modules or paths name (all of them by default), with their paths."""
+        if modules is None:
+            return {module: path for path, module in self.module.named_modules()}
+        paths = {}
+        for given in modules:
+            if isinstance(given, Module):
+                path = next((path for path, module in self.module.named_modules() if module is given), None)
+                if path is None:
+                    mine = type(self.module).__name__
+                    raise NoSuchModuleError(f"{type(given).__name__} is not a submodule of {mine}.")
+                paths[given] = path
+            else:
+                view = given if isinstance(given, ModuleView) else self[given]
+                paths[view.module] = view.path
+        return paths
 
     def _no_such(self, name: str) -> NoSuchModuleError:
-        here = f"{self._path or 'the model'} ({type(self.module).__name__})"
+        here = f"{self.path or 'the model'} ({type(self.module).__name__})"
         names = [*self.module._modules, "input", "inputs", "output", "module"]
         near = difflib.get_close_matches(name, names, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -153,7 +168,7 @@ class ModuleView:
         return [*super().__dir__(), *(name for name in self.module._modules if name.isidentifier())]
 
     def __repr__(self) -> str:
-        return f"<{self._path or 'root'}: {self.module!r}>"
+        return f"<{self.path or 'root'}: {self.module!r}>"
 
 
 class Calls:
@@ -165,7 +180,7 @@ class Calls:
     def __getitem__(self, call: int) -> ModuleView:
         if call < 0:
             raise IndexError(
-                f"{self._view._path}.calls[{call}]: how often a module is called is not known beforehand, so calls "
+                f"{self._view.path}.calls[{call}]: how often a module is called is not known beforehand, so calls "
                 "count from the first, 0."
             )
-        return ModuleView(self._view._root, self._view.module, self._view._path, call)
+        return ModuleView(self._view._blocks, self._view.module, self._view.path, call)

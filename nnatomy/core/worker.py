@@ -89,10 +89,10 @@ class ThreadState:
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.modes: list[Any] = []
         if torch._C._len_torch_function_stack():
-            self.modes += _get_current_function_mode_stack()
+            self.modes += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         if torch._C._len_torch_dispatch_stack():
             self.modes += _get_current_dispatch_mode_stack()
-        self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""

@@ -1,0 +1,92 @@
+"""The words of the core.
+
+run     one call of the model, at work in a worker thread
+block   the user's side of it: the body of one `with ...trace(...)`
+point   what a block can ask for: a module's "input" or "output", or a value inside its call that
+        a tap finds; of one `call` (a shared module is called several times) in one `step`
+step    how many calls of the root module have ended: 0 in a plain forward pass; 0, 1, 2, ...
+        while generating
+slot    a point that has been reached, and its value, which a block may replace
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode
+
+
+class Slot:
+    """A point that the forward pass has reached.
+
+    Attributes:
+        value: (args, kwargs) at an "input", what the call returned at an "output".
+        skipped: at an "input": do not run the module, `instead` is its output.
+    """
+
+    __slots__ = ("call", "instead", "kind", "module", "skipped", "step", "value")
+
+    def __init__(self, module: Module, kind: str, call: int, step: int, value: Any) -> None:
+        self.module = module
+        self.kind = kind
+        self.call = call
+        self.step = step
+        self.value = value
+        self.skipped = False
+
+    def skip(self, value: Any) -> None:
+        """Put `value` in the place of the module's output, and do not run the module."""
+        self.skipped, self.instead = True, value
+
+
+#: Makes the mode that finds a value inside a module's call. It is given the module and what to call
+#: with the value when it comes: the slot that this returns holds the value to go on with.
+Tap = Callable[[Module, Callable[[Any], Slot]], TorchFunctionMode]
+
+
+class Want(NamedTuple):
+    """A point that a block waits for."""
+
+    module: Module
+    kind: str
+    call: int
+    step: int
+    tap: Tap | None
+    name: str
+
+    def __str__(self) -> str:
+        call = f" (call {self.call})" if self.call else ""
+        step = f" of step {self.step}" if self.step else ""
+        return f"{self.name}{call}{step}"
+
+
+class Waiter:
+    """A block as the run sees it."""
+
+    want: Want | None
+
+    def take(self, slot: Slot | None) -> None:
+        """Go to work, at the point waited for, or knowing (None) that it will not be reached."""
+        raise NotImplementedError
+
+    def run_ended(self) -> None:
+        """Go to work if still waiting: the run is over."""
+        raise NotImplementedError
+
+
+class Collector:
+    """Takes values as the forward pass makes them, without stopping it.
+
+    Attributes:
+        modules: the modules to be told about.
+        kinds: the kinds of points to be told about, each with its tap where it is no input or output.
+    """
+
+    modules: set[Module]
+    kinds: dict[str, Tap | None]
+
+    def take(self, slot: Slot) -> None:
+        """One of these points has been reached, and the blocks are done with it."""
+        raise NotImplementedError
