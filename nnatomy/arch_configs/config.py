@@ -1,0 +1,40 @@
+"""What a naming config says: where the standard modules of one family of architectures are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchConfig:
+    """Where the standard modules are in one family of Hugging Face models.
+
+    Paths are from the model down, names are from one layer down. `embed_tokens` and `lm_head` are
+    what the model's own `get_input_embeddings()` and `get_output_embeddings()` give, unless a path
+    is set here.
+
+    Attributes:
+        layers: the path of the list of layers.
+        self_attn: the name of the attention in a layer.
+        mlp: the name of the MLP in a layer, or None where a layer has no module for it.
+        ln_final: the path of the norm before the unembedding.
+        embed_tokens: the path of the token embedding.
+        lm_head: the path of the unembedding.
+        absent: for a standard name that is None here, what there is instead.
+        classes: the Hugging Face classes that are known to follow this config.
+
+    Example:
+        >>> from nnatomy import ArchConfig
+        >>> mine = ArchConfig(layers="decoder.blocks", self_attn="attention", mlp="ffn", ln_final="decoder.norm")
+
+        `StandardizedTransformer(model, arch_config=mine)` then finds these modules, and checks them.
+    """
+
+    layers: str
+    self_attn: str
+    mlp: str | None
+    ln_final: str
+    embed_tokens: str | None = None
+    lm_head: str | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()

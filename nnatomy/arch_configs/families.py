@@ -1,0 +1,81 @@
+"""The naming families: one row each, with the Hugging Face classes that follow it."""
+
+from __future__ import annotations
+
+from nnatomy.arch_configs.config import ArchConfig
+
+FAMILIES: tuple[ArchConfig, ...] = (
+    ArchConfig(
+        layers="model.layers",
+        self_attn="self_attn",
+        mlp="mlp",
+        ln_final="model.norm",
+        classes=(
+            "CohereForCausalLM",
+            "DeepseekV3ForCausalLM",
+            "Gemma2ForCausalLM",
+            "Gemma3ForCausalLM",
+            "GemmaForCausalLM",
+            "Glm4ForCausalLM",
+            "GptOssForCausalLM",
+            "GraniteForCausalLM",
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "MixtralForCausalLM",
+            "Olmo2ForCausalLM",
+            "Phi3ForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3ForCausalLM",
+            "Qwen3MoeForCausalLM",
+            "StableLmForCausalLM",
+            "Starcoder2ForCausalLM",
+        ),
+    ),
+    ArchConfig(
+        layers="model.layers",
+        self_attn="self_attn",
+        mlp="mlp",
+        ln_final="model.final_layernorm",
+        classes=("PhiForCausalLM",),
+    ),
+    ArchConfig(
+        layers="transformer.h",
+        self_attn="attn",
+        mlp="mlp",
+        ln_final="transformer.ln_f",
+        classes=("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTJForCausalLM", "GPTNeoForCausalLM"),
+    ),
+    ArchConfig(
+        layers="gpt_neox.layers",
+        self_attn="attention",
+        mlp="mlp",
+        ln_final="gpt_neox.final_layer_norm",
+        classes=("GPTNeoXForCausalLM",),
+    ),
+    ArchConfig(
+        layers="transformer.h",
+        self_attn="self_attention",
+        mlp="mlp",
+        ln_final="transformer.ln_f",
+        classes=("BloomForCausalLM", "FalconForCausalLM"),
+    ),
+    ArchConfig(
+        layers="transformer.blocks",
+        self_attn="attn",
+        mlp="ffn",
+        ln_final="transformer.norm_f",
+        classes=("MptForCausalLM",),
+    ),
+    ArchConfig(
+        layers="model.decoder.layers",
+        self_attn="self_attn",
+        mlp=None,
+        ln_final="model.decoder.final_layer_norm",
+        absent={
+            "mlp": "the MLP is two linears of the layer itself: use layers[i].fc1 and layers[i].fc2 "
+            "(they see the tokens of all prompts in one axis: batch * seq)"
+        },
+        classes=("OPTForCausalLM",),
+    ),
+)

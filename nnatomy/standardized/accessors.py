@@ -1,0 +1,197 @@
+"""Accessors: one standard name on every layer, `model.layers_output[i]`.
+
+Axis names, here and everywhere: `batch`, `seq` (positions of a prompt), `hidden` (the residual
+stream), `head`, `query` and `key` (positions attending and attended to), `layer`, `vocab`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from nnatomy.core import Collector, Slot, Tap
+from nnatomy.core.block import Block, OpenBlocks
+from nnatomy.errors import AssignmentError, CacheError, LayerIndexError, NotInThisModelError, NotReachedError
+
+#: The name of the argument that holds the hidden states, where they are passed by name.
+_HIDDEN = "hidden_states"
+
+
+def output_of(value: Any) -> Any:
+    """The hidden states in what a module returned: a tensor, or the first of a tuple or ModelOutput."""
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def with_output(value: Any, new: Any) -> Any:
+    """What a module returned, with other hidden states in it."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, tuple):
+        rest = (new, *value[1:])
+        return type(value)(*rest) if hasattr(value, "_fields") else rest
+    if isinstance(value, list):
+        return [new, *value[1:]]
+    return type(value)(**{**value, next(iter(value)): new})  # a ModelOutput
+
+
+def input_of(value: Any) -> Any:
+    """The hidden states in a module's arguments: (args, kwargs)."""
+    args, kwargs = value
+    return args[0] if args else kwargs[_input_name(kwargs)]
+
+
+def with_input(value: Any, new: Any) -> Any:
+    """A module's arguments with other hidden states in them."""
+    args, kwargs = value
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _input_name(kwargs): new})
+
+
+def _input_name(kwargs: dict[str, Any]) -> str:
+    return _HIDDEN if _HIDDEN in kwargs else next(iter(kwargs))
+
+
+class LayerAccessor:
+    """A standard name: `accessor[i]` reads it on layer `i`, `accessor[i] = x` puts `x` in its place.
+
+    `i` may be negative. A slice reads several at once, as a list, without stopping the forward pass at
+    each; values must then be asked for before the first of these layers has run. Assigning to a slice
+    takes one tensor a layer. What is assigned must have the shape, dtype and device of what it replaces.
+
+    Raises:
+        LayerIndexError: for a layer that the model does not have.
+        NotInThisModelError: for a layer that has no such thing; the text says what it has.
+        AssignmentError: for a tensor that does not fit.
+        OutsideTraceError, OutOfOrderError, NotReachedError: see `ModuleView.output`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[Module | None],
+        blocks: OpenBlocks,
+        kind: str,
+        *,
+        get: Callable[[Any], Any] | None = None,
+        put: Callable[[Any, Any], Any] | None = None,
+        tap: Tap | None = None,
+        absent: str = "",
+        unreached: str = "",
+    ) -> None:
+        self.name = name
+        self.modules = tuple(modules)
+        self.kind = kind
+        self.tap = tap
+        self.get = get or (output_of if kind == "output" else input_of)
+        self.put = put or (with_output if kind == "output" else with_input)
+        self._blocks = blocks
+        self._absent = absent
+        self._unreached = unreached
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, layer: int | slice) -> Any:
+        if isinstance(layer, slice):
+            return self._read_many(range(len(self))[layer])
+        return self.get(self._reach(layer).value)
+
+    def __setitem__(self, layer: int | slice, value: Any) -> None:
+        if isinstance(layer, slice):
+            layers = range(len(self))[layer]
+            if len(value) != len(layers):
+                raise AssignmentError(f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned.")
+            for i, one in zip(layers, value, strict=True):
+                self[i] = one
+            return
+        slot = self._reach(layer)
+        check_fits(f"{self.name}[{layer}]", self.get(slot.value), value)
+        slot.value = self.put(slot.value, value)
+
+    def module(self, layer: int) -> Module:
+        """The module of that layer. Raises LayerIndexError or NotInThisModelError if there is none."""
+        count = len(self.modules)
+        if not -count <= layer < count:
+            raise LayerIndexError(f"{self.name}[{layer}]: the model has {count} layers, 0 to {count - 1}.")
+        module = self.modules[layer]
+        if module is None:
+            raise NotInThisModelError(f"{self.name}[{layer}]: this layer has none: {self._absent}.")
+        return module
+
+    def _reach(self, layer: int, block: Block | None = None) -> Slot:
+        module = self.module(layer)
+        block = block or self._blocks.current(self.name)
+        try:
+            return block.reach(module, self.kind, f"{self.name}[{layer}]", tap=self.tap)
+        except NotReachedError as error:
+            if not self._unreached:
+                raise
+            raise NotReachedError(f"{error} {self._unreached}") from None
+
+    def _read_many(self, layers: range) -> list[Tensor]:
+        block = self._blocks.current(self.name)
+        run = block.run
+        for layer in layers:
+            if run.started and run.has_passed(self.module(layer), self.kind, 0, block.step):
+                here = block.here
+                if here is None or here.module is not self.modules[layer] or here.kind != self.kind:
+                    self._reach(layer, block)  # raises
+        collected = _Collected({self.module(layer) for layer in layers}, self.kind, self.tap, block.step)
+        run.collectors.append(collected)
+        run.watch()
+        try:
+            for layer in reversed(layers) if layers.step > 0 else layers:
+                if self.modules[layer] not in collected.values:
+                    collected.take(self._reach(layer, block))
+        finally:
+            run.collectors.remove(collected)
+            run.watch()
+        return [self.get(collected.value(module, f"{self.name}[{i}]")) for i in layers if (module := self.modules[i])]
+
+
+class _Collected(Collector):
+    """The values of a slice, taken while the forward pass runs through its layers."""
+
+    def __init__(self, modules: set[Module], kind: str, tap: Tap | None, step: int) -> None:
+        self.modules = modules
+        self.kinds = {kind: tap}
+        self.values: dict[Module, Any] = {}
+        self._step = step
+        self._versions: dict[Module, list[tuple[Tensor, int]]] = {}
+
+    def take(self, slot: Slot) -> None:
+        if slot.step != self._step or slot.call != 0:
+            return
+        self.values[slot.module] = slot.value
+        tensor = slot.value if isinstance(slot.value, Tensor) else None
+        if tensor is not None and not tensor.is_inference():
+            self._versions[slot.module] = [(tensor, tensor._version)]
+
+    def value(self, module: Module, name: str) -> Any:
+        for tensor, version in self._versions.get(module, ()):
+            if tensor._version != version:
+                raise CacheError(
+                    f"{name} was changed in place by the model after it had passed: read the layers one by one, "
+                    "and clone each."
+                )
+        return self.values[module]
+
+
+def check_fits(name: str, old: Any, new: Any) -> None:
+    """Raise AssignmentError unless `new` is a tensor of the shape, dtype and device of `old`."""
+    if not isinstance(new, Tensor):
+        raise AssignmentError(f"{name} is a tensor; a {type(new).__name__} was assigned.")
+    if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
+        return
+    is_, was = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (old, new))
+    mend = []
+    if old.shape != new.shape:
+        mend.append(f"give it the shape {tuple(old.shape)} (x.expand({', '.join(map(str, old.shape))}) broadcasts)")
+    if old.dtype != new.dtype or old.device != new.device:
+        mend.append(f"convert it with x.to({str(old.device)!r}, {old.dtype})")
+    raise AssignmentError(f"{name} is {is_}; what was assigned is {was}: {' and '.join(mend)}.")

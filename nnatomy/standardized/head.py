@@ -1,0 +1,95 @@
+"""From hidden states to logits, exactly as the model does it.
+
+`lm_head(ln_final(h))` is not what a quarter of the architectures compute: some cap or scale their
+logits, project first, or transform. The long way is right by construction: the model's own forward
+runs with every layer skipped and `h` put in as what the last one gave. Validation compares the two;
+the short way is used where it has been shown to be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from nnatomy.arch_configs import Anatomy
+from nnatomy.core import Collector, Slot, Traceable
+from nnatomy.standardized.accessors import with_output
+
+Hidden = Float[Tensor, "*rows hidden"]
+Logits = Float[Tensor, "*rows vocab"]
+
+
+class Head:
+    """The model's own way from the last layer's output to the logits.
+
+    Attributes:
+        short: whether `lm_head(ln_final(h))` has been shown to be the same.
+    """
+
+    def __init__(self, root: Traceable, anatomy: Anatomy) -> None:
+        self.short = False
+        self._root = root
+        self._anatomy = anatomy
+        self._forms: dict[Module, Any] = {}
+
+    def __call__(self, hidden: Hidden) -> Logits:
+        return self.short_way(hidden) if self.short else self.long_way(hidden)
+
+    def short_way(self, hidden: Hidden) -> Logits:
+        """The final norm, then the unembedding."""
+        return self._anatomy.lm_head(self._anatomy.ln_final(hidden))
+
+    def long_way(self, hidden: Hidden) -> Logits:
+        """The model's forward with its layers skipped, each row a prompt of one token."""
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        device = next(self._anatomy.embed_tokens.parameters()).device
+        ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=device)
+        with self._root.trace(input_ids=ids, use_cache=False) as tracer:
+            tracer.block.run.collectors.append(_SkipLayers(self._anatomy.layers, rows, self.in_form))
+            tracer.block.run.watch()
+            logits = tracer.result.logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def learn_forms(self, forms: dict[Module, Any]) -> None:
+        """Remember what each layer returns: one of its outputs, whose tensors are dropped."""
+        self._forms = {module: _emptied(value) for module, value in forms.items()}
+
+    def in_form(self, layer: Module, hidden: Tensor) -> Any:
+        """`hidden` as what that layer returns: a tensor, or a tuple that begins with it."""
+        if layer not in self._forms:
+            self._probe()
+        return with_output(self._forms[layer], hidden)
+
+    def _probe(self) -> None:
+        device = next(self._anatomy.embed_tokens.parameters()).device
+        ids = torch.zeros((1, 1), dtype=torch.long, device=device)
+        with torch.no_grad(), self._root.trace(input_ids=ids, use_cache=False) as tracer:
+            cache = tracer.cache(self._anatomy.layers)
+        paths = self._root.paths(self._anatomy.layers)
+        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.layers})
+
+
+class _SkipLayers(Collector):
+    """Skip every layer; the last one gives `hidden`."""
+
+    def __init__(
+        self, layers: tuple[Module, ...], hidden: Tensor, in_form: Callable[[Module, Tensor], Any]
+    ) -> None:
+        self.modules = set(layers)
+        self.kinds = {"input": None}
+        self._hidden = hidden
+        self._in_form = in_form
+
+    def take(self, slot: Slot) -> None:
+        slot.skip(self._in_form(slot.module, self._hidden))
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.new_empty(0)
+    return with_output(type(value)(None for _ in value) if isinstance(value, tuple) else value, None)

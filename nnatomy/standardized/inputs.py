@@ -1,0 +1,153 @@
+"""From prompts to the arguments of the model's forward.
+
+Batches are padded on the left, with an attention mask and with position ids made from it, so that a
+prompt's values do not depend on what it is batched with. (Not every model derives positions from the
+mask by itself: GPT-2's last-token logits are off by more than half without them.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nnatomy.errors import InputError
+
+
+class Prompts:
+    """Turns what a user calls a prompt into keyword arguments of the model.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or None where there is none.
+        no_tokenizer: what to say where strings are given and there is none.
+        pad_token_id: what to pad with; masked, so any token of the vocabulary will do.
+        vocab_size: ids must be below this.
+        takes_positions: whether the model's forward takes `position_ids`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, no_tokenizer: str, pad_token_id: int, vocab_size: int, takes_positions: bool
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._no_tokenizer = no_tokenizer
+        self.pad_token_id = pad_token_id
+        self._vocab_size = vocab_size
+        self._takes_positions = takes_positions
+
+    def prepare(self, prompts: Any, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """The arguments for `prompts`, with `kwargs` on top, on `device`.
+
+        Args:
+            prompts: a string or chat (a list of {"role", "content"}); token ids (a list or 1-D tensor);
+                a list of these, or a 2-D tensor; a mapping with `input_ids`; None for kwargs alone.
+
+        Raises:
+            InputError: if there is nothing to run, an id is outside of the vocabulary, the prompt is of
+                no kind above, or is text and there is no tokenizer.
+        """
+        if prompts is None:
+            given: dict[str, Any] = {}
+        elif isinstance(prompts, Mapping):
+            given = dict(prompts)
+        else:
+            given = {"input_ids": prompts}
+        given.update(kwargs)
+        if given.get("input_ids") is None:
+            if given.get("inputs_embeds") is None:
+                raise InputError("There is no prompt: give a string, token ids, or a dict with input_ids.")
+            return _to(given, device)
+        ids, mask = self._ids_and_mask(given["input_ids"])
+        given["input_ids"] = ids
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = mask
+        mask = torch.as_tensor(given["attention_mask"])
+        given["attention_mask"] = mask
+        padded = mask.shape == ids.shape and not bool(mask.all())
+        if padded and self._takes_positions and given.get("position_ids") is None:
+            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return _to(given, device)
+
+    def _ids_and_mask(
+        self, prompts: Any
+    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        if isinstance(prompts, Tensor):
+            rows = prompts
+            if rows.ndim not in (1, 2) or rows.is_floating_point() or rows.dtype == torch.bool:
+                raise InputError(
+                    f"Token ids are integers of shape (seq) or (batch, seq); got {rows.dtype} of {tuple(rows.shape)}."
+                )
+            if rows.numel() == 0:
+                raise InputError(f"The prompt is empty: token ids of shape {tuple(rows.shape)}.")
+            ids = rows.long() if rows.ndim == 2 else rows.long()[None]
+            mask = torch.ones_like(ids)
+        else:
+            lists = [self._one(prompt, i) for i, prompt in enumerate(_as_batch(prompts))]
+            length = max(len(one) for one in lists)
+            ids = torch.tensor([[self.pad_token_id] * (length - len(one)) + one for one in lists])
+            mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in lists])
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self._vocab_size:
+            bad = low if low < 0 else high
+            raise InputError(
+                f"Token id {bad} is outside of the model's vocabulary of {self._vocab_size} (0 to "
+                f"{self._vocab_size - 1}): were these ids made by this model's tokenizer?"
+            )
+        return ids, mask
+
+    def _one(self, prompt: Any, index: int) -> list[int]:
+        if isinstance(prompt, str):
+            ids = list(self._need_tokenizer()(prompt)["input_ids"])
+        elif _is_chat(prompt):
+            tokenizer = self._need_tokenizer()
+            if not tokenizer.chat_template:
+                raise InputError(
+                    "The prompt is a chat, but the tokenizer has no chat template: give it as a string, or "
+                    "set model.tokenizer.chat_template."
+                )
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        elif isinstance(prompt, Tensor):
+            ids = prompt.reshape(-1).tolist()
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise InputError(f"Prompt {index} is empty: {prompt!r} has no tokens.")
+        return [int(token) for token in ids]
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError(f"The prompt is text, but there is no tokenizer: {self._no_tokenizer}")
+        return self.tokenizer
+
+
+def _as_batch(prompts: Any) -> Sequence[Any]:
+    if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
+        return [prompts]
+    if isinstance(prompts, (list, tuple)) and prompts:
+        kinds = (str, Tensor)
+        if all(isinstance(prompt, kinds) or _is_chat(prompt) or _is_ids(prompt) for prompt in prompts):
+            return prompts
+    if isinstance(prompts, (list, tuple)) and (not prompts or any(prompt == [] for prompt in prompts)):
+        raise InputError(f"The prompt is empty: {prompts!r}.")
+    raise InputError(
+        f"{type(prompts).__name__} is no prompt: give a string, a chat (a list of dicts with role and content), "
+        f"token ids, a list of these, or a dict with input_ids; got {prompts!r:.200}."
+    )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(
+        isinstance(message, Mapping) and "role" in message for message in prompt
+    )
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in prompt
+    )
+
+
+def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}

@@ -1,0 +1,62 @@
+"""Loading: an id, a folder or a demo's name to a Hugging Face model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import nnatomy
+from nnatomy.errors import LoadError
+
+#: Arguments of `from_pretrained` that the tokenizer takes as well.
+_SHARED = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+_DEMO = "demo:"
+
+
+def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
+    """The causal language model of that id or folder.
+
+    Raises:
+        LoadError: if it cannot be had; the text holds the reason Hugging Face gives.
+    """
+    place = locate(id_or_path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, **kwargs)
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"The model {str(id_or_path)!r} could not be loaded: {_first_line(error)} Give the id of a causal "
+            "language model on the Hugging Face hub (and be online, or have it in the cache), a folder that "
+            "save_pretrained wrote, or a loaded model: StandardizedTransformer(model, tokenizer)."
+        ) from error
+
+
+def load_tokenizer(id_or_path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """The tokenizer of that id or folder; or None, and why there is none."""
+    place = locate(id_or_path)
+    shared = {key: value for key, value in kwargs.items() if key in _SHARED}
+    try:
+        return AutoTokenizer.from_pretrained(place, **shared), ""
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        return None, (
+            f"none could be loaded from {str(id_or_path)!r} ({_first_line(error)}) Pass one: "
+            "StandardizedTransformer(..., tokenizer=...), or give token ids."
+        )
+
+
+def locate(id_or_path: str | Path) -> str:
+    """The place to load from: a demo model's folder for `demo:NAME`, else what was given."""
+    name = str(id_or_path)
+    if not name.startswith(_DEMO):
+        return name
+    folder = Path(nnatomy.__file__).parent / "demo" / "models"
+    known = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if name.removeprefix(_DEMO) not in known:
+        demos = ", ".join(f"demo:{known_name}" for known_name in known)
+        raise LoadError(f"There is no demo model {name!r}: there are {demos}.")
+    return str(folder / name.removeprefix(_DEMO))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

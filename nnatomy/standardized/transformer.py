@@ -1,0 +1,470 @@
+"""`StandardizedTransformer`: any Hugging Face causal language model under the standard names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from nnatomy.arch_configs import ArchConfig, dimensions, resolve
+from nnatomy.core import Collector, ModuleView, Slot, Trace, Traceable
+from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
+from nnatomy.standardized.accessors import LayerAccessor, check_fits
+from nnatomy.standardized.attention import PatternMode
+from nnatomy.standardized.head import Head
+from nnatomy.standardized.inputs import Prompts
+from nnatomy.standardized.loading import load_model, load_tokenizer
+from nnatomy.validation import validate as validate_model
+
+Indices = int | Sequence[int] | Tensor | None
+
+
+class StandardizedTransformer(Traceable):
+    """A Hugging Face transformer, open to read and edit under the same names on any architecture.
+
+    The accessors take a layer index (negative too, or a slice) inside a trace, and can be assigned:
+
+    | accessor | value |
+    |---|---|
+    | `layers_input`, `layers_output` | the residual stream before and after a layer: (batch, seq, hidden) |
+    | `attentions_input`, `attentions_output` | the attention module's own input and output |
+    | `mlps_input`, `mlps_output` | the MLP module's own input and output |
+    | `attention_probabilities` | what multiplies the values: (batch, head, query, key) |
+
+    `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `embed_tokens`, `ln_final` and `lm_head` are views
+    of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.
+
+    Args:
+        model: a hub id, a folder, `demo:gpt2` or `demo:llama`, or a loaded Hugging Face model.
+        tokenizer: a tokenizer, for a loaded model or in place of the id's own.
+        arch_config: where the modules are, for an architecture that nnatomy does not know.
+        validate: check at load that each standard name means what it promises.
+        **kwargs: go to `from_pretrained`: dtype, device_map, revision, quantization_config,
+            attn_implementation, trust_remote_code, ...
+
+    Raises:
+        LoadError: if the model cannot be loaded.
+        UnknownArchitectureError: if no naming config fits it.
+        ValidationError: if a standard name does not mean on it what it should.
+
+    Example:
+        >>> from nnatomy import StandardizedTransformer
+        >>> model = StandardizedTransformer("demo:gpt2")
+        >>> with model.trace("The capital of France is"):
+        ...     resid = model.layers_output[3]
+        ...     pattern = model.attention_probabilities[4]
+        ...     logits = model.logits
+        >>> resid.shape, pattern.shape[-2:]
+        (torch.Size([1, 5, 96]), torch.Size([5, 5]))
+        >>> model.tokenizer.decode(logits[0, -1].argmax())
+        ' Paris'
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        arch_config: ArchConfig | None = None,
+        validate: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
+        if isinstance(model, Module):
+            if kwargs:
+                raise InputError(
+                    f"{', '.join(kwargs)}: arguments of from_pretrained, but the model is already loaded."
+                )
+            hf_model = model
+        else:
+            hf_model = load_model(model, kwargs)
+            if tokenizer is None:
+                tokenizer, no_tokenizer = load_tokenizer(model, kwargs)
+        super().__init__(hf_model)
+        anatomy = resolve(hf_model, arch_config)
+        self._anatomy = anatomy
+        self._head = Head(Traceable(hf_model), anatomy)
+        self.tokenizer = tokenizer
+        self.dimensions = dimensions(hf_model.config)
+        self._prompts = Prompts(
+            tokenizer,
+            no_tokenizer,
+            _pad_token_id(tokenizer, hf_model.config),
+            int(getattr(anatomy.embed_tokens, "num_embeddings", self.dimensions.vocab_size)),
+            "position_ids" in inspect.signature(hf_model.forward).parameters,
+        )
+        paths = {module: path for path, module in hf_model.named_modules()}
+        self._layer_views = tuple(
+            LayerView(self, layer, paths[layer], anatomy.config) for layer in anatomy.layers
+        )
+        self.embed_tokens = ModuleView(self._blocks, anatomy.embed_tokens, paths[anatomy.embed_tokens])
+        self.ln_final = ModuleView(self._blocks, anatomy.ln_final, paths[anatomy.ln_final])
+        self.lm_head = ModuleView(self._blocks, anatomy.lm_head, paths[anatomy.lm_head])
+        self._make_accessors()
+        if validate:
+            validate_model(self)
+
+    def _make_accessors(self) -> None:
+        anatomy, blocks = self._anatomy, self._blocks
+        no_mlp = anatomy.config.absent.get("mlp", "it has no MLP module")
+        self.layers_input = LayerAccessor("layers_input", anatomy.layers, blocks, "input")
+        self.layers_output = LayerAccessor("layers_output", anatomy.layers, blocks, "output")
+        self.attentions_input = LayerAccessor("attentions_input", anatomy.attentions, blocks, "input")
+        self.attentions_output = LayerAccessor("attentions_output", anatomy.attentions, blocks, "output")
+        self.mlps_input = LayerAccessor("mlps_input", anatomy.mlps, blocks, "input", absent=no_mlp)
+        self.mlps_output = LayerAccessor("mlps_output", anatomy.mlps, blocks, "output", absent=no_mlp)
+        heads = self.num_heads
+        self.attention_probabilities = LayerAccessor(
+            "attention_probabilities",
+            anatomy.attentions,
+            blocks,
+            "attention_probabilities",
+            tap=PatternMode,
+            # some models hold it as (batch * head, query, key)
+            get=lambda pattern: pattern if pattern.ndim == 4 else pattern.unflatten(0, (-1, heads)),
+            put=lambda old, new: new if old.ndim == 4 else new.flatten(0, 1),
+            unreached="A fused attention kernel never holds it: load the model with attn_implementation='sdpa' or "
+            "'eager'.",
+        )
+
+    # What it is.
+
+    @property
+    def hf_model(self) -> Any:
+        """The Hugging Face model itself."""
+        return self.module
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face model's config."""
+        return self.hf_model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embedding is, and so where prompts go."""
+        return next(self._anatomy.embed_tokens.parameters()).device
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return len(self._anatomy.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """How many query heads a layer has."""
+        return self.dimensions.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """How many key and value heads a layer has."""
+        return self.dimensions.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """The size of one query or key head."""
+        return self.dimensions.head_dim
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+        return self.dimensions.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model can predict."""
+        return self.dimensions.vocab_size
+
+    @property
+    def layers(self) -> tuple[LayerView, ...]:
+        """The layers; `layers[i].self_attn` and `layers[i].mlp` are their attention and MLP."""
+        return self._layer_views
+
+    @property
+    def attentions(self) -> Views:
+        """The attention modules: `attentions[i]` is `layers[i].self_attn`."""
+        return Views(self._layer_views, "self_attn")
+
+    @property
+    def mlps(self) -> Views:
+        """The MLP modules: `mlps[i]` is `layers[i].mlp`."""
+        return Views(self._layer_views, "mlp")
+
+    def __repr__(self) -> str:
+        return (
+            f"<StandardizedTransformer: {type(self.hf_model).__name__}, {self.num_layers} layers, "
+            f"hidden {self.hidden_size}, {self.num_heads} heads, on {self.device}>"
+        )
+
+    # Running it.
+
+    def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
+        """Run the model on prompts, with no trace; returns what the Hugging Face model returns."""
+        return self.hf_model(**self.prepare(prompts, **kwargs))
+
+    def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """The arguments that `prompts` (see `trace`) give to the model's forward.
+
+        Returns:
+            `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded.
+        """
+        return self._prompts.prepare(prompts, kwargs, self.device)
+
+    def trace(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """Trace one forward pass: `with model.trace(prompts) as tracer: ...`.
+
+        Args:
+            prompts: a string; a chat (a list of dicts with role and content); token ids (a list or 1-D
+                tensor); a list of these; a 2-D tensor of ids; or a dict with `input_ids`. Batches are
+                padded on the left, so that `[:, -1]` is each prompt's last token.
+            early_stop: cancel the forward pass when the block ends.
+            **kwargs: go to the model's forward.
+
+        Raises:
+            InputError: if there is nothing to run, or the prompts cannot be run on this model.
+        """
+        inputs = self.prepare(prompts, **kwargs)
+        return _PromptTrace(self, lambda: self.hf_model(**inputs), early_stop=early_stop)
+
+    def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
+
+        In `for step in tracer.iter[:]:` names mean that step's forward pass. With the KV cache, step 0
+        sees the prompt, and each later one the newest token alone. `tracer.result` is what the model's
+        `generate` returns; `model.generate(...).run()` generates with no block.
+
+        Args:
+            prompts, early_stop: as in `trace`.
+            **kwargs: go to the model's `generate`.
+        """
+        inputs = self.prepare(prompts, **kwargs)
+        inputs.pop("position_ids", None)  # generate makes its own, for every step
+        if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
+            inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
+        return _PromptTrace(self, lambda: self.hf_model.generate(**inputs), early_stop=early_stop)
+
+    def scan(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
+        return super().scan(early_stop=early_stop, **self.prepare(prompts, **kwargs))
+
+    # Values of a trace that belong to no layer.
+
+    @property
+    def input_ids(self) -> Int[Tensor, "batch seq"]:
+        """The token ids of the prompts, padded on the left (of the newest tokens, in a later step)."""
+        return self._root_inputs()["input_ids"]
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch seq"]:
+        """1 for the prompts' tokens, 0 for padding."""
+        return self._root_inputs()["attention_mask"]
+
+    @property
+    def input_size(self) -> torch.Size:
+        """(batch, seq)."""
+        return self.input_ids.shape
+
+    def _root_inputs(self) -> dict[str, Any]:
+        block = self._blocks.current("input_ids")
+        recorded = next((c for c in block.run.collectors if isinstance(c, _RootInputs)), None)
+        if recorded is None or block.step != recorded.step:
+            return block.reach(self.module, "input", "input_ids").value[1]
+        return recorded.kwargs
+
+    @property
+    def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
+        """What the token embedding gives, before positions; can be assigned."""
+        return self.embed_tokens.output
+
+    @token_embeddings.setter
+    def token_embeddings(self, value: Tensor) -> None:
+        slot = self._blocks.current("token_embeddings").reach(
+            self._anatomy.embed_tokens, "output", "token_embeddings"
+        )
+        check_fits("token_embeddings", slot.value, value)
+        slot.value = value
+
+    @property
+    def logits(self) -> Float[Tensor, "batch seq vocab"]:
+        """The model's logits, after all caps and scales; can be assigned."""
+        return self._blocks.current("logits").reach(self.module, "output", "logits").value.logits
+
+    @logits.setter
+    def logits(self, value: Tensor) -> None:
+        slot = self._blocks.current("logits").reach(self.module, "output", "logits")
+        check_fits("logits", slot.value.logits, value)
+        slot.value.logits = value
+
+    @property
+    def next_token_probs(self) -> Float[Tensor, "batch vocab"]:
+        """The probabilities of the token after each prompt."""
+        return self.logits[:, -1].softmax(-1)
+
+    # Edits.
+
+    def skip_layer(self, layer: int, skip_with: Float[Tensor, "batch seq hidden"] | None = None) -> None:
+        """Do not run `layer`: its output is `skip_with`, or its input if that is None."""
+        self.skip_layers(layer, layer, skip_with)
+
+    def skip_layers(
+        self, start_layer: int, end_layer: int, skip_with: Float[Tensor, "batch seq hidden"] | None = None
+    ) -> None:
+        """Do not run the layers from `start_layer` to `end_layer`, both included.
+
+        Args:
+            skip_with: what they give; the input of `start_layer` if None.
+        """
+        first, last = (range(self.num_layers)[self._checked(layer)] for layer in (start_layer, end_layer))
+        if first > last:
+            raise LayerIndexError(f"skip_layers({start_layer}, {end_layer}): no layers lie between these.")
+        if skip_with is None:
+            skip_with = self.layers_input[first]
+        for i in range(first, last + 1):
+            layer = self._anatomy.layers[i]
+            form = self._head.in_form(layer, skip_with)
+            self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}").skip(form)
+
+    def _checked(self, layer: int) -> int:
+        self.layers_input.module(layer)
+        return layer
+
+    def steer(
+        self,
+        layers: int | Sequence[int],
+        steering_vector: Float[Tensor, "*broadcast hidden"],
+        factor: float = 1.0,
+        token_positions: Indices = None,
+        batch_index: Indices = None,
+    ) -> None:
+        """Add `factor * steering_vector` to the output of layers (activation addition, Turner et al. 2023).
+
+        Args:
+            layers: one or several; they are steered in the order of the forward pass.
+            steering_vector: of (hidden), or anything that broadcasts to the chosen (batch, seq, hidden).
+            token_positions: which positions (all by default). Batches are padded on the left: count from
+                the end, -1 is each prompt's last token.
+            batch_index: which prompts (all by default). Where both are sequences they are taken in pairs,
+                as in `tensor[batch_index, token_positions]`.
+        """
+        each = [layers] if isinstance(layers, int) else list(layers)
+        for layer in sorted(range(self.num_layers)[self._checked(i)] for i in each):
+            hidden = self.layers_output[layer].clone()
+            where = (
+                slice(None) if batch_index is None else batch_index,
+                slice(None) if token_positions is None else token_positions,
+            )
+            hidden[where] += factor * steering_vector.to(hidden)
+            self.layers_output[layer] = hidden
+
+    # The head.
+
+    def project_on_vocab(self, hidden_state: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """The logits that the model would give, were `hidden_state` the last layer's output.
+
+        Exact: with the final norm, and every cap, scale and projection of the model's own.
+        """
+        if hidden_state.shape[-1] != self.hidden_size:
+            raise InputError(
+                f"project_on_vocab takes hidden states of width {self.hidden_size}; got {tuple(hidden_state.shape)}."
+            )
+        return self._head(hidden_state)
+
+    def get_topk_closest_tokens(
+        self, hidden_state: Float[Tensor, "*rows hidden"], k: int = 5
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """The `k` most probable tokens of `project_on_vocab(hidden_state)`, with their probabilities.
+
+        Args:
+            hidden_state: of (hidden), or of (rows, hidden) for a list of results.
+        """
+        if hidden_state.ndim not in (1, 2):
+            raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")
+        if self.tokenizer is None:
+            raise InputError("Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer).")
+        top = self.project_on_vocab(hidden_state).softmax(-1).topk(k, dim=-1)
+        rows = [
+            dict(zip(self.tokenizer.convert_ids_to_tokens(ids), probs, strict=True))
+            for ids, probs in zip(
+                top.indices.reshape(-1, k).tolist(), top.values.reshape(-1, k).tolist(), strict=True
+            )
+        ]
+        return rows[0] if hidden_state.ndim == 1 else rows
+
+
+class LayerView(ModuleView):
+    """A layer, whose attention and MLP are also reached as `self_attn` and `mlp`."""
+
+    __slots__ = ("_config",)
+
+    def __init__(self, model: ModuleView, layer: Module, path: str, config: ArchConfig) -> None:
+        super().__init__(model._blocks, layer, path)
+        self._config = config
+
+    def _child(self, name: str) -> ModuleView:
+        if name == "self_attn":
+            return self[self._config.self_attn] if self._config.self_attn != name else super()._child(name)
+        if name == "mlp":
+            if self._config.mlp is None:
+                absent = self._config.absent.get("mlp", "it has no MLP module")
+                raise NotInThisModelError(f"{self.path}.mlp: this layer has none: {absent}.")
+            return self[self._config.mlp] if self._config.mlp != name else super()._child(name)
+        return super()._child(name)
+
+
+class Views(Sequence[ModuleView]):
+    """One child of every layer."""
+
+    def __init__(self, layers: tuple[LayerView, ...], name: str) -> None:
+        self._layers = layers
+        self._name = name
+
+    def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [view[self._name] for view in self._layers[layer]]
+        return self._layers[layer][self._name]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[ModuleView]:
+        return (view[self._name] for view in self._layers)
+
+
+class _RootInputs(Collector):
+    """The arguments of the model's forward in the newest step, after all edits."""
+
+    def __init__(self, root: Module) -> None:
+        self.modules = {root}
+        self.kinds = {"input": None}
+        self.kwargs: dict[str, Any] = {}
+        self.step = -1
+
+    def take(self, slot: Slot) -> None:
+        self.kwargs, self.step = slot.value[1], slot.step
+
+
+class _PromptTrace(Trace):
+    """A trace that knows its prompts at any time."""
+
+    def __enter__(self) -> Trace:
+        super().__enter__()
+        self.block.run.collectors.append(_RootInputs(self.block.run.root))
+        self.block.run.watch()
+        return self
+
+
+def _pad_token_id(tokenizer: Any, config: Any) -> int:
+    """What to pad with. Padding is masked, so any token will do where none is named for it."""
+    candidates = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    text_config = config.get_text_config()
+    candidates += [getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None), 0]
+    for candidate in candidates:
+        if isinstance(candidate, int) and 0 <= candidate < text_config.vocab_size:
+            return candidate
+    return 0
