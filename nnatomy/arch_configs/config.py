@@ -25,7 +25,7 @@ class ArchConfig:
 
     Example:
         >>> from nnatomy import ArchConfig
-        >>> mine = ArchConfig(layers="decoder.blocks", self_attn="attention", mlp="ffn", ln_final="decoder.norm")
+        >>> mine = ArchConfig(layers="decoder.blocks", self_attn="attn", mlp="ffn", ln_final="decoder.norm")
 
         `StandardizedTransformer(model, arch_config=mine)` then finds these modules, and checks them.
     """

@@ -106,8 +106,9 @@ def _embedding(model: Module, path: str | None, getter: str) -> Module:
     found = getattr(model, getter, lambda: None)()
     if not isinstance(found, Module):
         raise UnknownArchitectureError(
-            f"{type(model).__name__}.{getter}() gives {type(found).__name__}, not a module. A causal language "
-            "model is needed; if this is one, name the module in an ArchConfig (embed_tokens=..., lm_head=...)."
+            f"{type(model).__name__}.{getter}() gives {type(found).__name__}, not a module. A causal "
+            "language model is needed; if this is one, name the module in an ArchConfig "
+            "(embed_tokens=..., lm_head=...)."
         )
     return found
 
@@ -136,7 +137,9 @@ def _tree(model: Module) -> str:
     lines = [
         f"  {path}: {type(module).__name__}"
         for path, module in model.named_modules()
-        if path and path.count(".") < 5 and not any(part.isdigit() and part != "0" for part in path.split("."))
+        if path
+        and path.count(".") < 5
+        and not any(part.isdigit() and part != "0" for part in path.split("."))
     ]
     return "Its modules (of lists, the first entry):\n" + "\n".join(lines[:60])
 

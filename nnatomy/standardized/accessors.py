@@ -105,7 +105,9 @@ class LayerAccessor:
         if isinstance(layer, slice):
             layers = range(len(self))[layer]
             if len(value) != len(layers):
-                raise AssignmentError(f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned.")
+                raise AssignmentError(
+                    f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned."
+                )
             for i, one in zip(layers, value, strict=True):
                 self[i] = one
             return
@@ -151,7 +153,11 @@ class LayerAccessor:
         finally:
             run.collectors.remove(collected)
             run.watch()
-        return [self.get(collected.value(module, f"{self.name}[{i}]")) for i in layers if (module := self.modules[i])]
+        return [
+            self.get(collected.value(module, f"{self.name}[{i}]"))
+            for i in layers
+            if (module := self.modules[i])
+        ]
 
 
 class _Collected(Collector):
@@ -176,8 +182,8 @@ class _Collected(Collector):
         for tensor, version in self._versions.get(module, ()):
             if tensor._version != version:
                 raise CacheError(
-                    f"{name} was changed in place by the model after it had passed: read the layers one by one, "
-                    "and clone each."
+                    f"{name} was changed in place by the model after it had passed: read the layers one by "
+                    "one, and clone each."
                 )
         return self.values[module]
 
@@ -191,7 +197,9 @@ def check_fits(name: str, old: Any, new: Any) -> None:
     is_, was = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (old, new))
     mend = []
     if old.shape != new.shape:
-        mend.append(f"give it the shape {tuple(old.shape)} (x.expand({', '.join(map(str, old.shape))}) broadcasts)")
+        mend.append(
+            f"give it the shape {tuple(old.shape)} (x.expand({', '.join(map(str, old.shape))}) broadcasts)"
+        )
     if old.dtype != new.dtype or old.device != new.device:
         mend.append(f"convert it with x.to({str(old.device)!r}, {old.dtype})")
     raise AssignmentError(f"{name} is {is_}; what was assigned is {was}: {' and '.join(mend)}.")

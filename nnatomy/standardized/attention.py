@@ -46,9 +46,9 @@ _PRODUCT: frozenset[Any] = frozenset(
 
 
 class PatternMode(TorchFunctionMode):
-    """Find the attention pattern of one call of `module` and show it to `visit`."""
+    """Find the attention pattern of one call of a module and show it to `visit`."""
 
-    def __init__(self, module: Module, visit: Callable[[Any], Slot]) -> None:
+    def __init__(self, _module: Module, visit: Callable[[Any], Slot]) -> None:
         super().__init__()
         self._visit = visit
         self._found = False

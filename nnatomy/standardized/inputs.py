@@ -70,14 +70,13 @@ class Prompts:
             given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return _to(given, device)
 
-    def _ids_and_mask(
-        self, prompts: Any
-    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    def _ids_and_mask(self, prompts: Any) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         if isinstance(prompts, Tensor):
             rows = prompts
             if rows.ndim not in (1, 2) or rows.is_floating_point() or rows.dtype == torch.bool:
                 raise InputError(
-                    f"Token ids are integers of shape (seq) or (batch, seq); got {rows.dtype} of {tuple(rows.shape)}."
+                    "Token ids are integers of shape (seq) or (batch, seq); "
+                    f"got {rows.dtype} of {tuple(rows.shape)}."
                 )
             if rows.numel() == 0:
                 raise InputError(f"The prompt is empty: token ids of shape {tuple(rows.shape)}.")
@@ -132,22 +131,37 @@ def _as_batch(prompts: Any) -> Sequence[Any]:
     if isinstance(prompts, (list, tuple)) and (not prompts or any(prompt == [] for prompt in prompts)):
         raise InputError(f"The prompt is empty: {prompts!r}.")
     raise InputError(
-        f"{type(prompts).__name__} is no prompt: give a string, a chat (a list of dicts with role and content), "
-        f"token ids, a list of these, or a dict with input_ids; got {prompts!r:.200}."
+        f"{type(prompts).__name__} is no prompt: give a string, a chat (a list of dicts with role and "
+        f"content), token ids, a list of these, or a dict with input_ids; got {prompts!r:.200}."
     )
 
 
 def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(
-        isinstance(message, Mapping) and "role" in message for message in prompt
+    return (
+        isinstance(prompt, (list, tuple))
+        and bool(prompt)
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
     )
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(
-        isinstance(token, int) and not isinstance(token, bool) for token in prompt
+    return (
+        isinstance(prompt, (list, tuple))
+        and bool(prompt)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
     )
 
 
 def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+
+
+def pad_token_id(tokenizer: Any, config: Any) -> int:
+    """What to pad with. Padding is masked, so any token will do where none is named for it."""
+    candidates = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    text_config = config.get_text_config()
+    candidates += [getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None), 0]
+    for candidate in candidates:
+        if isinstance(candidate, int) and 0 <= candidate < text_config.vocab_size:
+            return candidate
+    return 0

@@ -11,7 +11,15 @@ import nnatomy
 from nnatomy.errors import LoadError
 
 #: Arguments of `from_pretrained` that the tokenizer takes as well.
-_SHARED = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+_SHARED = (
+    "revision",
+    "trust_remote_code",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "local_files_only",
+    "force_download",
+)
 _DEMO = "demo:"
 
 
@@ -26,8 +34,8 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(place, **kwargs)
     except (OSError, ValueError) as error:
         raise LoadError(
-            f"The model {str(id_or_path)!r} could not be loaded: {_first_line(error)} Give the id of a causal "
-            "language model on the Hugging Face hub (and be online, or have it in the cache), a folder that "
+            f"The model {str(id_or_path)!r} could not be loaded: {_first_line(error)} Give the id of a "
+            "causal language model on the Hugging Face hub (and be online, or have it in the cache), a folder that "
             "save_pretrained wrote, or a loaded model: StandardizedTransformer(model, tokenizer)."
         ) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from nnatomy.arch_configs import ArchConfig, dimensions, resolve
-from nnatomy.core import Collector, ModuleView, Slot, Trace, Traceable
-from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
+from nnatomy.core import ModuleView, Trace, Traceable
+from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import LayerAccessor, check_fits
 from nnatomy.standardized.attention import PatternMode
 from nnatomy.standardized.head import Head
-from nnatomy.standardized.inputs import Prompts
+from nnatomy.standardized.inputs import Prompts, pad_token_id
+from nnatomy.standardized.layers import LayerView, Views
 from nnatomy.standardized.loading import load_model, load_tokenizer
+from nnatomy.standardized.prompt_trace import PromptTrace, RootInputs
 from nnatomy.validation import validate as validate_model
 
 Indices = int | Sequence[int] | Tensor | None
@@ -96,7 +98,7 @@ class StandardizedTransformer(Traceable):
         self._prompts = Prompts(
             tokenizer,
             no_tokenizer,
-            _pad_token_id(tokenizer, hf_model.config),
+            pad_token_id(tokenizer, hf_model.config),
             int(getattr(anatomy.embed_tokens, "num_embeddings", self.dimensions.vocab_size)),
             "position_ids" in inspect.signature(hf_model.forward).parameters,
         )
@@ -130,8 +132,8 @@ class StandardizedTransformer(Traceable):
             # some models hold it as (batch * head, query, key)
             get=lambda pattern: pattern if pattern.ndim == 4 else pattern.unflatten(0, (-1, heads)),
             put=lambda old, new: new if old.ndim == 4 else new.flatten(0, 1),
-            unreached="A fused attention kernel never holds it: load the model with attn_implementation='sdpa' or "
-            "'eager'.",
+            unreached="A fused attention kernel never holds it: load the model with "
+            "attn_implementation='sdpa' or 'eager'.",
         )
 
     # What it is.
@@ -216,7 +218,9 @@ class StandardizedTransformer(Traceable):
         """
         return self._prompts.prepare(prompts, kwargs, self.device)
 
-    def trace(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+    def trace(  # type: ignore[override]
+        self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
+    ) -> Trace:
         """Trace one forward pass: `with model.trace(prompts) as tracer: ...`.
 
         Args:
@@ -230,7 +234,7 @@ class StandardizedTransformer(Traceable):
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
         """
         inputs = self.prepare(prompts, **kwargs)
-        return _PromptTrace(self, lambda: self.hf_model(**inputs), early_stop=early_stop)
+        return PromptTrace(self, lambda: self.hf_model(**inputs), early_stop=early_stop)
 
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
@@ -247,9 +251,11 @@ class StandardizedTransformer(Traceable):
         inputs.pop("position_ids", None)  # generate makes its own, for every step
         if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
             inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
-        return _PromptTrace(self, lambda: self.hf_model.generate(**inputs), early_stop=early_stop)
+        return PromptTrace(self, lambda: self.hf_model.generate(**inputs), early_stop=early_stop)
 
-    def scan(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+    def scan(  # type: ignore[override]
+        self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
+    ) -> Trace:
         """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
         return super().scan(early_stop=early_stop, **self.prepare(prompts, **kwargs))
 
@@ -272,7 +278,7 @@ class StandardizedTransformer(Traceable):
 
     def _root_inputs(self) -> dict[str, Any]:
         block = self._blocks.current("input_ids")
-        recorded = next((c for c in block.run.collectors if isinstance(c, _RootInputs)), None)
+        recorded = next((c for c in block.run.collectors if isinstance(c, RootInputs)), None)
         if recorded is None or block.step != recorded.step:
             return block.reach(self.module, "input", "input_ids").value[1]
         return recorded.kwargs
@@ -371,7 +377,8 @@ class StandardizedTransformer(Traceable):
         """
         if hidden_state.shape[-1] != self.hidden_size:
             raise InputError(
-                f"project_on_vocab takes hidden states of width {self.hidden_size}; got {tuple(hidden_state.shape)}."
+                f"project_on_vocab takes hidden states of width {self.hidden_size}; "
+                f"got {tuple(hidden_state.shape)}."
             )
         return self._head(hidden_state)
 
@@ -386,7 +393,9 @@ class StandardizedTransformer(Traceable):
         if hidden_state.ndim not in (1, 2):
             raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")
         if self.tokenizer is None:
-            raise InputError("Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer).")
+            raise InputError(
+                "Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer)."
+            )
         top = self.project_on_vocab(hidden_state).softmax(-1).topk(k, dim=-1)
         rows = [
             dict(zip(self.tokenizer.convert_ids_to_tokens(ids), probs, strict=True))
@@ -395,76 +404,3 @@ class StandardizedTransformer(Traceable):
             )
         ]
         return rows[0] if hidden_state.ndim == 1 else rows
-
-
-class LayerView(ModuleView):
-    """A layer, whose attention and MLP are also reached as `self_attn` and `mlp`."""
-
-    __slots__ = ("_config",)
-
-    def __init__(self, model: ModuleView, layer: Module, path: str, config: ArchConfig) -> None:
-        super().__init__(model._blocks, layer, path)
-        self._config = config
-
-    def _child(self, name: str) -> ModuleView:
-        if name == "self_attn":
-            return self[self._config.self_attn] if self._config.self_attn != name else super()._child(name)
-        if name == "mlp":
-            if self._config.mlp is None:
-                absent = self._config.absent.get("mlp", "it has no MLP module")
-                raise NotInThisModelError(f"{self.path}.mlp: this layer has none: {absent}.")
-            return self[self._config.mlp] if self._config.mlp != name else super()._child(name)
-        return super()._child(name)
-
-
-class Views(Sequence[ModuleView]):
-    """One child of every layer."""
-
-    def __init__(self, layers: tuple[LayerView, ...], name: str) -> None:
-        self._layers = layers
-        self._name = name
-
-    def __getitem__(self, layer: Any) -> Any:
-        if isinstance(layer, slice):
-            return [view[self._name] for view in self._layers[layer]]
-        return self._layers[layer][self._name]
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __iter__(self) -> Iterator[ModuleView]:
-        return (view[self._name] for view in self._layers)
-
-
-class _RootInputs(Collector):
-    """The arguments of the model's forward in the newest step, after all edits."""
-
-    def __init__(self, root: Module) -> None:
-        self.modules = {root}
-        self.kinds = {"input": None}
-        self.kwargs: dict[str, Any] = {}
-        self.step = -1
-
-    def take(self, slot: Slot) -> None:
-        self.kwargs, self.step = slot.value[1], slot.step
-
-
-class _PromptTrace(Trace):
-    """A trace that knows its prompts at any time."""
-
-    def __enter__(self) -> Trace:
-        super().__enter__()
-        self.block.run.collectors.append(_RootInputs(self.block.run.root))
-        self.block.run.watch()
-        return self
-
-
-def _pad_token_id(tokenizer: Any, config: Any) -> int:
-    """What to pad with. Padding is masked, so any token will do where none is named for it."""
-    candidates = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    text_config = config.get_text_config()
-    candidates += [getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None), 0]
-    for candidate in candidates:
-        if isinstance(candidate, int) and 0 <= candidate < text_config.vocab_size:
-            return candidate
-    return 0

@@ -41,8 +41,9 @@ def validate(model: Any) -> None:
     if failures:
         listing = "\n".join(f"  - {failure}" for failure in failures)
         raise ValidationError(
-            f"{len(failures)} promise(s) of the standard names failed on {type(model.hf_model).__name__}:\n{listing}\n"
-            "Give another ArchConfig (arch_config=...), or load with validate=False and trust no name above."
+            f"{len(failures)} promise(s) of the standard names failed on {type(model.hf_model).__name__}:\n"
+            f"{listing}\nGive another ArchConfig (arch_config=...), or load with validate=False and trust no "
+            "name above."
         )
 
 
@@ -92,7 +93,9 @@ class _Validation:
     def _read(self) -> _Seen:
         model = self.model
         patterns = model.attention_probabilities
-        modules = {module for name in self.names for module in getattr(model, name).modules if module is not None}
+        modules = {
+            module for name in self.names for module in getattr(model, name).modules if module is not None
+        }
         seen = _Seen(modules | {model.ln_final.module, model.lm_head.module}, {"input": None, "output": None})
         taps = _Seen({m for m in patterns.modules if m is not None}, {patterns.kind: patterns.tap})
         logits = self._run([seen, taps])
@@ -108,7 +111,7 @@ class _Validation:
                     self._values(f"{name}[{i}]", accessor, seen.of(module, accessor.kind), shape)
         for i, module in enumerate(patterns.modules):
             if module is not None:
-                self._pattern(f"{patterns.name}[{i}]", i, module, taps.of(module, patterns.kind))
+                self._pattern(f"{patterns.name}[{i}]", module, taps.of(module, patterns.kind))
         seen.calls.update(taps.calls)
         return seen
 
@@ -128,7 +131,7 @@ class _Validation:
         self.expect(bool(value.isfinite().all()), f"{name}: has values that are not finite")
         return value
 
-    def _pattern(self, name: str, layer: int, module: Module, calls: list[Any]) -> None:
+    def _pattern(self, name: str, module: Module, calls: list[Any]) -> None:
         batch, seq = self.inputs["input_ids"].shape
         shape = (batch, self.model.num_heads, seq, seq)
         pattern = self._values(name, self.model.attention_probabilities, calls, shape)
@@ -136,14 +139,18 @@ class _Validation:
             return
         rows = pattern.float().sum(-1)
         slack = 10 * TOLERANCE[torch.bfloat16 if pattern.dtype == torch.bfloat16 else torch.float32]
-        self.expect(bool((pattern >= 0).all()), f"{name}: has entries below 0, down to {float(pattern.min()):.3g}")
         self.expect(
-            bool((rows <= 1 + slack).all()), f"{name}: has rows that sum to more than 1, up to {float(rows.max()):.5g}"
+            bool((pattern >= 0).all()), f"{name}: has entries below 0, down to {float(pattern.min()):.3g}"
+        )
+        self.expect(
+            bool((rows <= 1 + slack).all()),
+            f"{name}: has rows that sum to more than 1, up to {float(rows.max()):.5g}",
         )
         if not any("sink" in parameter for parameter, _ in module.named_parameters()):
             self.expect(
                 bool((rows >= 1 - slack).all()),
-                f"{name}: has rows that sum to less than 1, down to {float(rows.min()):.5g}, with no attention sink",
+                f"{name}: has rows that sum to less than 1, down to {float(rows.min()):.5g}, and no "
+                "attention sink",
             )
         above = float(pattern.triu(1).abs().max())
         self.expect(above == 0, f"{name}: attends to later positions, with up to {above:.3g}")
@@ -163,7 +170,9 @@ class _Validation:
                 return
             clean, now = changed.get(seen.only(slot.module, "output")), changed.get(slot.value)
             if what == "attention":
-                self.expect(not torch.equal(clean, now), f"{patterns.name}[{i}]: writing it changes no attention")
+                self.expect(
+                    not torch.equal(clean, now), f"{patterns.name}[{i}]: writing it changes no attention"
+                )
             ramp = torch.linspace(-1, 1, clean.shape[-1], device=clean.device, dtype=clean.dtype)
             slot.value = changed.put(slot.value, clean + ramp * (1 + clean.abs().max()))
 
@@ -174,11 +183,13 @@ class _Validation:
             if slot.kind == "input":
                 self.expect(
                     torch.equal(clean, now),
-                    f"layers_output[{i - 1}]: writing it back does not give layers_input[{i}] its value back, "
-                    f"off by {_distance(now, clean):.1e} (relative)",
+                    f"layers_output[{i - 1}]: writing it back does not give layers_input[{i}] its value "
+                    f"back, off by {_distance(now, clean):.1e} (relative)",
                 )
             elif changed.modules[i] is not None:
-                self.expect(not torch.equal(clean, now), f"{changed.name}[{i}]: writing it changes no layer output")
+                self.expect(
+                    not torch.equal(clean, now), f"{changed.name}[{i}]: writing it changes no layer output"
+                )
             slot.value = accessor.put(slot.value, clean)
 
         layers = {module: i for i, module in enumerate(model.layers_output.modules)}
