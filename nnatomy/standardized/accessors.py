@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.block import Block, OpenBlocks
-from nnatomy.errors import AssignmentError, CacheError, LayerIndexError, NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
 
 #: The name of the argument that holds the hidden states, where they are passed by name.
 _HIDDEN = "hidden_states"
@@ -86,6 +86,9 @@ class LayerAccessor:
         self.tap = tap
         self.get = get or (output_of if kind == "output" else input_of)
         self.put = put or (with_output if kind == "output" else with_input)
+        #: The modules whose value the model itself changes in place later on (Falcon adds the attention's
+        #: output into the MLP's). None: not known, so any may be.
+        self.changed_later: set[Module] | None = None if tap is None else set()
         self._blocks = blocks
         self._absent = absent
         self._unreached = unreached
@@ -99,7 +102,10 @@ class LayerAccessor:
     def __getitem__(self, layer: int | slice) -> Any:
         if isinstance(layer, slice):
             return self._read_many(range(len(self))[layer])
-        return self.get(self._reach(layer).value)
+        slot = self._reach(layer)
+        if self._may_change(slot.module):
+            self._part_from_model(slot)
+        return self.get(slot.value)
 
     def __setitem__(self, layer: int | slice, value: Any) -> None:
         if isinstance(layer, slice):
@@ -113,7 +119,7 @@ class LayerAccessor:
             return
         slot = self._reach(layer)
         check_fits(f"{self.name}[{layer}]", self.get(slot.value), value)
-        slot.value = self.put(slot.value, value)
+        slot.value = self.put(slot.value, value.clone() if self._may_change(slot.module) else value)
 
     def module(self, layer: int) -> Module:
         """The module of that layer. Raises LayerIndexError or NotInThisModelError if there is none."""
@@ -124,6 +130,18 @@ class LayerAccessor:
         if module is None:
             raise NotInThisModelError(f"{self.name}[{layer}]: this layer has none: {self._absent}.")
         return module
+
+    def _may_change(self, module: Module) -> bool:
+        return self.changed_later is None or module in self.changed_later
+
+    def _part_from_model(self, slot: Slot) -> None:
+        """Let the model go on with a copy, so that the tensor read stays what it was (or was edited to)."""
+        collectors = self._blocks.current(self.name).run.collectors
+        old = [collector for collector in collectors if isinstance(collector, _GoOnWithCopy)]
+        if not any(collector.slot is slot for collector in old):
+            for collector in old:
+                collectors.remove(collector)
+            collectors.append(_GoOnWithCopy(slot, lambda value: self.put(value, self.get(value).clone())))
 
     def _reach(self, layer: int, block: Block | None = None) -> Slot:
         module = self.module(layer)
@@ -143,7 +161,9 @@ class LayerAccessor:
                 here = block.here
                 if here is None or here.module is not self.modules[layer] or here.kind != self.kind:
                     self._reach(layer, block)  # raises
-        collected = _Collected({self.module(layer) for layer in layers}, self.kind, self.tap, block.step)
+        modules = {self.module(layer) for layer in layers}
+        copied = modules if self.changed_later is None else modules & self.changed_later
+        collected = _Collected(self, modules, copied, block.step)
         run.collectors.append(collected)
         run.watch()
         try:
@@ -153,39 +173,38 @@ class LayerAccessor:
         finally:
             run.collectors.remove(collected)
             run.watch()
-        return [
-            self.get(collected.value(module, f"{self.name}[{i}]"))
-            for i in layers
-            if (module := self.modules[i])
-        ]
+        return [collected.values[module] for layer in layers if (module := self.modules[layer])]
 
 
 class _Collected(Collector):
     """The values of a slice, taken while the forward pass runs through its layers."""
 
-    def __init__(self, modules: set[Module], kind: str, tap: Tap | None, step: int) -> None:
+    def __init__(self, accessor: LayerAccessor, modules: set[Module], copied: set[Module], step: int) -> None:
         self.modules = modules
-        self.kinds = {kind: tap}
-        self.values: dict[Module, Any] = {}
+        self.kinds = {accessor.kind: accessor.tap}
+        self.values: dict[Module, Tensor] = {}
+        self._get = accessor.get
+        self._copied = copied
         self._step = step
-        self._versions: dict[Module, list[tuple[Tensor, int]]] = {}
 
     def take(self, slot: Slot) -> None:
-        if slot.step != self._step or slot.call != 0:
-            return
-        self.values[slot.module] = slot.value
-        tensor = slot.value if isinstance(slot.value, Tensor) else None
-        if tensor is not None and not tensor.is_inference():
-            self._versions[slot.module] = [(tensor, tensor._version)]
+        if slot.step == self._step and slot.call == 0:
+            value = self._get(slot.value)
+            self.values[slot.module] = value.clone() if slot.module in self._copied else value
 
-    def value(self, module: Module, name: str) -> Any:
-        for tensor, version in self._versions.get(module, ()):
-            if tensor._version != version:
-                raise CacheError(
-                    f"{name} was changed in place by the model after it had passed: read the layers one by "
-                    "one, and clone each."
-                )
-        return self.values[module]
+
+class _GoOnWithCopy(Collector):
+    """Puts a copy in the place of one slot's value when the block is done with it."""
+
+    def __init__(self, slot: Slot, copy: Callable[[Any], Any]) -> None:
+        self.slot = slot
+        self.modules = {slot.module}
+        self.kinds = {slot.kind: None}
+        self._copy = copy
+
+    def take(self, slot: Slot) -> None:
+        if slot is self.slot:
+            slot.value = self._copy(slot.value)
 
 
 def check_fits(name: str, old: Any, new: Any) -> None:

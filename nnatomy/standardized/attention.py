@@ -84,7 +84,7 @@ class PatternMode(TorchFunctionMode):
 
     def _sdpa(
         self,
-        query: Float[Tensor, "*batch query dim"],
+        query: Float[Tensor, "*#batch query dim"],
         key: Float[Tensor, "*kv_batch key dim"],
         value: Float[Tensor, "*kv_batch key v_dim"],
         attn_mask: Tensor | None = None,
@@ -109,12 +109,12 @@ class PatternMode(TorchFunctionMode):
 
 
 def sdpa_pattern(
-    query: Float[Tensor, "*batch query dim"],
-    key: Float[Tensor, "*batch key dim"],
+    query: Float[Tensor, "*#batch query dim"],
+    key: Float[Tensor, "*#batch key dim"],
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
-) -> Float[Tensor, "*batch query key"]:
+) -> Float[Tensor, "*#batch query key"]:
     """softmax(query keyᵀ scale + mask), as `torch.nn.functional.scaled_dot_product_attention` defines it.
 
     A row whose every key is masked is zero there, and here.

@@ -35,8 +35,8 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         raise LoadError(
             f"The model {str(id_or_path)!r} could not be loaded: {_first_line(error)} Give the id of a "
-            "causal language model on the Hugging Face hub (and be online, or have it in the cache), a folder that "
-            "save_pretrained wrote, or a loaded model: StandardizedTransformer(model, tokenizer)."
+            "causal language model on the Hugging Face hub (and be online, or have it in the cache), a "
+            "folder that save_pretrained wrote, or a loaded model: StandardizedTransformer(model, tokenizer)."
         ) from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nnatomy.core import Collector, Slot
 from nnatomy.errors import ValidationError
@@ -109,9 +110,11 @@ class _Validation:
             for i, module in enumerate(accessor.modules):
                 if module is not None:
                     self._values(f"{name}[{i}]", accessor, seen.of(module, accessor.kind), shape)
+            accessor.changed_later = seen.changed_later(accessor.kind) & set(accessor.modules)
         for i, module in enumerate(patterns.modules):
             if module is not None:
                 self._pattern(f"{patterns.name}[{i}]", module, taps.of(module, patterns.kind))
+        patterns.changed_later = taps.changed_later(patterns.kind)
         seen.calls.update(taps.calls)
         return seen
 
@@ -231,9 +234,23 @@ class _Seen(Collector):
         self.modules = modules
         self.kinds = kinds
         self.calls: dict[tuple[Module, str], list[Any]] = {}
+        self._versions: list[tuple[Module, str, Tensor, int]] = []
 
     def take(self, slot: Slot) -> None:
-        self.calls.setdefault((slot.module, slot.kind), []).append(slot.value)
+        kept = tree_map_only(Tensor, Tensor.clone, slot.value)  # what it is now, whatever becomes of it
+        self.calls.setdefault((slot.module, slot.kind), []).append(kept)
+        for tensor in tree_leaves(slot.value):
+            if isinstance(tensor, Tensor):
+                version = -1 if tensor.is_inference() else tensor._version
+                self._versions.append((slot.module, slot.kind, tensor, version))
+
+    def changed_later(self, kind: str) -> set[Module]:
+        """The modules whose value at that point the model changed in place afterwards."""
+        return {
+            module
+            for module, at, tensor, version in self._versions
+            if at == kind and (tensor.is_inference() or tensor._version != version)
+        }
 
     def of(self, module: Module, kind: str) -> list[Any]:
         return self.calls.get((module, kind), [])
