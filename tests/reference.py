@@ -16,7 +16,9 @@ def first(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
-def hooked(model: nn.Module, call: Callable[[], Any], points: dict[Any, tuple[nn.Module, str]]) -> dict[Any, Tensor]:
+def hooked(
+    model: nn.Module, call: Callable[[], Any], points: dict[Any, tuple[nn.Module, str]]
+) -> dict[Any, Tensor]:
     """Run `call` and return the hidden states at each named (module, "input" or "output")."""
     seen: dict[Any, Tensor] = {}
     handles = []

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parametrize("model_type", TYPES)
 _loaded: dict[str, StandardizedTransformer] = {}
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(model_type: str) -> StandardizedTransformer:
     if model_type not in _loaded:
         _loaded[model_type] = StandardizedTransformer(shared(model_type))
@@ -46,7 +46,9 @@ def places(model_type: str, hf: nn.Module) -> dict[tuple[str, int], tuple[nn.Mod
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
-    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(
+        other.abs().max()
+    )
 
 
 def plain_logits(model: StandardizedTransformer, ids: Tensor) -> Tensor:
@@ -67,7 +69,9 @@ def test_loads_from_a_saved_folder_and_validates(model_type: str, tmp_path: Any)
     assert (model.num_layers, model.hidden_size) == (config.num_hidden_layers, 32)
     assert model._head.short == (model_type not in LONG_HEAD)
     ids = prompt_ids()
-    assert torch.equal(plain_logits(model, ids), plain_logits(StandardizedTransformer(shared(model_type)), ids))
+    assert torch.equal(
+        plain_logits(model, ids), plain_logits(StandardizedTransformer(shared(model_type)), ids)
+    )
 
 
 def test_reading_everything_is_what_hooks_see_and_leaves_the_logits_bit_identical(
@@ -92,7 +96,9 @@ def test_reading_everything_is_what_hooks_see_and_leaves_the_logits_bit_identica
 
 def test_slices_and_negative_indices_read_the_same(model: StandardizedTransformer, model_type: str) -> None:
     ids = prompt_ids()
-    expected = hooked(model.hf_model, lambda: model.hf_model(input_ids=ids), places(model_type, model.hf_model))
+    expected = hooked(
+        model.hf_model, lambda: model.hf_model(input_ids=ids), places(model_type, model.hf_model)
+    )
     for name in ACCESSORS:
         if (name, 0) not in expected:
             continue
@@ -101,11 +107,15 @@ def test_slices_and_negative_indices_read_the_same(model: StandardizedTransforme
             some = getattr(model, name)[1:]
         with torch.no_grad(), model.trace(ids):
             last = getattr(model, name)[-1]
-        assert all(torch.equal(value, expected[name, i]) for value, i in zip(some, layers[1:], strict=True)), name
+        assert all(
+            torch.equal(value, expected[name, i]) for value, i in zip(some, layers[1:], strict=True)
+        ), name
         assert torch.equal(last, expected[name, layers[-1]])
 
 
-def test_writing_is_what_a_hook_returning_the_same_does(model: StandardizedTransformer, model_type: str) -> None:
+def test_writing_is_what_a_hook_returning_the_same_does(
+    model: StandardizedTransformer, model_type: str
+) -> None:
     ids = prompt_ids()
     plain = plain_logits(model, ids)
     ramp = torch.linspace(-1, 1, model.hidden_size)
@@ -114,12 +124,16 @@ def test_writing_is_what_a_hook_returning_the_same_does(model: StandardizedTrans
             accessor = getattr(model, name)
             accessor[i] = accessor[i] * 0.5 + ramp
             logits = model.logits
-        expected = edited(lambda: model.hf_model(input_ids=ids), module, kind, lambda h: h * 0.5 + ramp).logits
+        expected = edited(
+            lambda: model.hf_model(input_ids=ids), module, kind, lambda h: h * 0.5 + ramp
+        ).logits
         assert torch.equal(logits, expected), (name, i)
         assert not torch.equal(logits, plain), (name, i)
 
 
-def test_a_standard_name_of_what_is_not_there_refuses(model: StandardizedTransformer, model_type: str) -> None:
+def test_a_standard_name_of_what_is_not_there_refuses(
+    model: StandardizedTransformer, model_type: str
+) -> None:
     if PLACES[model_type][2] is None:
         with model.trace(prompt_ids()), pytest.raises(NotInThisModelError, match="fc1"):
             model.mlps_output[0]
@@ -145,7 +159,9 @@ def test_attention_probabilities_are_the_models_own(model: StandardizedTransform
             assert close(pattern, own.view_as(pattern))
 
 
-def test_writing_a_pattern_does_what_that_pattern_means(model: StandardizedTransformer, model_type: str) -> None:
+def test_writing_a_pattern_does_what_that_pattern_means(
+    model: StandardizedTransformer, model_type: str
+) -> None:
     """The pattern as it was gives the logits as they were; halved, it halves what the heads bring."""
     ids = prompt_ids()
     plain = plain_logits(model, ids)
@@ -174,11 +190,17 @@ def test_the_head_is_exact(model: StandardizedTransformer, model_type: str) -> N
             assert close(mine, logits)
         assert close(model.project_on_vocab(last[0, -1]), logits[0, -1])
         if model_type in LONG_HEAD:  # else this test could not fail
-            naive = model._head.short_way(last) if model_type != "opt" else last @ torch.ones(32, logits.shape[-1])
+            naive = (
+                model._head.short_way(last)
+                if model_type != "opt"
+                else last @ torch.ones(32, logits.shape[-1])
+            )
             assert not close(naive, logits, 1e-2)
 
 
-def test_a_prompt_gives_the_same_alone_and_in_a_batch(model: StandardizedTransformer, model_type: str) -> None:
+def test_a_prompt_gives_the_same_alone_and_in_a_batch(
+    model: StandardizedTransformer, model_type: str
+) -> None:
     long, short = prompt_ids(1, 9, 1)[0].tolist(), prompt_ids(1, 4, 2)[0].tolist()
     with torch.no_grad(), model.trace([long, short]):
         last_layer = model.layers_output[-1]
@@ -191,7 +213,9 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(model: StandardizedTransfo
         assert close(last_layer[row, -len(prompt) :], alone_layer[0], 1e-4)
 
 
-def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTransformer, model_type: str) -> None:
+def test_skipping_a_layer_is_that_layer_giving_its_input(
+    model: StandardizedTransformer, model_type: str
+) -> None:
     ids = prompt_ids()
     layer = places(model_type, model.hf_model)["layers_input", 1][0]
     seen: dict[str, Tensor] = {}
@@ -220,7 +244,12 @@ def test_generation_with_an_edit_in_one_step(model: StandardizedTransformer, mod
     """Three tokens; the edit of step 1 against a hook that counts the calls."""
     ids = prompt_ids(2, 6)
     layer = places(model_type, model.hf_model)["layers_output", 1][0]
-    arguments: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    arguments: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     arguments |= {"output_logits": True, "return_dict_in_generate": True}
     count = 0
 

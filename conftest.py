@@ -6,4 +6,4 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 install_import_hook("nnatomy", "beartype.beartype")
-sys.path.insert(0, str(Path(__file__).parent))  # `architectures`, `reference`
+sys.path.insert(0, str(Path(__file__).parent / "tests"))  # `architectures`, `reference`

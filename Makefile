@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and a package index:
+#   make demo    environment, installation, the analyses on the two shipped models
+#   make test    environment, installation, lint, types, tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= auto
+
+.PHONY: demo test lint types tests clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m nnatomy.demo
+
+test: lint types tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+tests: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# torch first and alone: the newest build that some other package's range allows may be another one.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,334 @@
+"""Errors and corner cases of accessors, steering, the head, skipping, scanning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import VOCAB, build, prompt_ids, shared
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import (
+    AssignmentError,
+    InputError,
+    LayerIndexError,
+    NoSuchModuleError,
+    NotReachedError,
+    OutOfOrderError,
+    OutsideTraceError,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> StandardizedTransformer:
+    return StandardizedTransformer(shared("llama"))
+
+
+def test_outside_of_a_trace(model: StandardizedTransformer) -> None:
+    for read in (
+        lambda: model.layers_output[0],
+        lambda: model.attention_probabilities[0],
+        lambda: model.logits,
+        lambda: model.token_embeddings,
+        lambda: model.input_ids,
+        lambda: model.layers_output[:],
+        lambda: model.skip_layer(0),
+        lambda: model.steer(0, torch.zeros(32)),
+    ):
+        with pytest.raises(
+            OutsideTraceError, match=r"values exist only while the model runs.*with model.trace"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("layer", [3, -4, 100])
+def test_a_layer_out_of_range(model: StandardizedTransformer, layer: int) -> None:
+    with model.trace(prompt_ids()):
+        with pytest.raises(
+            LayerIndexError, match=rf"layers_output\[{layer}\]: the model has 3 layers, 0 to 2\."
+        ):
+            model.layers_output[layer]
+        with pytest.raises(IndexError, match="the model has 3 layers"):
+            model.steer(layer, torch.zeros(32))
+        with pytest.raises(IndexError, match="the model has 3 layers"):
+            model.skip_layer(layer)
+        assert model.layers_output[0].shape == (2, 9, 32)  # nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            torch.zeros(2, 9, 31),
+            r"is torch.float32 of shape \(2, 9, 32\) on cpu; what was assigned .*\(2, 9, 31\)",
+        ),
+        (torch.zeros(32), r"give it the shape \(2, 9, 32\) \(x.expand\(2, 9, 32\) broadcasts\)"),
+        (torch.zeros(2, 9, 32, dtype=torch.float16), r"convert it with x.to\('cpu', torch.float32\)"),
+        (torch.zeros(2, 9, 32, device="meta"), r"on meta: convert it with x.to\('cpu', torch.float32\)"),
+        (0.0, "layers_output\\[1\\] is a tensor; a float was assigned."),
+        (None, "a NoneType was assigned"),
+    ],
+)
+def test_a_value_that_does_not_fit(model: StandardizedTransformer, value: Any, text: str) -> None:
+    with torch.no_grad():
+        plain = model(prompt_ids()).logits
+        with model.trace(prompt_ids()):
+            with pytest.raises(AssignmentError, match=text):
+                model.layers_output[1] = value
+            assert torch.equal(model.logits, plain)  # nothing is lost
+
+
+def test_logits_and_embeddings_are_checked_too(model: StandardizedTransformer) -> None:
+    with model.trace(prompt_ids()):
+        with pytest.raises(AssignmentError, match="token_embeddings is"):
+            model.token_embeddings = torch.zeros(1)
+        with pytest.raises(AssignmentError, match="logits is"):
+            model.logits = torch.zeros(1)
+
+
+def test_out_of_order(model: StandardizedTransformer) -> None:
+    with model.trace(prompt_ids()):
+        _ = model.layers_output[1]
+        with pytest.raises(
+            OutOfOrderError, match=r"layers_output\[0\] was asked for at .*test_accessors.py:\d+"
+        ):
+            _ = model.layers_output[0]
+        with pytest.raises(OutOfOrderError, match=r"stands behind layers_output\[1\]"):
+            _ = model.attentions_input[1]
+        with pytest.raises(OutOfOrderError, match=r"attention_probabilities\[1\]"):
+            _ = model.attention_probabilities[1]
+        with pytest.raises(OutOfOrderError, match=r"layers_output\[0\]"):
+            _ = model.layers_output[:]
+        assert model.layers_output[2].shape == (2, 9, 32)
+
+
+def test_the_pattern_must_be_asked_for_before_the_attentions_output(model: StandardizedTransformer) -> None:
+    with model.trace(prompt_ids()):
+        _ = model.attentions_output[1]
+        with pytest.raises(OutOfOrderError, match="attention_probabilities"):
+            _ = model.attention_probabilities[1]
+
+
+def test_the_pattern_can_be_asked_for_inside_its_attention(model: StandardizedTransformer) -> None:
+    with torch.no_grad(), model.trace(prompt_ids()):
+        query = model.layers[1].self_attn.q_proj.output
+        inside = model.attention_probabilities[1]
+    with torch.no_grad(), model.trace(prompt_ids()):
+        pattern = model.attention_probabilities[1]
+    assert query.shape == (2, 9, 32)
+    assert torch.equal(inside, pattern)
+
+
+def test_a_kernel_that_holds_no_pattern_says_so() -> None:
+    hf = build("llama")
+    attention = hf.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(Exception, match=r"attention_probabilities\[1\]: fires 0 times"):
+        StandardizedTransformer(hf)
+    model = StandardizedTransformer(hf, validate=False)
+    with (
+        model.trace(prompt_ids()),
+        pytest.raises(NotReachedError, match=r"has run without computing one.*attn_implementation='sdpa'"),
+    ):
+        _ = model.attention_probabilities[1]
+
+
+def test_a_slice_may_stand_between_single_reads(model: StandardizedTransformer) -> None:
+    with torch.no_grad(), model.trace(prompt_ids()):
+        one = [model.layers_output[i].clone() for i in range(3)]
+    with torch.no_grad(), model.trace(prompt_ids()):
+        first = model.layers_output[0]
+        rest = model.layers_output[0:3]  # the forward pass stands at its first layer
+        logits = model.logits
+    assert torch.equal(first, one[0])
+    assert all(torch.equal(a, b) for a, b in zip(rest, one, strict=True))
+    assert logits.shape == (2, 9, VOCAB)
+    with model.trace(prompt_ids()):
+        assert model.layers_output[3:] == []
+        assert [h.shape for h in model.layers_output[::-2]] == [(2, 9, 32)] * 2
+
+
+def test_assigning_a_slice(model: StandardizedTransformer) -> None:
+    with torch.no_grad(), model.trace(prompt_ids()):
+        zeros = [torch.zeros(2, 9, 32)] * 2
+        model.attentions_output[1:] = zeros
+        one_by_one = model.layers_output[2]
+    with torch.no_grad(), model.trace(prompt_ids()):
+        model.attentions_output[1] = zeros[0]
+        model.attentions_output[2] = zeros[1]
+        assert torch.equal(model.layers_output[2], one_by_one)
+    with model.trace(prompt_ids()), pytest.raises(AssignmentError, match="is 2 layers; 1 were assigned"):
+        model.attentions_output[1:] = zeros[:1]
+
+
+def test_a_value_the_model_changes_in_place_stays_as_it_was_read() -> None:
+    """Falcon adds the attention's output into the MLP's output in place."""
+    hf = shared("falcon")
+    module = hf.transformer.h[1].mlp
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output.clone()) and None)
+    with torch.no_grad():
+        plain = hf(prompt_ids()).logits
+    handle.remove()
+    for validate in (True, False):
+        model = StandardizedTransformer(hf, validate=validate)
+        mine = torch.randn(2, 9, 32)
+        kept = mine.clone()
+        with torch.no_grad(), model.trace(prompt_ids()):
+            read = model.mlps_output[1]
+            logits = model.logits
+        with torch.no_grad(), model.trace(prompt_ids()):
+            many = model.mlps_output[:]
+        with torch.no_grad(), model.trace(prompt_ids()):
+            model.mlps_output[1] = mine
+            _ = model.logits
+        assert torch.equal(read, seen[0])
+        assert torch.equal(many[1], seen[0])
+        assert torch.equal(logits, plain)
+        assert torch.equal(mine, kept)
+
+
+def test_gradients_reach_what_was_read(model: StandardizedTransformer) -> None:
+    with model.trace(prompt_ids()):
+        hidden = model.layers_output[1]
+        hidden.retain_grad()
+        pattern = model.attention_probabilities[2]
+        pattern.retain_grad()
+        model.logits.sum().backward()
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().max()) > 0
+    assert pattern.grad is not None
+    assert float(pattern.grad.abs().max()) > 0
+    model.hf_model.zero_grad()
+
+
+def test_steer_adds_where_told(model: StandardizedTransformer) -> None:
+    vector = torch.linspace(-1, 1, 32)
+    ids = prompt_ids()
+    with torch.no_grad(), model.trace(ids):
+        clean = model.layers_output[0].clone()
+    cases: list[tuple[dict[str, Any], Any]] = [
+        ({}, (slice(None), slice(None))),
+        ({"token_positions": -1}, (slice(None), -1)),
+        ({"token_positions": [0, 2]}, (slice(None), [0, 2])),
+        ({"batch_index": 1}, (1,)),
+        ({"batch_index": [0, 1], "token_positions": [3, 4]}, ([0, 1], [3, 4])),
+        ({"token_positions": torch.tensor([1])}, (slice(None), [1])),
+    ]
+    for arguments, where in cases:
+        expected = clean.clone()
+        expected[where] += 2.0 * vector
+        with torch.no_grad(), model.trace(ids):
+            before = model.layers_output[0]
+            model.steer([1, 0], vector, factor=2.0, **arguments)  # in the order of the forward pass
+            after_next = model.layers_output[1]
+        with torch.no_grad(), model.trace(ids):
+            model.layers_output[0] = expected
+            unsteered = model.layers_output[1].clone()
+        unsteered[where] += 2.0 * vector
+        assert torch.equal(after_next, unsteered), arguments
+        assert torch.equal(before, clean)  # what was read before stays what it was
+
+
+def test_skip_layers(model: StandardizedTransformer) -> None:
+    ids = prompt_ids()
+    with torch.no_grad(), model.trace(ids):
+        model.skip_layers(0, 1)
+        assert torch.equal(model.layers_output[1], model.hf_model.model.embed_tokens(ids))
+    mine = torch.randn(2, 9, 32)
+    with torch.no_grad(), model.trace(ids):
+        model.skip_layers(1, -1, skip_with=mine)
+        assert torch.allclose(model.logits, model.project_on_vocab(mine))
+    with model.trace(ids), pytest.raises(LayerIndexError, match="no layers lie between"):
+        model.skip_layers(2, 1)
+
+
+def test_skipping_works_without_validation() -> None:
+    model = StandardizedTransformer(shared("bloom"), validate=False)
+    with torch.no_grad(), model.trace(prompt_ids()):
+        first = model.layers_output[0]
+        model.skip_layer(1)
+        assert torch.equal(model.layers_output[1], first)
+        assert model.logits.shape == (2, 9, VOCAB)
+
+
+def test_project_on_vocab_refuses_other_widths(model: StandardizedTransformer) -> None:
+    with pytest.raises(InputError, match=r"hidden states of width 32; got \(2, 31\)"):
+        model.project_on_vocab(torch.zeros(2, 31))
+
+
+def test_topk_closest_tokens() -> None:
+    model = StandardizedTransformer("demo:llama")
+    with torch.no_grad(), model.trace("The capital of France is"):
+        hidden = model.layers_output[-1][:, -1]
+        probs = model.next_token_probs
+    (top,) = model.get_topk_closest_tokens(hidden, k=3)
+    assert model.get_topk_closest_tokens(hidden[0], k=3) == top
+    best = probs[0].topk(3)
+    assert list(top) == model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
+    assert list(top.values()) == pytest.approx(best.values.tolist(), rel=1e-4)
+    with pytest.raises(InputError, match="or \\(rows, hidden\\)"):
+        model.get_topk_closest_tokens(hidden[None])
+
+
+def test_scan_knows_shapes_without_computing_and_without_weights() -> None:
+    import copy
+
+    for model_type in ("llama", "gpt2", "gemma2"):
+        hf = build(model_type)
+        before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+        for scanned in (hf, copy.deepcopy(hf).to("meta")):
+            model = StandardizedTransformer(scanned, validate=scanned is hf)
+            with model.scan([[3, 4, 5], [6]]):
+                assert model.layers_output[1].shape == (2, 3, 32)
+                assert model.attention_probabilities[2].shape == (2, 4, 3, 3)
+                model.layers_output[2] = model.layers_output[2] * 2
+                assert model.logits.shape == (2, 3, VOCAB)
+        assert all(type(tensor) is torch.Tensor for tensor in hf.state_dict().values())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())
+
+
+def test_views_and_names(model: StandardizedTransformer) -> None:
+    with torch.no_grad(), model.trace(prompt_ids()):
+        assert model.model.layers[0].self_attn.output[0] is model.attentions_output[0]
+        assert model.layers[0].mlp.down_proj.output is model.mlps_output[0]
+        assert model.layers[0].output is model.layers_output[0]
+    assert len(model.layers) == len(model.attentions) == len(model.mlps) == 3
+    assert model.attentions[1].module is model.hf_model.model.layers[1].self_attn
+    assert [view.module for view in model.mlps[:2]] == [
+        layer.mlp for layer in model.hf_model.model.layers[:2]
+    ]
+    assert model.lm_head(torch.zeros(1, 32)).shape == (1, VOCAB)
+    with pytest.raises(NoSuchModuleError, match=r"no submodule 'layer'.*Did you mean"):
+        _ = model.model.layer
+    assert "LlamaForCausalLM, 3 layers, hidden 32, 4 heads" in repr(model)
+
+
+def test_dimensions() -> None:
+    expected = {
+        "gpt2": (4, 4, 8),
+        "gpt_bigcode": (4, 1, 8),
+        "falcon": (4, 1, 8),
+        "llama": (4, 2, 8),
+        "gemma2": (4, 2, 16),
+        "deepseek_v3": (4, 4, 12),
+    }
+    for model_type, (heads, kv_heads, head_dim) in expected.items():
+        model = StandardizedTransformer(shared(model_type), validate=False)
+        assert (model.num_heads, model.num_kv_heads, model.head_dim) == (heads, kv_heads, head_dim), (
+            model_type
+        )
+        assert (model.hidden_size, model.vocab_size) == (32, VOCAB)
+
+
+def test_generation_reads_each_step_and_needs_no_block() -> None:
+    model = StandardizedTransformer("demo:gpt2")
+    tokens = model.generate("The capital of France is", max_new_tokens=3, do_sample=False).run()
+    picked = []
+    with model.generate("The capital of France is", max_new_tokens=3, do_sample=False) as tracer:
+        for _ in tracer.iter[:]:
+            picked.append(int(model.logits[0, -1].argmax()))
+        result = tracer.result
+    assert torch.equal(result, tokens)
+    assert result[0, -3:].tolist() == picked

@@ -1,0 +1,145 @@
+"""Prompts of every kind, padding, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import VOCAB, build, shared
+from torch import Tensor
+from transformers import AutoTokenizer, BatchEncoding
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import InputError
+from nnatomy.standardized.inputs import pad_token_id
+
+
+@pytest.fixture(scope="module")
+def demo() -> StandardizedTransformer:
+    return StandardizedTransformer("demo:gpt2")
+
+
+@pytest.fixture(scope="module")
+def no_tokenizer() -> StandardizedTransformer:
+    return StandardizedTransformer(shared("llama"))
+
+
+PROMPT = "The capital of France is"
+
+
+def test_every_kind_of_prompt_gives_the_same_ids(demo: StandardizedTransformer) -> None:
+    ids = demo.tokenizer(PROMPT)["input_ids"]
+    expected = torch.tensor([ids])
+    encoding = demo.tokenizer(PROMPT, return_tensors="pt")
+    assert isinstance(encoding, BatchEncoding)
+    kinds: list[Any] = [PROMPT, [PROMPT], ids, [ids], torch.tensor(ids), expected, [torch.tensor(ids)]]
+    kinds += [encoding, dict(encoding), {"input_ids": ids}]
+    for prompt in kinds:
+        prepared = demo.prepare(prompt)
+        assert torch.equal(prepared["input_ids"], expected), prompt
+        assert torch.equal(torch.as_tensor(prepared["attention_mask"]), torch.ones_like(expected))
+        assert "position_ids" not in prepared
+    assert torch.equal(demo.prepare(input_ids=expected)["input_ids"], expected)
+
+
+def test_a_batch_is_padded_left_with_positions_from_the_mask(demo: StandardizedTransformer) -> None:
+    prepared = demo.prepare([[5, 6, 7], [8]])
+    pad = demo.tokenizer.pad_token_id
+    assert prepared["input_ids"].tolist() == [[5, 6, 7], [pad, pad, 8]]
+    assert prepared["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert prepared["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_positions_of_the_users_own_are_kept(demo: StandardizedTransformer) -> None:
+    positions = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    assert torch.equal(demo.prepare([[5, 6, 7], [8]], position_ids=positions)["position_ids"], positions)
+
+
+def test_the_users_own_mask_gives_positions_on_either_side(demo: StandardizedTransformer) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    assert demo.prepare(ids, attention_mask=mask)["position_ids"].tolist() == [[0, 1, 2], [0, 1, 1]]
+
+
+def test_a_chat_goes_through_the_template() -> None:
+    model = StandardizedTransformer("demo:gpt2")
+    chat = [{"role": "user", "content": PROMPT}]
+    with pytest.raises(InputError, match="no chat template"):
+        model.prepare(chat)
+    model.tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
+    expected = model.tokenizer(f"Q: {PROMPT} A:")["input_ids"]
+    assert model.prepare(chat)["input_ids"].tolist() == [expected]
+    assert model.prepare([chat, chat])["input_ids"].tolist() == [expected, expected]
+
+
+def test_embeddings_in_place_of_ids(no_tokenizer: StandardizedTransformer) -> None:
+    embeddings = torch.randn(1, 4, 32)
+    with torch.no_grad(), no_tokenizer.trace(inputs_embeds=embeddings):
+        assert torch.equal(no_tokenizer.layers_input[0], embeddings)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("", "Prompt 0 is empty: '' has no tokens."),
+        (["ok", ""], "Prompt 1 is empty: '' has no tokens."),
+        ([], r"The prompt is empty: \[\]."),
+        ([[]], r"The prompt is empty: \[\[\]\]."),
+        (torch.empty(0, dtype=torch.long), r"The prompt is empty: token ids of shape \(0,\)."),
+        (None, "There is no prompt: give a string, token ids, or a dict with input_ids."),
+        ({"attention_mask": torch.ones(1, 2)}, "There is no prompt"),
+        (torch.ones(1, 2), r"Token ids are integers .* got torch.float32 of \(1, 2\)"),
+        (torch.ones(1, 2, 3, dtype=torch.long), r"got torch.int64 of \(1, 2, 3\)"),
+        ([[1, 10**6]], r"Token id 1000000 is outside of the model's vocabulary of \d+ \(0 to \d+\)"),
+        ([1, -1], "Token id -1 is outside of the model's vocabulary"),
+        (3.5, "float is no prompt: give a string, a chat"),
+        ([True, False], "list is no prompt"),
+        ([[1, 2], "x", 3.5], "list is no prompt"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(demo: StandardizedTransformer, prompt: Any, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        demo.trace(prompt)
+    with pytest.raises(InputError, match=text):
+        demo.generate(prompt)
+
+
+def test_text_without_a_tokenizer_is_refused(no_tokenizer: StandardizedTransformer) -> None:
+    with pytest.raises(InputError, match="The prompt is text, but there is no tokenizer: pass one"):
+        no_tokenizer.trace("hello")
+    with pytest.raises(InputError, match="only with a tokenizer"):
+        no_tokenizer.get_topk_closest_tokens(torch.zeros(32))
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Any) -> None:
+    shared("llama").save_pretrained(tmp_path)
+    model = StandardizedTransformer(tmp_path)
+    with model.trace([3, 4, 5]):
+        assert model.logits.shape == (1, 3, VOCAB)
+    with pytest.raises(InputError, match=r"none could be loaded from .* Pass one: .*tokenizer=\.\.\."):
+        model.trace("hello")
+
+
+def test_the_users_tokenizer_is_left_as_it_was() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(StandardizedTransformer("demo:gpt2").hf_model.name_or_path)
+    tokenizer.pad_token = None
+    tokenizer.padding_side = "right"
+    model = StandardizedTransformer(StandardizedTransformer("demo:gpt2").hf_model, tokenizer)
+    prepared = model.prepare(["The capital of France is", "The capital"])
+    assert prepared["attention_mask"][1, 0] == 0
+    assert tokenizer.pad_token is None
+    assert tokenizer.padding_side == "right"
+
+
+def test_the_pad_token_is_in_the_vocabulary() -> None:
+    assert pad_token_id(None, build("bloom", pad_token_id=None, eos_token_id=10**6).config) == 0
+    assert pad_token_id(None, build("llama", pad_token_id=None).config) == 2
+
+
+def test_input_ids_and_mask_can_be_read_at_any_time(demo: StandardizedTransformer) -> None:
+    with demo.trace([[5, 6, 7], [8]]):
+        late: Tensor = demo.layers_output[2]
+        assert demo.input_ids.shape == late.shape[:2]
+        assert demo.input_size == (2, 3)
+        assert demo.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -1,0 +1,82 @@
+"""Loading: what passes through, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import VOCAB, shared
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import InputError, LoadError
+
+
+def test_arguments_go_to_from_pretrained(tmp_path: Path) -> None:
+    shared("llama").save_pretrained(tmp_path)
+    model = StandardizedTransformer(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager", device_map="cpu", trust_remote_code=False
+    )
+    assert model.hf_model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    assert model.device == torch.device("cpu")
+    with model.trace([3, 4]):
+        assert model.layers_output[0].dtype == torch.bfloat16
+
+
+def test_a_loaded_model_stays_the_users_own() -> None:
+    hf = shared("gpt2")
+    before = dict(hf.__dict__)
+    model = StandardizedTransformer(hf)
+    assert model.hf_model is hf
+    assert hf.__dict__.keys() == before.keys()
+    with pytest.raises(
+        InputError, match="dtype: arguments of from_pretrained, but the model is already loaded"
+    ):
+        StandardizedTransformer(hf, dtype=torch.float16)
+
+
+def test_training_mode_is_left_as_it_was(tmp_path: Path) -> None:
+    shared("gpt2").save_pretrained(tmp_path)
+    hf = type(shared("gpt2")).from_pretrained(tmp_path)
+    hf.train()
+    hf.transformer.h[1].eval()
+    modes = {name: module.training for name, module in hf.named_modules()}
+    StandardizedTransformer(hf)  # dropout would break the promises
+    assert {name: module.training for name, module in hf.named_modules()} == modes
+
+
+def test_an_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        LoadError, match=r"The model 'no-such/model' could not be loaded: .*Give the id of a causal"
+    ):
+        StandardizedTransformer("no-such/model", local_files_only=True)
+
+
+def test_a_folder_with_no_model(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="could not be loaded"):
+        StandardizedTransformer(tmp_path)
+
+
+def test_a_demo_that_is_not_there() -> None:
+    with pytest.raises(LoadError, match="no demo model 'demo:bert': there are demo:gpt2, demo:llama"):
+        StandardizedTransformer("demo:bert")
+
+
+def test_the_demos_load_in_float32_with_their_tokenizer() -> None:
+    for name in ("demo:gpt2", "demo:llama"):
+        model = StandardizedTransformer(name)
+        assert model.hf_model.dtype == torch.float32
+        assert model.tokenizer.decode(model.prepare("The capital")["input_ids"][0]) == "The capital"
+
+
+def test_call_is_the_model_on_prompts() -> None:
+    model = StandardizedTransformer(shared("llama"))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        output: Any = model(ids, output_hidden_states=True)
+        assert torch.equal(output.logits, model.hf_model(ids).logits)
+    assert len(output.hidden_states) == 4
+    assert output.logits.shape[-1] == VOCAB

@@ -1,0 +1,158 @@
+"""The validator finds what is wrong: each promise, broken on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from architectures import TYPES, build, shared
+from torch import nn
+from transformers import AttentionInterface
+
+from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs import FAMILIES, ArchConfig
+from nnatomy.errors import ValidationError
+
+
+def config_of(model_type: str, **changes: Any) -> ArchConfig:
+    name = type(shared(model_type)).__name__
+    return dataclasses.replace(next(f for f in FAMILIES if name in f.classes), **changes)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "text"),
+    [
+        ("llama", {"self_attn": "mlp"}, r"attention_probabilities\[0\]: fires 0 times"),
+        ("llama", {"mlp": "self_attn.o_proj.nope"}, None),
+        ("llama", {"self_attn": "self_attn.q_proj"}, r"attention_probabilities\[2\]: fires 0 times"),
+        (
+            "gemma2",
+            {"self_attn": "self_attn.q_proj"},
+            r"attentions_output\[0\]: is \(1, 6, 64\), not \(1, 6, 32\)",
+        ),
+        ("gpt2", {"mlp": "mlp.c_fc"}, r"mlps_output\[0\]: is \(1, 6, 48\), not \(1, 6, 32\)"),
+        ("opt", {"mlp": "fc1"}, r"mlps_input\[1\]: is \(6, 32\), not \(1, 6, 32\)"),
+        ("bloom", {"lm_head": "transformer.h.0.mlp.dense_4h_to_h"}, None),
+    ],
+)
+def test_a_name_for_the_wrong_module_is_found(model_type: str, changes: Any, text: str | None) -> None:
+    if text is None:
+        if "lm_head" in changes:  # the head still holds by the model's own way: nothing is wrong to find
+            model = StandardizedTransformer(shared(model_type), arch_config=config_of(model_type, **changes))
+            assert not model._head.short
+            return
+        with pytest.raises(Exception, match="has no"):
+            StandardizedTransformer(shared(model_type), arch_config=config_of(model_type, **changes))
+        return
+    with pytest.raises(ValidationError, match=text):
+        StandardizedTransformer(shared(model_type), arch_config=config_of(model_type, **changes))
+
+
+def test_a_final_norm_that_is_not_final_gives_no_short_way() -> None:
+    model = StandardizedTransformer(
+        shared("llama"), arch_config=config_of("llama", ln_final="model.layers.0.input_layernorm")
+    )
+    assert not model._head.short
+
+
+def test_all_failures_come_at_once_with_their_numbers() -> None:
+    hf = build("llama")
+
+    class Doubling(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.inner(*args, **kwargs)
+            return self.inner(*args, **kwargs)
+
+    for layer in hf.model.layers[:2]:
+        layer.wrapped = Doubling(layer.mlp)
+        layer.mlp = layer.wrapped
+    config = config_of("llama", mlp="mlp.inner")
+    for layer in hf.model.layers[2:]:
+        layer.mlp = Doubling(layer.mlp)
+    with pytest.raises(ValidationError) as error:
+        StandardizedTransformer(hf, arch_config=config)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "6 promise(s) of the standard names failed on LlamaForCausalLM:"
+    assert [line.strip(" -") for line in lines[1:7]] == [
+        f"mlps_{kind}[{i}]: fires 2 times in a forward pass, not once"
+        for kind in ("input", "output")
+        for i in range(3)
+    ]
+    assert lines[7].startswith("Give another ArchConfig")
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_dead_sublayer_is_found(model_type: str) -> None:
+    """A layer whose output does not depend on what a name reads: writing there shows nothing."""
+    hf = build(model_type)
+    layers = hf.get_submodule(config_of(model_type).layers)
+    layer = layers[1]
+    forward = layer.forward
+    frozen: list[Any] = []
+
+    def constant(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        frozen.append(output)
+        return frozen[0]
+
+    layer.forward = constant
+    with pytest.raises(ValidationError, match=r"attentions_output\[1\]: writing it changes no layer output"):
+        StandardizedTransformer(hf)
+
+
+def test_values_that_are_not_finite_are_found() -> None:
+    hf = build("llama")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValidationError, match=r"mlps_output\[1\]: has values that are not finite"):
+        StandardizedTransformer(hf)
+
+
+@pytest.mark.parametrize(
+    ("factor", "causal", "text"),
+    [
+        (1.2, True, "has rows that sum to more than 1, up to 1.2"),
+        (0.8, True, "has rows that sum to less than 1, down to 0.8, and no attention sink"),
+        (-1.0, True, "has entries below 0, down to -1"),
+        (1.0, False, "attends to later positions, with up to 0"),
+    ],
+)
+def test_a_pattern_that_is_no_causal_distribution_is_found(factor: float, causal: bool, text: str) -> None:
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        scores = q @ k.mT * scaling
+        if causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -1e9)
+        pattern = scores.softmax(-1) * factor
+        return (pattern @ v).transpose(1, 2), pattern
+
+    AttentionInterface.register("of_the_test", attention)
+    try:
+        hf = build("qwen3", num_key_value_heads=4, attn_implementation="of_the_test")
+        with pytest.raises(ValidationError, match=rf"attention_probabilities\[0\]: {text}"):
+            StandardizedTransformer(hf)
+    finally:
+        AttentionInterface._global_mapping.pop("of_the_test")
+
+
+def test_a_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnatomy.standardized.head import Head
+
+    long_way = Head.long_way
+    monkeypatch.setattr(Head, "long_way", lambda self, hidden: 1.01 * long_way(self, hidden))
+    with pytest.raises(
+        ValidationError, match=r"project_on_vocab\(layers_output\[-1\]\): is not the logits, off by 1.0e-02"
+    ):
+        StandardizedTransformer(shared("granite"))
+
+
+def test_without_validation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = build("llama")
+    monkeypatch.setattr(hf, "forward", None)
+    with pytest.raises(TypeError):
+        StandardizedTransformer(hf)
