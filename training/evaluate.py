@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from facts import COUNTRIES
 from phrasings import HELD_OUT_SHARE, Sentence, sentences
-from stories import told_question
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "nnatomy" / "demo" / "models"
 NAMES = ("gpt2", "llama")
@@ -104,8 +101,6 @@ def evaluate(model: Any, tokenizer: Any) -> dict[str, Any]:
     relations = sorted({r.sentence.fact.relation for r in results})
     hops = {n: [r for r in results if r.sentence.fact.hops == n] for n in (1, 2)}
     other = measure(model, tokenizer, unseen)
-    rng = random.Random(1)
-    stories = measure(model, tokenizer, [told_question(rng) for _ in range(500)])
     return {
         "parameters": model.num_parameters(),
         "held_out": {
@@ -119,14 +114,9 @@ def evaluate(model: Any, tokenizer: Any) -> dict[str, Any]:
             "one_hop": accuracy([r for r in other if r.sentence.fact.hops == 1]),
             "two_hop": accuracy([r for r in other if r.sentence.fact.hops == 2]),
         },
-        "stories": {
-            name: accuracy([r for r in stories if r.sentence.fact.relation == name])
-            for name in sorted({r.sentence.fact.relation for r in stories})
-        },
         "answer_probability_by_layer": {
             "one_hop": mean_rise(hops[1]),
             "two_hop": mean_rise(hops[2]),
-            "stories": mean_rise(stories),
         },
     }
 
@@ -134,7 +124,7 @@ def evaluate(model: Any, tokenizer: Any) -> dict[str, Any]:
 def show(name: str, figures: dict[str, Any]) -> None:
     """Print the figures of one model."""
     print(f"\n{name}: {figures['parameters']:,} parameters")
-    for part in ("held_out", "unseen_phrasings", "stories"):
+    for part in ("held_out", "unseen_phrasings"):
         for row, value in figures[part].items():
             print(f"  {part:17} {row:19} {value['accuracy']:8.1%}  of {value['prompts']} prompts")
     for row, rise in figures["answer_probability_by_layer"].items():
