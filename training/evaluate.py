@@ -48,7 +48,7 @@ def residual_stream(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
     blocks, _ = blocks_and_norm(model)
     kept: list[torch.Tensor] = []
     handles = [blocks[0].register_forward_pre_hook(lambda _, args: kept.append(args[0]))]
-    handles += [block.register_forward_hook(lambda _, args, output: kept.append(output)) for block in blocks]
+    handles += [block.register_forward_hook(lambda _, __, output: kept.append(output)) for block in blocks]
     try:
         logits = model(input_ids=ids, use_cache=False).logits
     finally:

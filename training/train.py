@@ -120,7 +120,7 @@ class Batches:
         if (prompt, answer) not in self.cache:
             parts = [self.tokenizer.encode(part) for part in (prompt, answer, ".")]
             mask = [index == 1 for index, part in enumerate(parts) for _ in part]
-            self.cache[prompt, answer] = sum(parts, []), mask
+            self.cache[prompt, answer] = [token for part in parts for token in part], mask
         return self.cache[prompt, answer]
 
     def document(self, length: int) -> tuple[list[int], list[bool]]:
@@ -161,7 +161,7 @@ class Turning:
         self.turns: list[torch.Tensor] = []
         self.handles = [block.register_forward_hook(self._hook) for block in blocks]
 
-    def _hook(self, block: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def _hook(self, _block: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         self.turns.append(1 - torch.cosine_similarity(args[0], output, dim=-1).mean())
 
     def pop(self) -> torch.Tensor:

@@ -142,8 +142,8 @@ class Block(Waiter):
             return NotReachedError(f"{want} was asked for, but the module has run without computing one.")
         end = f"step {want.step}" if not self.run.ended or self.run.step > want.step else "the forward pass"
         return NotReachedError(
-            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these inputs "
-            "the model does not call that module (or not that often, or not that many steps)."
+            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these "
+            "inputs the model does not call that module (or not that often, or not that many steps)."
         )
 
 

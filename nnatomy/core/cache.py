@@ -91,14 +91,13 @@ class Cache(Collector):
         if path not in self._calls:
             if path in self._paths.values():
                 raise CacheError(f"{path!r} was not called while the cache was open.")
-            raise CacheError(
-                f"{path!r} is not in the cache. It holds: {', '.join(list(self._calls)[:20]) or 'nothing yet'}."
-            )
+            held = ", ".join(list(self._calls)[:20]) or "nothing yet"
+            raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
         for tensor, version in self._versions.get(path, ()):
             if tensor._version != version:
                 raise CacheError(
-                    f"A value of {path!r} was changed in place after it had been collected (by the model, or by "
-                    "you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
+                    f"A value of {path!r} was changed in place after it had been collected (by the model, or "
+                    "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
                 )
         return CachedCalls(path, list(self._calls[path].values()))
 
@@ -117,7 +116,8 @@ class Cache(Collector):
         return self._calls.keys()
 
     def __repr__(self) -> str:
-        return f"<Cache of {len(self._calls)} modules: {', '.join(list(self._calls)[:8])}{', ...' if len(self) > 8 else ''}>"
+        names = ", ".join(list(self._calls)[:8])
+        return f"<Cache of {len(self)} modules: {names}{', ...' if len(self) > 8 else ''}>"
 
 
 class CachedCalls(list[CachedCall]):
@@ -140,7 +140,7 @@ class CachedCalls(list[CachedCall]):
     def _only(self) -> CachedCall:
         if len(self) != 1:
             raise CacheError(
-                f"{self._path!r} was called {len(self)} times: say which with cache[{self._path!r}][k].output "
-                "(each has .step and .call)."
+                f"{self._path!r} was called {len(self)} times: say which with "
+                f"cache[{self._path!r}][k].output (each has .step and .call)."
             )
         return self[0]

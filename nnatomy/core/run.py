@@ -131,7 +131,8 @@ class Run:
         runs[self._ident] = self
         call, state = self._call, self._state
         self._call = self._state = None
-        assert call is not None and state is not None
+        assert call is not None
+        assert state is not None
         try:
             self._in_model = True
             try:
@@ -142,7 +143,7 @@ class Run:
                     self._in_model = False
         except Cancelled:
             pass
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again where the block waits
             if not (self.cancelled and _comes_of_cancelling(error)):
                 self.error = error
                 self.traceback = _without_our_frames(error.__traceback__)
@@ -177,7 +178,7 @@ class Run:
         while stack and stack.pop() is not in_flight:
             pass
         while self._modes and self._modes[-1][0] is in_flight:
-            self._modes.pop()[2].__exit__(None, None, None)
+            self._modes.pop()[2].__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def arrive(self, module: Module, kind: str, call: int, value: Any) -> Slot:
         """The forward pass is at a point of a watched module: let everybody look at it who waits for it."""
@@ -251,7 +252,7 @@ class Run:
                 ):
                     mode = tap(module, self._visitor(in_flight, kind))
                     self._modes.append((in_flight, kind, mode))
-                    mode.__enter__()
+                    mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _visitor(self, in_flight: tuple[Module, int], kind: str) -> Callable[[Any], Slot]:
         def visit(value: Any) -> Slot:

@@ -81,8 +81,7 @@ class Trace:
     def run(self) -> Any:
         """Run the call with no block, and return its result."""
         with self:
-            result = self.result
-        return result
+            return self.result
 
     @property
     def result(self) -> Any:
@@ -193,7 +192,7 @@ def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
     start, stop, stride = which.start or 0, which.stop, which.step or 1
     if start < 0 or stride < 1 or (stop is not None and stop < 0):
         raise UsageError(
-            f"tracer.iter[{which.start}:{which.stop}:{which.step}]: how many steps there will be is not known "
-            "beforehand, so steps count from 0 upwards."
+            f"tracer.iter[{which.start}:{which.stop}:{which.step}]: how many steps there will be is not "
+            "known beforehand, so steps count from 0 upwards."
         )
     return range(start, 2**62 if stop is None else stop, stride)

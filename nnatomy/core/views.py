@@ -180,7 +180,7 @@ class Calls:
     def __getitem__(self, call: int) -> ModuleView:
         if call < 0:
             raise IndexError(
-                f"{self._view.path}.calls[{call}]: how often a module is called is not known beforehand, so calls "
-                "count from the first, 0."
+                f"{self._view.path}.calls[{call}]: how often a module is called is not known beforehand, so "
+                "calls count from the first, 0."
             )
         return ModuleView(self._view._blocks, self._view.module, self._view.path, call)

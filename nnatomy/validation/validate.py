@@ -2,7 +2,7 @@
 
 Four forward passes of a few tokens:
 
-1. plain: the logits that every other pass is held against.
+1. plain: the logits that every other pass is held against (once more, if the next pass differs).
 2. reading: every name on every layer fires once and has its shape and finite values, attention rows
    are distributions and causal, and the logits are the plain ones, bit for bit.
 3. and 4. writing: in each layer the pattern, the attention's output (3) or the MLP's output (4) is
@@ -69,7 +69,7 @@ class _Validation:
         ]
 
     def run(self) -> list[str]:
-        self.plain = self.model.hf_model(**self.inputs).logits
+        self.plain = self._plain()
         seen = self._read()
         if not self.failures:  # what does not read right cannot be written back
             self._write("attention", seen)
@@ -77,6 +77,10 @@ class _Validation:
                 self._write("mlp", seen)
             self._head(seen)
         return self.failures
+
+    def _plain(self) -> Tensor:
+        logits: Tensor = self.model.hf_model(**self.inputs).logits
+        return logits
 
     def expect(self, holds: bool, what: str) -> None:
         if not holds:
@@ -100,6 +104,10 @@ class _Validation:
         seen = _Seen(modules | {model.ln_final.module, model.lm_head.module}, {"input": None, "output": None})
         taps = _Seen({m for m in patterns.modules if m is not None}, {patterns.kind: patterns.tap})
         logits = self._run([seen, taps])
+        if not torch.equal(logits, self.plain):
+            # Not always ours: the first tanh of a process can come out less exact in one thread's share
+            # (torch 2.13 on a CPU, one process in ten), so that the first plain pass is the odd one.
+            self.plain = self._plain()
         self.expect(
             torch.equal(logits, self.plain),
             f"logits: reading changes them, by {_distance(logits, self.plain):.1e} (relative)",

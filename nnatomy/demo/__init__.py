@@ -1,0 +1,1 @@
+"""The main job on two small trained models: `python -m nnatomy.demo`."""
