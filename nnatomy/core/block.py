@@ -14,6 +14,8 @@ from nnatomy.core.points import Slot, Tap, Waiter, Want
 from nnatomy.core.run import Run
 from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError, UsageError
 
+POLL_SECONDS = 0.2
+
 
 class Block(Waiter):
     """The `with` body of one trace.
@@ -68,17 +70,13 @@ class Block(Waiter):
         ):
             return here
         want = Want(module, kind, call, step, tap, name)
-        if run.started:
+        if run.started or run.ended:
             if run.error is not None:
                 raise run.error.with_traceback(run.traceback)
             if run.has_passed(module, kind, call, step):
                 raise self._out_of_order(want)
             if not has_gate(module):
-                raise NotReachedError(
-                    f"{name} cannot be reached: the module is not among those of the traced model, or it is "
-                    "compiled (torch.compile), so that Python does not see its calls. Trace the model it "
-                    "belongs to, without compiling it."
-                )
+                raise self._unseen(want)
         self._wait(want)
         if self.here is None:
             if run.error is not None:
@@ -111,7 +109,9 @@ class Block(Waiter):
         run.watch()
         run.resume()
         try:
-            self._wake.acquire()
+            # Not for ever: `_thread.interrupt_main` sets a flag, and wakes nobody.
+            while not self._wake.acquire(timeout=POLL_SECONDS):
+                pass
         except BaseException:  # Ctrl-C
             run.cancel()
             raise
@@ -137,7 +137,16 @@ class Block(Waiter):
             f"this line above {line}.{steps}"
         )
 
+    def _unseen(self, want: Want) -> UsageError:
+        return NotReachedError(
+            f"{want} cannot be reached: the module is not among those of the traced model, or it is compiled "
+            "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without "
+            "compiling it."
+        )
+
     def _not_reached(self, want: Want) -> UsageError:
+        if not any(module is want.module for module in self.run.gated):
+            return self._unseen(want)
         if want.kind not in ("input", "output") and self.run.entered.get(want.module):
             return NotReachedError(f"{want} was asked for, but the module has run without computing one.")
         end = f"step {want.step}" if not self.run.ended or self.run.step > want.step else "the forward pass"

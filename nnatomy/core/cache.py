@@ -67,11 +67,10 @@ class Cache(Collector):
         calls = self._calls.setdefault(path, {})
         key = (slot.step, slot.call)
         value = slot.value
-        if slot.kind == "output" or not slot.skipped:
-            if isinstance(value, Tensor):
-                value = self._keep(path, value)
-            else:
-                value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(path, tensor), value)
+        if isinstance(value, Tensor):
+            value = self._keep(path, value)
+        else:
+            value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(path, tensor), value)
         entry = calls.get(key) or CachedCall(*key)
         calls[key] = entry._replace(**{"inputs" if slot.kind == "input" else "output": value})
 

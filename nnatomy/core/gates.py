@@ -19,7 +19,7 @@ run no Python below themselves, so they get no gates there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from threading import Lock, get_ident
 from types import MethodType
 from typing import Any
@@ -31,8 +31,6 @@ from torch.nn import Module
 runs: dict[int, Any] = {}
 
 _GATE = "_call_impl"
-#: What a module does without a gate.
-module_call: Callable[..., Any] = Module._call_impl
 _gated: list[list[Module]] = []
 _lock = Lock()
 
@@ -40,28 +38,30 @@ _lock = Lock()
 def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     run = runs.get(get_ident())
     if run is None:
-        return module_call(self, *args, **kwargs)
+        return type(self)._call_impl(self, *args, **kwargs)
     entered = run.entered
     call = entered.get(self, 0)
     entered[self] = call + 1
-    in_flight = (self, call)
-    run.stack.append(in_flight)
+    stack = run.stack
+    stack.append((self, call))
     try:
-        if run.cancelled or self in run.watched:
+        if self in run.watched or run.cancelled:
             output = run.enter(self, call, args, kwargs)
         else:
-            output = module_call(self, *args, **kwargs)
+            output = type(self)._call_impl(self, *args, **kwargs)
     finally:
-        run.leave(in_flight)
+        if run.modes:
+            run.leave_taps()
+        stack.pop()
     if self in run.watched:
         output = run.arrive(self, "output", call, output).value
-    if self is run.root:
+    if self is run.root and not stack:
         run.end_step()
     return output
 
 
-def put_gates(root: Module) -> list[Module]:
-    """Put a gate on `root` and its submodules; returns these modules, for `remove_gates`."""
+def modules_seen(root: Module) -> list[Module]:
+    """`root` and those of its submodules whose calls Python sees."""
     modules = [root]
     seen = {root}
     for module in modules:
@@ -70,31 +70,31 @@ def put_gates(root: Module) -> list[Module]:
                 if child is not None and child not in seen:
                     seen.add(child)
                     modules.append(child)
-    with _lock:
-        for module in modules:
-            # A bound method, so that a copy or a pickle of the module made meanwhile binds to the copy.
-            module.__dict__[_GATE] = MethodType(_call_impl, module)
-        _gated.append(modules)
     return modules
 
 
 def _is_opaque(module: Module) -> bool:
-    """Whether Python does not see the calls of the module's children."""
     compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
     return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
+def put_gates(modules: list[Module]) -> None:
+    """Put a gate on each of the modules. The same list takes them off again."""
+    with _lock:
+        _gated.append(modules)
+        for module in modules:
+            # A bound method, so that a copy or a pickle of the module made meanwhile binds to the copy.
+            module.__dict__[_GATE] = MethodType(_call_impl, module)
 
 
 def remove_gates(modules: list[Module]) -> None:
     """Take off the gates that `put_gates` put on, but for those another open run needs."""
     with _lock:
-        for i, other in enumerate(_gated):
-            if other is modules:
-                del _gated[i]
-                break
+        _gated[:] = [other for other in _gated if other is not modules]
         needed = {module for other in _gated for module in other}
-        for module in modules:
-            if module not in needed:
-                module.__dict__.pop(_GATE, None)
+        free: Iterable[Module] = (m for m in modules if m not in needed) if needed else modules
+        for module in free:
+            module.__dict__.pop(_GATE, None)
 
 
 def has_gate(module: Module) -> bool:

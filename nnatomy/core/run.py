@@ -1,24 +1,28 @@
-"""A run: one call of the model in a worker thread, which stands still where a block asks for a value.
+"""A run: one call of the model in a worker thread, which stands still where the block asks for a value.
 
-Exactly one thread is ever at work: the worker, or the one block that it has handed over to. The
-worker parks in a module's gate (see `gates`) while a block holds the point, and goes on when that
+Exactly one of two threads is ever at work: the worker, or the block that it has handed over to. The
+worker parks in a module's gate (see `gates`) while the block holds the point, and goes on when the
 block asks for the next one. This is the model's side; `block` is the user's, `points` the words.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from threading import Lock, get_ident
 from types import TracebackType
 from typing import Any
 
 from torch.nn import Module
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from nnatomy.core.gates import module_call, put_gates, remove_gates, runs
+from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.points import Collector, Slot, Waiter
 from nnatomy.core.worker import ThreadState, Worker
+
+#: How long an interrupted block waits, when interrupted again, for a model that catches everything.
+PATIENCE_SECONDS = 1.0
 
 
 class Cancelled(BaseException):
@@ -26,13 +30,16 @@ class Cancelled(BaseException):
 
 
 class Run:
-    """One call of the model, from the first question of a block to its end.
+    """One call of the model, from the first question of its block to its end.
 
     Args:
         root: the module whose calls are the steps.
         call: what to run in the worker.
         state: the thread state to run it with.
     """
+
+    #: The block that asks.
+    block: Waiter
 
     def __init__(self, root: Module, call: Callable[[], Any], state: ThreadState) -> None:
         self.root = root
@@ -50,21 +57,21 @@ class Run:
         self.stack: list[tuple[Module, int]] = []
         #: The modules where the forward pass has to stop and look.
         self.watched: set[Module] = set()
-        self.blocks: list[Waiter] = []
         self.collectors: list[Collector] = []
-        self._call: Callable[[], Any] | None = call
-        self._state: ThreadState | None = state
-        self._modes: list[tuple[tuple[Module, int], str, TorchFunctionMode]] = []
+        #: The modes of the taps that are on, outermost call first: (depth in the stack, kind, mode).
+        self.modes: list[tuple[int, str, TorchFunctionMode]] = []
         self._tapped: set[tuple[Module, int, str]] = set()
-        self._gated: list[Module] = []
-        self._wake = Lock()
+        self._job: tuple[ThreadState, Callable[[], Any]] | None = (state, call)
+        self._begin = Lock()  # taken by the worker when it begins, or else by `cancel`
+        self._wake = Lock()  # released to let the parked worker go on
         self._wake.acquire()
-        self._done = Lock()
+        self._done = Lock()  # released when the worker is through
+        self._done.acquire()
         self._ident = 0
         self._interruptible = Lock()
-        self._in_model = self._parked = False
+        self._in_model = self._parked = self._interrupted = False
 
-    # What the threads of blocks call.
+    # What the block's thread calls.
 
     def resume(self) -> None:
         """Let the forward pass go on, or start."""
@@ -72,47 +79,50 @@ class Run:
             self._wake.release()
         else:
             self.started = True
-            self._done.acquire()
-            self._gated = put_gates(self.root)
-            self._worker = Worker.start(self._work)
+            Worker.start(self._work)
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
-        self.watched = {block.want.module for block in self.blocks if block.want is not None}
+        want = self.block.want
+        watched = set() if want is None else {want.module}
         for collector in self.collectors:
-            self.watched |= collector.modules
-
-    def finish(self) -> None:
-        """Let the forward pass run to its end and wait for it. The caller holds the baton."""
-        if not self.ended:
-            self.resume()
-            self._done.acquire()
-            self._done.release()
+            watched |= collector.modules
+        self.watched = watched
 
     def cancel(self) -> None:
         """End the forward pass where it stands and wait until it is gone."""
-        self._call = self._state = None
-        if self.ended or not self.started:
+        if self.ended:
+            return
+        again, self.cancelled = self.cancelled, True
+        if self._begin.acquire(blocking=False):  # it has not begun, and now will not
+            self._job = None
             self.ended = True
             return
-        self.cancelled = True
+        if self._wake.locked():
+            self._wake.release()
+        self._interrupt()
+        if sys.is_finalizing():  # no other thread will ever run again
+            return
+        try:
+            self._done.acquire(timeout=PATIENCE_SECONDS if again else -1)
+        except BaseException:  # Ctrl-C, while the model's own `finally` is at work
+            self._interrupt()
+            raise
+
+    def _interrupt(self) -> None:
+        """If the model is at work (the block was interrupted while it waited), raise Cancelled there."""
         with self._interruptible:
-            if self._in_model and not self._parked:  # interrupted while the model was at work
+            if self._in_model and not self._parked:
+                self._interrupted = True
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._ident), ctypes.py_object(Cancelled)
                 )
-        if self._wake.locked():
-            self._wake.release()
-        self._done.acquire()
-        self._done.release()
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
-        self.error = self.traceback = None
+        self.result = self.error = self.traceback = None
         self.collectors = []
-
-    def in_flight(self, module: Module, call: int) -> bool:
-        return (module, call) in self.stack
+        del self.block
 
     def has_passed(self, module: Module, kind: str, call: int, step: int) -> bool:
         """Whether that point can no longer be reached (it may be the one just reached)."""
@@ -120,48 +130,52 @@ class Run:
             return self.ended or step < self.step
         if call >= self.entered.get(module, 0):
             return False
-        if kind == "input" or not self.in_flight(module, call):
+        if kind == "input" or (module, call) not in self.stack:
             return True
         return kind != "output" and (module, call, kind) in self._tapped
 
     # What the worker calls.
 
-    def _work(self) -> Callable[[], None]:
+    def _work(self) -> tuple[bool, Callable[[], None]]:
+        if not self._begin.acquire(blocking=False):
+            return True, lambda: None
+        assert self._job is not None
+        state, call = self._job
+        self._job = None
         self._ident = get_ident()
         runs[self._ident] = self
-        call, state = self._call, self._state
-        self._call = self._state = None
-        assert call is not None
-        assert state is not None
+        gated: list[Module] = []
         try:
+            gated = modules_seen(self.root)
+            put_gates(gated)
             self._in_model = True
             try:
-                self.result = state.call(call)
-                self.has_result = True
+                if self.cancelled:
+                    raise Cancelled
+                result = state.call(call)
             finally:
                 with self._interruptible:
                     self._in_model = False
-        except Cancelled:
-            pass
-        except BaseException as error:  # noqa: BLE001 - raised again where the block waits
-            if not (self.cancelled and _comes_of_cancelling(error)):
+            if not self.cancelled:
+                self.result, self.has_result = result, True
+        except BaseException as error:
+            # What is raised after cancelling comes of it: a `finally` that misses a value, say.
+            if not self.cancelled:
                 self.error = error
                 self.traceback = _without_our_frames(error.__traceback__)
         finally:
-            del call, state
-            runs.pop(self._ident, None)
-            remove_gates(self._gated)
-            self._gated = []
+            remove_gates(gated)
+            del runs[self._ident]
             self.entered.clear()
             self.stack.clear()
-            self._modes.clear()
+            self.modes.clear()
             self.ended = True
-        return self._tell_ended
+        return not self._interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
+        block = self.block
         self._done.release()
-        for block in self.blocks:
-            block.run_ended()
+        block.run_ended()
 
     def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a watched module: inputs first, then its own call, or what is put in its place."""
@@ -170,23 +184,21 @@ class Run:
             return slot.instead
         args, kwargs = slot.value
         del slot
-        return module_call(module, *args, **kwargs)
-
-    def leave(self, in_flight: tuple[Module, int]) -> None:
-        """A call is over, or was left by an exception."""
-        stack = self.stack
-        while stack and stack.pop() is not in_flight:
-            pass
-        while self._modes and self._modes[-1][0] is in_flight:
-            self._modes.pop()[2].__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return type(module)._call_impl(module, *args, **kwargs)
 
     def arrive(self, module: Module, kind: str, call: int, value: Any) -> Slot:
         """The forward pass is at a point of a watched module: let everybody look at it who waits for it."""
         if self.cancelled:
             raise Cancelled
         slot = Slot(module, kind, call, self.step, value)
-        while block := self._waiting_for(slot):
-            self._hand_over(block, slot)
+        while (want := self.block.want) is not None and (
+            want.module is module
+            and want.call == call
+            and want.step == self.step
+            # At its output a call is over, and a tap that has found nothing in it will find nothing.
+            and (want.kind == kind or kind == "output")
+        ):
+            self._hand_over(slot)
         for collector in self.collectors:
             if module in collector.modules and kind in collector.kinds:
                 collector.take(slot)
@@ -196,29 +208,15 @@ class Run:
 
     def end_step(self) -> None:
         """A call of the root is over: what was asked for in this step and has not come will not come."""
-        for block in self.blocks:
-            while block.want is not None and block.want.step <= self.step:
-                self._hand_over(block, None)
+        while (want := self.block.want) is not None and want.step <= self.step:
+            self._hand_over(None)
         self.step += 1
         self.entered.clear()
         self._tapped.clear()
 
-    def _waiting_for(self, slot: Slot) -> Waiter | None:
-        for block in self.blocks:
-            want = block.want
-            if want is None or want.module is not slot.module or want.step != slot.step:
-                continue
-            if want.call == slot.call:
-                if want.kind == slot.kind:
-                    return block
-                if slot.kind == "output":  # its tap has found nothing in the whole call
-                    self._hand_over(block, None)
-                    return self._waiting_for(slot)
-        return None
-
-    def _hand_over(self, block: Waiter, slot: Slot | None) -> None:
+    def _hand_over(self, slot: Slot | None) -> None:
         self._parked = True
-        block.take(slot)
+        self.block.take(slot)
         self._wake.acquire()
         self._parked = False
         if self.cancelled:
@@ -231,11 +229,8 @@ class Run:
         code has entered since; should that code leave one of them before the module is done, torch
         pops ours instead, and the point comes as not reached.
         """
-        wanted = [
-            (block.want.module, block.want.kind, block.want.tap)
-            for block in self.blocks
-            if block.want is not None and block.want.tap is not None
-        ]
+        want = self.block.want
+        wanted = [] if want is None or want.tap is None else [(want.module, want.kind, want.tap)]
         wanted += [
             (module, kind, tap)
             for collector in self.collectors
@@ -245,29 +240,29 @@ class Run:
         ]
         if not wanted:
             return
-        for in_flight in self.stack:
+        for depth, (entered, call) in enumerate(self.stack):
             for module, kind, tap in wanted:
-                if in_flight[0] is module and not any(
-                    m[0] is in_flight and m[1] == kind for m in self._modes
-                ):
-                    mode = tap(module, self._visitor(in_flight, kind))
-                    self._modes.append((in_flight, kind, mode))
-                    mode.__enter__()  # type: ignore[no-untyped-call]
+                if entered is module and not any(mode[:2] == (depth, kind) for mode in self.modes):
+                    # Below those of deeper calls, which are left first.
+                    above = [_pop_mode() for mode in self.modes if mode[0] > depth]  # type: ignore[no-untyped-call]
+                    mode = tap(module, self._visitor(module, call, kind))
+                    mode.__enter__()
+                    for deeper in reversed(above):
+                        _push_mode(deeper)  # type: ignore[no-untyped-call]
+                    self.modes.insert(len(self.modes) - len(above), (depth, kind, mode))
 
-    def _visitor(self, in_flight: tuple[Module, int], kind: str) -> Callable[[Any], Slot]:
+    def leave_taps(self) -> None:
+        """The innermost call is over, or was left by an exception."""
+        depth = len(self.stack) - 1
+        while self.modes and self.modes[-1][0] == depth:
+            self.modes.pop()[2].__exit__(None, None, None)
+
+    def _visitor(self, module: Module, call: int, kind: str) -> Callable[[Any], Slot]:
         def visit(value: Any) -> Slot:
-            self._tapped.add((*in_flight, kind))
-            return self.arrive(in_flight[0], kind, in_flight[1], value)
+            self._tapped.add((module, call, kind))
+            return self.arrive(module, kind, call, value)
 
         return visit
-
-
-def _comes_of_cancelling(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, Cancelled):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:

@@ -54,7 +54,7 @@ class Trace:
         assert self._run is not None
         run = self._run
         try:
-            if error is None and (not self._early_stop or run.run_to_end):
+            if error is None and (not self._early_stop or run.run_to_end) and not run.ended:
                 self.block.reach_end()
         except BaseException:
             run.cancel()

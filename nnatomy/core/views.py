@@ -9,6 +9,7 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy.core.block import Block, OpenBlocks
+from nnatomy.core.run import without_our_frames
 from nnatomy.errors import NoSuchModuleError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -100,7 +101,10 @@ class ModuleView:
     def __getattr__(self, name: str) -> ModuleView:
         prop = getattr(type(self), name, None)
         if isinstance(prop, property):  # it raised an AttributeError of the model's own: not to be hidden
-            return prop.__get__(self)
+            try:
+                return prop.__get__(self)
+            except AttributeError as error:
+                raise error.with_traceback(without_our_frames(error.__traceback__))  # noqa: B904
         if name.startswith("__"):
             raise AttributeError(name)
         return self._child(name)

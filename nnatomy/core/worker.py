@@ -15,48 +15,49 @@ from threading import Lock, Thread
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.overrides import _get_current_function_mode_stack, _push_mode
+from torch.utils import _python_dispatch as dispatch
 
 IDLE_SECONDS = 2.0
 
+#: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
+Job = Callable[[], tuple[bool, Callable[[], None]]]
+
 _idle: list[Worker] = []
+os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not the threads
 
 
 class Worker:
     """A thread that does one job after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
         self._go = Lock()
         self._go.acquire()
-        self._job: Callable[[], Callable[[], None]] | None = None
-        self._pid = os.getpid()
-        self.thread = Thread(target=self._work, name="nnatomy-forward", daemon=True)
-        self.thread.start()
+        self._job: Job | None = job
+        Thread(target=self._work, name="nnatomy-forward", daemon=True).start()
 
     @classmethod
-    def start(cls, job: Callable[[], Callable[[], None]]) -> Worker:
-        """Run `job` in a worker; what it returns is called once the worker is free again."""
-        worker = None
-        while _idle:
+    def start(cls, job: Job) -> None:
+        """Run `job` in a worker."""
+        try:
             worker = _idle.pop()
-            if worker._pid == os.getpid():  # a fork inherits the list, not the threads
-                break
-            worker = None
-        worker = worker or cls()
-        worker._job = job
-        worker._go.release()
-        return worker
+        except IndexError:
+            cls(job)
+        else:
+            worker._job = job
+            worker._go.release()
 
     def _work(self) -> None:
-        while self._wait():
+        again = True
+        while again:
             assert self._job is not None
             job, self._job = self._job, None
-            tell = job()
-            del job
-            _idle.append(self)
+            again, tell = job()
+            if again:
+                _idle.append(self)
             tell()
-            del tell
+            del job, tell
+            again = again and self._wait()
 
     def _wait(self) -> bool:
         if self._go.acquire(timeout=IDLE_SECONDS):
@@ -72,13 +73,14 @@ class ThreadState:
     """What torch and Python keep per thread, as it was where the trace was opened.
 
     Grad mode, inference mode, autocast, the function and dispatch modes (a default device is one of
-    these), the CUDA device and stream, and the context variables.
+    these), the number of threads, the CUDA device and stream, and the context variables.
     """
 
     def __init__(self) -> None:
         self.context = contextvars.copy_context()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
+        self.threads = torch.get_num_threads()
         self.autocast: list[tuple[str, torch.dtype]] = []
         if torch._C._is_any_autocast_enabled():
             self.autocast = [
@@ -87,11 +89,12 @@ class ThreadState:
                 if torch.is_autocast_enabled(device)
             ]
         self.autocast_cache = torch.is_autocast_cache_enabled()
-        self.modes: list[Any] = []
+        self.function_modes: list[Any] = []
         if torch._C._len_torch_function_stack():
-            self.modes += _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+            self.function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        self.dispatch_modes: list[Any] = []
         if torch._C._len_torch_dispatch_stack():
-            self.modes += _get_current_dispatch_mode_stack()
+            self.dispatch_modes = dispatch._get_current_dispatch_mode_stack()
         self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -99,16 +102,24 @@ class ThreadState:
         return self.context.run(self._call, function)
 
     def _call(self, function: Callable[[], Any]) -> Any:
-        with torch.set_grad_enabled(self.grad):
-            if not (self.inference or self.autocast or self.modes or self.cuda_stream):
-                return function()
-            with ExitStack() as stack:
+        if torch.get_num_threads() != self.threads:  # kept per thread by OpenMP
+            torch.set_num_threads(self.threads)
+        try:
+            with torch.set_grad_enabled(self.grad), ExitStack() as stack:
                 if self.cuda_stream is not None:
                     stack.enter_context(torch.cuda.stream(self.cuda_stream))  # and its device
                 if self.inference:
                     stack.enter_context(torch.inference_mode())
                 for device, dtype in self.autocast:
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=self.autocast_cache))
-                for mode in self.modes:
-                    stack.enter_context(mode)
+                # Pushed, not entered: to enter one writes to it (a default device notes what to restore).
+                for mode in self.function_modes:
+                    _push_mode(mode)  # type: ignore[no-untyped-call]
+                for mode in self.dispatch_modes:
+                    dispatch._push_mode(mode)
                 return function()
+        finally:
+            while torch._C._len_torch_function_stack():
+                torch._C._pop_torch_function_stack()
+            while torch._C._len_torch_dispatch_stack():
+                dispatch._pop_mode()
