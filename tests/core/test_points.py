@@ -108,7 +108,7 @@ def test_assigning_input_and_inputs() -> None:
     with view.trace(x()) as tracer:
         view.layers[0].input = view.layers[0].input * 2
         args, kwargs = view.layers[0].inputs
-        view.layers[0].inputs = list(args), {**kwargs, "scale": 2.0}
+        view.layers[0].inputs = args, {**kwargs, "scale": 2.0}
         assert view.layers[0].inputs[1]["scale"] == 2.0
         view.head.input = view.head.input + 1
         result = tracer.result

@@ -1,0 +1,172 @@
+"""Ctrl-C while the model is at work: the block gets it at once, and the forward pass is gone."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import Calls, net, no_leaks, settles, x
+from torch import nn
+
+from nnatomy.core import Traceable, worker
+
+
+def busy(self, _):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        pass
+
+
+def children(self, v):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        self.child(v)
+
+
+def swallows(self, v):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            self.child(v)
+        except:  # noqa: E722
+            pass
+
+
+def swallows_once(self, v):
+    """Swallows the interrupt in a loop without submodules, and goes on."""
+    for _ in range(2):
+        try:
+            busy(self, v)
+        except:  # noqa: E722
+            pass
+
+
+SENDERS = {
+    "to the process": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "raised in a thread": lambda: signal.raise_signal(signal.SIGINT),
+    "interrupt_main": _thread.interrupt_main,
+}
+
+
+@pytest.mark.parametrize("send", list(SENDERS))
+@pytest.mark.parametrize("forward", [busy, children])
+def test_an_interrupt_ends_block_and_model(send, forward) -> None:
+    model = Calls(forward, child=nn.Identity())
+    view = Traceable(model)
+    timer = threading.Timer(0.2, SENDERS[send])
+    start = time.monotonic()
+    with no_leaks(model):
+        with pytest.raises(KeyboardInterrupt), view.trace(0):
+            timer.start()
+            view.output
+    timer.join()
+    assert time.monotonic() - start < 5
+    with view.trace(0):  # and the next trace is as good as the first
+        assert view.input == 0
+
+
+@pytest.mark.parametrize("forward", [swallows, swallows_once])
+def test_a_model_that_swallows_every_exception(forward) -> None:
+    model = Calls(forward, child=nn.Identity())
+    view = Traceable(model)
+    timer = threading.Timer(0.2, SENDERS["to the process"])
+    start = time.monotonic()
+    if forward is swallows:  # no loop goes on for ever: the gates refuse every call from now on
+        model.function = lambda self, v: [swallows_some(self, v) for _ in range(3)]
+    with no_leaks(model), pytest.raises(KeyboardInterrupt), view.trace(0):
+        timer.start()
+        view.output
+    timer.join()
+    assert time.monotonic() - start < 10
+
+
+def swallows_some(self, v):
+    try:
+        busy(self, v)
+    except:  # noqa: E722
+        pass
+    try:
+        self.child(v)
+    except:  # noqa: E722
+        pass
+
+
+def test_an_interrupt_while_the_body_is_at_work() -> None:
+    model = net()
+    view = Traceable(model)
+    with no_leaks(model), pytest.raises(KeyboardInterrupt), view.trace(x()):
+        view.layers[0].output
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_caught_in_the_block() -> None:
+    model = Calls(busy)
+    view = Traceable(model)
+    timer = threading.Timer(0.1, SENDERS["to the process"])
+    with no_leaks(model), view.trace(0) as tracer:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            tracer.result
+        with pytest.raises(Exception, match="stopped"):
+            view.output
+    timer.join()
+
+
+def test_interrupts_at_any_moment() -> None:
+    """The interrupt lands wherever it may: nothing hangs, and nothing is left."""
+    model = net()
+    view = Traceable(model)
+    hits = 0
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with no_leaks(model):
+            for i in range(300):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 5e-6)
+                    try:
+                        while True:
+                            with view.trace(x()) as tracer:
+                                view.layers[1].output
+                                tracer.result
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    hits += 1
+                blocks = view._blocks._by_thread
+                if blocks:  # between `__enter__` and the body no code of ours can help
+                    blocks.clear()
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert hits == 300
+    assert settles(lambda: len(worker._idle) >= 1)
+
+
+def test_ctrl_c_in_a_script() -> None:
+    """The real thing: SIGINT to a process, the traceback printed, the process gone."""
+    code = (
+        "import time, torch\n"
+        "from nnatomy.core import Traceable\n"
+        "class Slow(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        print('at work', flush=True)\n"
+        "        while True: pass\n"
+        "view = Traceable(Slow())\n"
+        "with view.trace(0):\n"
+        "    view.output\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert "Cancelled" not in err
