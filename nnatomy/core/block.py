@@ -9,12 +9,11 @@ from types import FrameType
 
 from torch.nn import Module
 
-from nnatomy.core.gates import has_gate
+from nnatomy.core.gates import has_gate, modules_seen
 from nnatomy.core.points import Slot, Tap, Waiter, Want
 from nnatomy.core.run import Run
-from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError, UsageError
-
-POLL_SECONDS = 0.2
+from nnatomy.core.worker import wait_for
+from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError
 
 
 class Block(Waiter):
@@ -23,7 +22,7 @@ class Block(Waiter):
     Attributes:
         here: the slot that the forward pass stands at for this block, if it does.
         want: the point this block waits for, while it waits.
-        step: which step (see `run`) the block's questions mean.
+        step: which step (see `points`) the block's questions mean.
     """
 
     def __init__(self, run: Run) -> None:
@@ -31,18 +30,16 @@ class Block(Waiter):
         self.here: Slot | None = None
         self.want: Want | None = None
         self.step = 0
-        self._last: tuple[str, str] | None = None
+        self._last: tuple[Want, str, int] | None = None
         self._waiting = False
         self._wake = Lock()
         self._wake.acquire()
-        run.blocks.append(self)
+        run.block = self
 
     # What the worker calls.
 
     def take(self, slot: Slot | None) -> None:
-        self.here, self.want = slot, None
-        self.run.watch()
-        self._waiting = False
+        self.here, self.want, self._waiting = slot, None, False
         self._wake.release()
 
     def run_ended(self) -> None:
@@ -59,18 +56,12 @@ class Block(Waiter):
             NotReachedError: if it ended, or left that step, without coming there.
             Exception: what the model raised on the way, as it was raised.
         """
-        run, step = self.run, self.step
-        here = self.here
-        if (
-            here is not None
-            and here.module is module
-            and here.kind == kind
-            and here.call == call
-            and here.step == step
-        ):
-            return here
+        run, step, here = self.run, self.step, self.here
+        if here is not None and (here.module is module and here.kind == kind):
+            if here.call == call and here.step == step:
+                return here
         want = Want(module, kind, call, step, tap, name)
-        if run.started or run.ended:
+        if run.started:
             if run.error is not None:
                 raise run.error.with_traceback(run.traceback)
             if run.has_passed(module, kind, call, step):
@@ -78,40 +69,54 @@ class Block(Waiter):
             if not has_gate(module):
                 raise self._unseen(want)
         self._wait(want)
-        if self.here is None:
-            if run.error is not None:
-                raise run.error.with_traceback(run.traceback)
-            raise self._not_reached(want)
-        self._last = (str(want), _user_line())
-        return self.here
-
-    def reach_step(self, step: int) -> bool:
-        """Let the forward pass run until `step` begins. False if it ends before."""
-        run = self.run
-        if not run.ended:
-            if step < run.step or (step == run.step and run.entered.get(run.root)):
-                return step == run.step and step > self.step
-            self._wait(Want(run.root, "input", 0, step, None, "step"))
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
+        here = self.here
+        if here is None or here.kind != kind:
+            raise self._not_reached(want)
+        frame = next(user_frames())
+        self._last = (want, frame.f_code.co_filename, frame.f_lineno)
+        return here
+
+    def reach_step(self, step: int, begun: bool) -> bool:
+        """Let the forward pass run until `step` begins. False if it ends before.
+
+        Args:
+            begun: whether the loop over steps that asks has had one already.
+        """
+        run = self.run
+        if run.error is not None:
+            raise run.error.with_traceback(run.traceback)
+        if step < run.step:
+            if begun and run.ended:
+                return False
+            raise OutOfOrderError(
+                f"Step {step} was asked for at {_user_line()}, but the model is already in step {run.step}. "
+                f"Begin with that one: `for step in tracer.iter[{run.step}:]:`."
+            )
+        if step == run.step and run.entered.get(run.root):  # it has begun
+            return True
+        if not run.ended:
+            self._wait(Want(run.root, "input", 0, step, None, f"step {step}"))
+            if run.error is not None:
+                raise run.error.with_traceback(run.traceback)
         return self.here is not None
 
     def reach_end(self) -> None:
         """Let the forward pass run to its end."""
-        if not self.run.ended:
+        run = self.run
+        if not run.ended:
             self._wait(None)
-        if self.run.error is not None:
-            raise self.run.error.with_traceback(self.run.traceback)
+        if run.error is not None:
+            raise run.error.with_traceback(run.traceback)
 
     def _wait(self, want: Want | None) -> None:
         run = self.run
         self.here, self.want, self._waiting = None, want, True
         run.watch()
-        run.resume()
         try:
-            # Not for ever: `_thread.interrupt_main` sets a flag, and wakes nobody.
-            while not self._wake.acquire(timeout=POLL_SECONDS):
-                pass
+            run.resume()
+            wait_for(self._wake)
         except BaseException:  # Ctrl-C
             run.cancel()
             raise
@@ -119,11 +124,14 @@ class Block(Waiter):
     def close(self) -> None:
         self.here = self.want = None
 
-    def _out_of_order(self, want: Want) -> UsageError:
-        last, line = self._last or ("the start", "the trace's first line")
+    def _out_of_order(self, want: Want) -> OutOfOrderError:
+        last, line = "the start", "the trace's first line"
+        if self._last is not None:
+            last, line = str(self._last[0]), f"{self._last[1]}:{self._last[2]}"
         if self.run.cancelled:
             return OutOfOrderError(
-                f"{want} was asked for after the forward pass had been stopped (after {last}, {line})."
+                f"{want} was asked for at {_user_line()}, after the forward pass had been stopped (it stood at "
+                f"{last}, asked for at {line})."
             )
         steps = ""
         if self.run.step > self.step:
@@ -137,22 +145,22 @@ class Block(Waiter):
             f"this line above {line}.{steps}"
         )
 
-    def _unseen(self, want: Want) -> UsageError:
+    def _unseen(self, want: Want) -> NotReachedError:
         return NotReachedError(
             f"{want} cannot be reached: the module is not among those of the traced model, or it is compiled "
             "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without "
             "compiling it."
         )
 
-    def _not_reached(self, want: Want) -> UsageError:
-        if not any(module is want.module for module in self.run.gated):
+    def _not_reached(self, want: Want) -> NotReachedError:
+        if want.module not in modules_seen(self.run.root) or want.module._compiled_call_impl is not None:
             return self._unseen(want)
-        if want.kind not in ("input", "output") and self.run.entered.get(want.module):
+        if self.here is not None:
             return NotReachedError(f"{want} was asked for, but the module has run without computing one.")
         end = f"step {want.step}" if not self.run.ended or self.run.step > want.step else "the forward pass"
         return NotReachedError(
-            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these "
-            "inputs the model does not call that module (or not that often, or not that many steps)."
+            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these inputs "
+            "the model does not call that module (or not that often, or not that many steps)."
         )
 
 
@@ -162,10 +170,10 @@ class OpenBlocks:
     def __init__(self) -> None:
         self._by_thread: dict[int, list[tuple[Block, FrameType]]] = {}
 
-    def add(self, block: Block, frame: FrameType) -> int:
-        """Open a block whose `with` stands in `frame`; returns the thread, for `remove`."""
+    def add(self, block: Block) -> int:
+        """Open a block whose `with` is being entered; returns the thread, for `remove`."""
         thread = get_ident()
-        self._by_thread.setdefault(thread, []).append((block, frame))
+        self._by_thread.setdefault(thread, []).append((block, _frame_of_with()))
         return thread
 
     def remove(self, block: Block, thread: int) -> None:
@@ -192,6 +200,18 @@ class OpenBlocks:
                     if opened_in is frame:
                         return block
         return blocks[-1][0]
+
+
+def _frame_of_with() -> FrameType:
+    """The frame whose `with` enters a trace, also by way of `contextlib` or another `__enter__`."""
+    frames = user_frames()
+    this = next(frames)
+    for outer in frames:
+        by_contextlib = outer.f_globals.get("__name__") == "contextlib"  # `this` is a generator it made enter
+        if not by_contextlib and this.f_code.co_name not in ("__enter__", "enter_context"):
+            break
+        this = outer
+    return this
 
 
 def _user_line() -> str:

@@ -36,25 +36,21 @@ class Cache(Collector):
 
     Tensors are the model's own (nothing is copied) unless `device` or `dtype` says otherwise or
     `clone` is set. If the model changes one of them in place after it was collected, asking for it is
-    an error rather than a wrong value; `clone=True` keeps it as it was.
+    an error rather than a wrong value; `clone=True` keeps it as it was. (In inference mode tensors do not
+    tell that they were changed: there every one is copied.)
     """
 
     def __init__(
         self,
         paths: dict[Module, str],
+        kinds: Iterable[str] = ("output",),
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         clone: bool = False,
-        include_output: bool = True,
-        include_inputs: bool = False,
     ) -> None:
         self.modules = set(paths)
-        self.kinds = {}
-        if include_inputs:
-            self.kinds["input"] = None
-        if include_output:
-            self.kinds["output"] = None
+        self.kinds = dict.fromkeys(kinds)
         self._paths = paths
         self._device = device
         self._dtype = dtype
@@ -79,14 +75,14 @@ class Cache(Collector):
         if self._device is not None or (self._dtype is not None and tensor.is_floating_point()):
             dtype = self._dtype if tensor.is_floating_point() else None
             kept = tensor.to(device=self._device, dtype=dtype, non_blocking=False)
-        if self._clone and kept is tensor:
+        if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
-        if kept is tensor and not tensor.is_inference():
+        if kept is tensor:
             self._versions.setdefault(path, []).append((tensor, tensor._version))
         return kept
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
-        path = module if isinstance(module, str) else module.path
+        path = module if isinstance(module, str) else self._paths.get(module.module, module.path)
         if path not in self._calls:
             if path in self._paths.values():
                 raise CacheError(f"{path!r} was not called while the cache was open.")
@@ -107,7 +103,7 @@ class Cache(Collector):
         return len(self._calls)
 
     def __contains__(self, module: object) -> bool:
-        path = module.path if isinstance(module, ModuleView) else module
+        path = self._paths.get(module.module) if isinstance(module, ModuleView) else module
         return path in self._calls
 
     def keys(self) -> Iterable[str]:

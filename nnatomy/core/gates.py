@@ -41,8 +41,11 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
         return type(self)._call_impl(self, *args, **kwargs)
     entered = run.entered
     call = entered.get(self, 0)
-    entered[self] = call + 1
     stack = run.stack
+    if call and self is run.root and not stack:  # its last call was left by an exception
+        run.end_step()
+        call = 0
+    entered[self] = call + 1
     stack.append((self, call))
     try:
         if self in run.watched or run.cancelled:

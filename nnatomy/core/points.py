@@ -47,7 +47,7 @@ Tap = Callable[[Module, Callable[[Any], Slot]], TorchFunctionMode]
 
 
 class Want(NamedTuple):
-    """A point that a block waits for."""
+    """A point that the block waits for."""
 
     module: Module
     kind: str
@@ -63,12 +63,12 @@ class Want(NamedTuple):
 
 
 class Waiter:
-    """A block as the run sees it."""
+    """The block as its run sees it."""
 
     want: Want | None
 
     def take(self, slot: Slot | None) -> None:
-        """Go to work, at the point waited for, or knowing (None) that it will not be reached."""
+        """Go to work: at the point waited for, or at the end of its call or step without having come to it."""
         raise NotImplementedError
 
     def run_ended(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable
 from threading import Lock, get_ident
 from types import TracebackType
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.points import Collector, Slot, Waiter
-from nnatomy.core.worker import ThreadState, Worker
+from nnatomy.core.worker import ThreadState, Worker, wait_for
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
 PATIENCE_SECONDS = 1.0
@@ -96,15 +97,16 @@ class Run:
         again, self.cancelled = self.cancelled, True
         if self._begin.acquire(blocking=False):  # it has not begun, and now will not
             self._job = None
-            self.ended = True
+            self.started = self.ended = True
             return
         if self._wake.locked():
             self._wake.release()
         self._interrupt()
         if sys.is_finalizing():  # no other thread will ever run again
             return
+        patience = PATIENCE_SECONDS if again else threading.TIMEOUT_MAX
         try:
-            self._done.acquire(timeout=PATIENCE_SECONDS if again else -1)
+            wait_for(self._done, patience)
         except BaseException:  # Ctrl-C, while the model's own `finally` is at work
             self._interrupt()
             raise
@@ -161,8 +163,8 @@ class Run:
         except BaseException as error:
             # What is raised after cancelling comes of it: a `finally` that misses a value, say.
             if not self.cancelled:
-                self.error = error
-                self.traceback = _without_our_frames(error.__traceback__)
+                self.error = hide_our_frames(error)
+                self.traceback = error.__traceback__
         finally:
             remove_gates(gated)
             del runs[self._ident]
@@ -265,8 +267,17 @@ class Run:
         return visit
 
 
+def hide_our_frames(error: BaseException) -> BaseException:
+    """Take the frames of `nnatomy.core`, which stand between every two modules, out of its traceback."""
+    chain: list[BaseException | None] = [error]
+    for one in chain:  # and of the errors it came of
+        if one is not None:
+            one.__traceback__ = _without_our_frames(one.__traceback__)
+            chain += [other for other in (one.__cause__, one.__context__) if other not in chain]
+    return error
+
+
 def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames of `nnatomy.core`, which stand between every two modules."""
     kept = []
     while traceback is not None:
         if not traceback.tb_frame.f_globals.get("__name__", "").startswith("nnatomy.core."):

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
     """`module(*args, **kwargs)` as a call that takes fakes of the tensors in its arguments.
 
-    The module's own tensors are turned into fakes where an operation meets them. The fakes live on the
+    The module's parameters are turned into fakes where an operation meets them, its buffers for as long
+    as it runs, and what the forward pass sets on the module (a counter, a cache) is taken back. The fakes live on the
     module's device, so that a module on the meta device, without weights, runs too.
     """
     anchor = next(module.parameters(), None)
@@ -28,7 +29,22 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
                 return mode.from_tensor(tensor if device is None else tensor.to(device))
 
             fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
-            with torch.no_grad():
-                return module(*fake_args, **fake_kwargs)
+            before = [_state(submodule) for submodule in module.modules()]
+            try:
+                for submodule in module.modules():
+                    submodule._buffers.update(pytree.tree_map_only(Tensor, mode.from_tensor, submodule._buffers))
+                with torch.no_grad():
+                    return module(*fake_args, **fake_kwargs)
+            finally:
+                for state in before:
+                    for held, entries in state:
+                        held.clear()
+                        held.update(entries)
 
     return call
+
+
+def _state(module: Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dicts that a module keeps its attributes, tensors and children in, each with what is in it."""
+    dicts = [value for value in module.__dict__.values() if isinstance(value, dict)]
+    return [(held, dict(held)) for held in (module.__dict__, *dicts)]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from nnatomy.core.block import Block, user_frames
+from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.compat import mount_save
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView
 from nnatomy.core.worker import ThreadState
-from nnatomy.errors import NotReachedError, UsageError
+from nnatomy.errors import NotReachedError, OutsideTraceError, UsageError
 
 
 class Trace:
@@ -30,9 +30,7 @@ class Trace:
         self._root = root
         self._call: Callable[[], Any] | None = call
         self._early_stop = early_stop
-        self._run: Run | None = None
         self._block: Block | None = None
-        self._open = False
         self._thread = 0
         self._result: Any = None
         self._has_result = False
@@ -41,47 +39,42 @@ class Trace:
         if self._call is None:
             raise UsageError("This trace has been used already: open a new one with .trace(...).")
         mount_save()
-        self._run = Run(self._root.module, self._call, ThreadState())
+        self._block = Block(Run(self._root.module, self._call, ThreadState()))
         self._call = None
-        self._block = Block(self._run)
-        self._thread = self._root._blocks.add(self._block, next(user_frames()))
-        self._open = True
+        self._thread = self._root._blocks.add(self._block)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._run is not None
-        run = self._run
+        block, run = self.block, self.block.run
         try:
             if error is None and (not self._early_stop or run.run_to_end) and not run.ended:
-                self.block.reach_end()
-        except BaseException:
-            run.cancel()
-            raise
-        else:
-            run.cancel()
+                block.reach_end()
         finally:
-            self._close(run)
-
-    def _close(self, run: Run) -> None:
-        self._open = False
-        self._root._blocks.remove(self.block, self._thread)
-        if run.has_result:
-            self._result, self._has_result = run.result, True
-        run.forget()
-        self.block.close()
+            try:
+                run.cancel()
+            finally:
+                self._root._blocks.remove(block, self._thread)
+                self._block = None
+                self._result, self._has_result = run.result, run.has_result
+                run.forget()
+                block.close()
 
     @property
     def block(self) -> Block:
         if self._block is None:
-            raise UsageError("This trace has not been entered: write `with ....trace(...) as tracer:`.")
+            state = "has not been entered" if self._call else "is over"
+            raise OutsideTraceError(
+                f"This trace {state}: ask inside `with model.trace(...) as tracer:`."
+            )
         return self._block
 
     def run(self) -> Any:
         """Run the call with no block, and return its result."""
         with self:
-            return self.result
+            result = self.result
+        return result
 
     @property
     def result(self) -> Any:
@@ -90,7 +83,7 @@ class Trace:
         In the block, asking for it runs the forward pass to its end. After the block it is there if
         the forward pass has run to its end (`early_stop=False`, or the block asked for it).
         """
-        if not self._open:
+        if self._block is None and self._call is None:
             if not self._has_result:
                 raise NotReachedError(
                     "The forward pass was stopped when the block ended, so there is no result. Ask for "
@@ -140,14 +133,8 @@ class Trace:
             include_inputs: collect (args, kwargs).
         """
         paths = self._root.paths(modules)
-        cache = Cache(
-            paths,
-            device=device,
-            dtype=dtype,
-            clone=clone,
-            include_output=include_output,
-            include_inputs=include_inputs,
-        )
+        kinds = ["input"] * include_inputs + ["output"] * include_output
+        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone)
         run = self.block.run
         run.collectors.append(cache)
         run.run_to_end = True
@@ -167,10 +154,11 @@ class Steps:
         def steps() -> Iterator[int]:
             outer = block.step
             try:
+                begun = False
                 for step in _indices(which):
-                    if not block.reach_step(step):
+                    if not block.reach_step(step, begun):
                         return
-                    block.step = step
+                    block.step, begun = step, True
                     yield step
             finally:
                 block.step = outer

@@ -29,6 +29,8 @@ class Traceable(ModuleView):
         (torch.Size([1, 8]), True)
     """
 
+    __slots__ = ()
+
     def __init__(self, module: Module) -> None:
         super().__init__(OpenBlocks(), module, "")
 

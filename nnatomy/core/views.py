@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy.core.block import Block, OpenBlocks
-from nnatomy.core.run import without_our_frames
+from nnatomy.core.run import hide_our_frames
 from nnatomy.errors import NoSuchModuleError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -104,7 +104,7 @@ class ModuleView:
             try:
                 return prop.__get__(self)
             except AttributeError as error:
-                raise error.with_traceback(without_our_frames(error.__traceback__))  # noqa: B904
+                raise hide_our_frames(error)  # noqa: B904
         if name.startswith("__"):
             raise AttributeError(name)
         return self._child(name)

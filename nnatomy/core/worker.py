@@ -11,7 +11,8 @@ import contextvars
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import Lock, Thread
+from threading import TIMEOUT_MAX, Lock, Thread
+from time import monotonic
 from typing import Any
 
 import torch
@@ -19,12 +20,22 @@ from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
 IDLE_SECONDS = 2.0
+POLL_SECONDS = 0.2
 
 #: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
 Job = Callable[[], tuple[bool, Callable[[], None]]]
 
 _idle: list[Worker] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not the threads
+
+
+def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> None:
+    """Acquire the lock, but not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody."""
+    end = None
+    while not lock.acquire(timeout=POLL_SECONDS):
+        end = end or monotonic() + seconds
+        if monotonic() > end:
+            return
 
 
 class Worker:
