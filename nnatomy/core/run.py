@@ -99,14 +99,18 @@ class Run:
             self._job = None
             self.started = self.ended = True
             return
-        if self._wake.locked():
-            self._wake.release()
-        self._interrupt()
         if sys.is_finalizing():  # no other thread will ever run again
             return
-        patience = PATIENCE_SECONDS if again else threading.TIMEOUT_MAX
+        parked = self._parked
         try:
-            wait_for(self._done, patience)
+            while True:
+                if not parked:
+                    self._interrupt()
+                if self._wake.locked():
+                    self._wake.release()
+                # A model that swallows the exception (`except:`) is given it again.
+                if wait_for(self._done, threading.TIMEOUT_MAX if parked else PATIENCE_SECONDS) or again:
+                    return
         except BaseException:  # Ctrl-C, while the model's own `finally` is at work
             self._interrupt()
             raise
@@ -116,9 +120,13 @@ class Run:
         with self._interruptible:
             if self._in_model and not self._parked:
                 self._interrupted = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._ident), ctypes.py_object(Cancelled)
-                )
+                _raise_in(self._ident, Cancelled)
+
+    def _leave_model(self) -> None:
+        with self._interruptible:
+            self._in_model = False
+            if self._interrupted:  # what has been sent and has not come must not come later
+                _raise_in(self._ident, None)
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
@@ -156,8 +164,7 @@ class Run:
                     raise Cancelled
                 result = state.call(call)
             finally:
-                with self._interruptible:
-                    self._in_model = False
+                self._leave_model()
             if not self.cancelled:
                 self.result, self.has_result = result, True
         except BaseException as error:
@@ -166,6 +173,7 @@ class Run:
                 self.error = hide_our_frames(error)
                 self.traceback = error.__traceback__
         finally:
+            self._leave_model()  # again: a Cancelled may have come just before it
             remove_gates(gated)
             del runs[self._ident]
             self.entered.clear()
@@ -175,9 +183,10 @@ class Run:
         return not self._interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
-        block = self.block
+        block = getattr(self, "block", None)
         self._done.release()
-        block.run_ended()
+        if block is not None:
+            block.run_ended()
 
     def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a watched module: inputs first, then its own call, or what is put in its place."""
@@ -217,10 +226,14 @@ class Run:
         self._tapped.clear()
 
     def _hand_over(self, slot: Slot | None) -> None:
+        if self.cancelled:
+            raise Cancelled
         self._parked = True
-        self.block.take(slot)
-        self._wake.acquire()
-        self._parked = False
+        try:
+            self.block.take(slot)
+            self._wake.acquire()
+        finally:
+            self._parked = False
         if self.cancelled:
             raise Cancelled
 
@@ -286,3 +299,9 @@ def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None
     for this, following in zip(kept, [*kept[1:], None], strict=True):
         this.tb_next = following
     return kept[0] if kept else None
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have `error` raised in a thread, wherever it is; None takes back one that has not come yet."""
+    thing = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), thing)

@@ -29,13 +29,14 @@ _idle: list[Worker] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not the threads
 
 
-def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> None:
-    """Acquire the lock, but not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody."""
+def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> bool:
+    """Acquire the lock if that takes no longer, but not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody."""
     end = None
     while not lock.acquire(timeout=POLL_SECONDS):
         end = end or monotonic() + seconds
         if monotonic() > end:
-            return
+            return False
+    return True
 
 
 class Worker:

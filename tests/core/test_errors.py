@@ -55,9 +55,8 @@ def test_an_error_of_the_model_arrives_as_it_is(way, kind) -> None:
     model = deep(error)
     model.never = nn.Identity()
     view = Traceable(model)
-    with no_leaks(model):
-        with pytest.raises(kind) as caught, view.trace(1) as tracer:
-            WAYS[way](view, tracer)
+    with no_leaks(model), pytest.raises(kind) as caught, view.trace(1) as tracer:
+        WAYS[way](view, tracer)
     assert caught.value is error
     assert error.args == ("mine",)
     assert error.__context__ is None
@@ -374,6 +373,5 @@ def test_a_module_put_in_meanwhile() -> None:
 
 def test_skip_value_and_wrong_inputs_assignment() -> None:
     view = Traceable(net())
-    with view.trace(x()):
-        with pytest.raises((TypeError, ValueError)):
-            view.embed.inputs = (1, 2, 3)
+    with view.trace(x()), pytest.raises((TypeError, ValueError)):
+        view.embed.inputs = (1, 2, 3)

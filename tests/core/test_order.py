@@ -16,10 +16,9 @@ from nnatomy.errors import NotReachedError, OutOfOrderError
 def test_both_points_and_both_lines_are_named() -> None:
     model = net()
     view = Traceable(model)
-    with no_leaks(model):
-        with pytest.raises(OutOfOrderError) as caught, view.trace(x()):
-            view.layers[1].output  # the first line
-            view.layers[0].mlp.output  # the second line
+    with no_leaks(model), pytest.raises(OutOfOrderError) as caught, view.trace(x()):
+        view.layers[1].output  # the first line
+        view.layers[0].mlp.output  # the second line
     text = str(caught.value)
     lines = re.findall(rf"{re.escape(__file__)}:(\d+)", text)
     source = Path(__file__).read_text().splitlines()

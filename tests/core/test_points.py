@@ -83,12 +83,11 @@ def test_assigning_an_output_is_what_a_returning_hook_does() -> None:
     with hooks((model.layers[1], "output", lambda out: (out[0] * 3 + 1, 7.0))):
         expected = model(x())
     assert not torch.equal(expected, model(x()))
-    with no_leaks(model):
-        with view.trace(x()) as tracer:
-            hidden, _ = view.layers[1].output
-            view.layers[1].output = (hidden * 3 + 1, 7.0)
-            assert view.layers[1].output[1] == 7.0
-            result = tracer.result
+    with no_leaks(model), view.trace(x()) as tracer:
+        hidden, _ = view.layers[1].output
+        view.layers[1].output = (hidden * 3 + 1, 7.0)
+        assert view.layers[1].output[1] == 7.0
+        result = tracer.result
     assert torch.equal(result, expected)
 
 
@@ -180,11 +179,10 @@ def test_skip_puts_a_value_in_the_place_of_the_call() -> None:
     ran = []
     with hooks((model.layers[1].mlp, "output", lambda out: torch.ones_like(out))):
         expected = model(x())
-    with hooks((model.layers[1].mlp[0], "output", lambda out: ran.append(1))):
-        with view.trace(x()) as tracer:
-            view.layers[1].mlp.skip(torch.ones(2, 4))
-            assert torch.equal(view.layers[1].mlp.output, torch.ones(2, 4))
-            result = tracer.result
+    with hooks((model.layers[1].mlp[0], "output", lambda out: ran.append(1))), view.trace(x()) as tracer:
+        view.layers[1].mlp.skip(torch.ones(2, 4))
+        assert torch.equal(view.layers[1].mlp.output, torch.ones(2, 4))
+        result = tracer.result
     assert torch.equal(result, expected)
     assert not ran
 
