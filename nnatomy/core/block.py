@@ -57,9 +57,10 @@ class Block(Waiter):
             Exception: what the model raised on the way, as it was raised.
         """
         run, step, here = self.run, self.step, self.here
-        if here is not None and (here.module is module and here.kind == kind):
-            if here.call == call and here.step == step:
-                return here
+        at = None if here is None else (here.module, here.kind, here.call, here.step)
+        if at == (module, kind, call, step):
+            assert here is not None
+            return here
         want = Want(module, kind, call, step, tap, name)
         if run.started:
             if run.error is not None:

@@ -167,7 +167,7 @@ class Run:
                 self._leave_model()
             if not self.cancelled:
                 self.result, self.has_result = result, True
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             # What is raised after cancelling comes of it: a `finally` that misses a value, say.
             if not self.cancelled:
                 self.error = hide_our_frames(error)
@@ -259,11 +259,11 @@ class Run:
             for module, kind, tap in wanted:
                 if entered is module and not any(mode[:2] == (depth, kind) for mode in self.modes):
                     # Below those of deeper calls, which are left first.
-                    above = [_pop_mode() for mode in self.modes if mode[0] > depth]  # type: ignore[no-untyped-call]
+                    above = [_pop_mode() for mode in self.modes if mode[0] > depth]
                     mode = tap(module, self._visitor(module, call, kind))
                     mode.__enter__()
                     for deeper in reversed(above):
-                        _push_mode(deeper)  # type: ignore[no-untyped-call]
+                        _push_mode(deeper)
                     self.modes.insert(len(self.modes) - len(above), (depth, kind, mode))
 
     def leave_taps(self) -> None:

@@ -65,9 +65,7 @@ class Trace:
     def block(self) -> Block:
         if self._block is None:
             state = "has not been entered" if self._call else "is over"
-            raise OutsideTraceError(
-                f"This trace {state}: ask inside `with model.trace(...) as tracer:`."
-            )
+            raise OutsideTraceError(f"This trace {state}: ask inside `with model.trace(...) as tracer:`.")
         return self._block
 
     def run(self) -> Any:

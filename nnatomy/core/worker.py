@@ -103,11 +103,11 @@ class ThreadState:
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.function_modes: list[Any] = []
         if torch._C._len_torch_function_stack():
-            self.function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+            self.function_modes = _get_current_function_mode_stack()
         self.dispatch_modes: list[Any] = []
         if torch._C._len_torch_dispatch_stack():
             self.dispatch_modes = dispatch._get_current_dispatch_mode_stack()
-        self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""
@@ -126,7 +126,7 @@ class ThreadState:
                     stack.enter_context(torch.autocast(device, dtype, cache_enabled=self.autocast_cache))
                 # Pushed, not entered: to enter one writes to it (a default device notes what to restore).
                 for mode in self.function_modes:
-                    _push_mode(mode)  # type: ignore[no-untyped-call]
+                    _push_mode(mode)
                 for mode in self.dispatch_modes:
                     dispatch._push_mode(mode)
                 return function()

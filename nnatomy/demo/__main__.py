@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m nnatomy.demo", description=main.__doc__)
     parser.add_argument("--html", type=Path, default=Path("nnatomy-demo.html"), metavar="FILE")
     options = parser.parse_args(arguments)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     every = []
     for name in MODELS:
         every.append(analyse(name))

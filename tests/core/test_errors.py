@@ -236,9 +236,13 @@ def test_unknown_submodules_name_the_near_ones() -> None:
         "the model (Net) has no submodule 'layer'. Did you mean 'layers'? "
         "Its children: embed, layers, shared, never, head."
     )
-    with pytest.raises(NoSuchModuleError, match=r"layers\.0 \(Layer\) has no submodule 'outptu'. Did you mean 'output'"):
+    with pytest.raises(
+        NoSuchModuleError, match=r"layers\.0 \(Layer\) has no submodule 'outptu'. Did you mean 'output'"
+    ):
         view.layers[0].outptu
-    with pytest.raises(NoSuchModuleError, match=r"attribute of the module itself: use `\.module\.in_features`"):
+    with pytest.raises(
+        NoSuchModuleError, match=r"attribute of the module itself: use `\.module\.in_features`"
+    ):
         view.embed.in_features
     with pytest.raises(NoSuchModuleError, match="no submodule 'x'"):
         view["layers.0.x"]
@@ -301,7 +305,10 @@ def test_after_stop_nothing_is_answered() -> None:
                 view.head.output
         with view.trace(x()) as tracer:
             tracer.stop()  # before it has begun
-            with pytest.raises(OutOfOrderError, match=r"head\.output was asked for at .*, after the forward pass had been stopped"):
+            with pytest.raises(
+                OutOfOrderError,
+                match=r"head\.output was asked for at .*, after the forward pass had been stopped",
+            ):
                 view.head.output
             assert list(tracer.iter[:]) == []
         with view.trace(x(), early_stop=False) as tracer:

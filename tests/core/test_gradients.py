@@ -111,9 +111,13 @@ def test_checkpointing_in_the_model(reentrant) -> None:
     view = Traceable(model)
     start = torch.linspace(-1, 1, 8).reshape(2, 4).requires_grad_()
     plain_result = model(start)
-    expected = torch.autograd.grad(
-        plain_result.sin().sum(), [start] if not reentrant else [start], retain_graph=False
-    )[0] if not reentrant else backward(plain_result, start)
+    expected = (
+        torch.autograd.grad(
+            plain_result.sin().sum(), [start] if not reentrant else [start], retain_graph=False
+        )[0]
+        if not reentrant
+        else backward(plain_result, start)
+    )
     with no_leaks(model):
         with view.trace(start) as tracer:
             attn = view.layers[1].attn.output

@@ -83,7 +83,9 @@ def test_what_the_model_does_not_call_is_not_reached() -> None:
     model = net()
     view = Traceable(model)
     with no_leaks(model):
-        with pytest.raises(NotReachedError, match=r"never\.output was asked for .* ended without coming to it"):
+        with pytest.raises(
+            NotReachedError, match=r"never\.output was asked for .* ended without coming to it"
+        ):
             with view.trace(x()):
                 view.never.output
         with pytest.raises(NotReachedError, match=r"shared\.output \(call 2\)"), view.trace(x()):
@@ -110,7 +112,9 @@ def test_a_container_asked_for_in_flight() -> None:
 def test_an_unhashable_looking_order_of_calls() -> None:
     """A module whose calls alternate with another's: call k of each, in between the other's."""
     model = Calls(
-        lambda self, v: [self.a(v), self.b(v + 1), self.a(v + 2), self.b(v + 3)], a=nn.Identity(), b=nn.Identity()
+        lambda self, v: [self.a(v), self.b(v + 1), self.a(v + 2), self.b(v + 3)],
+        a=nn.Identity(),
+        b=nn.Identity(),
     )
     view = Traceable(model)
     with view.trace(0) as tracer:

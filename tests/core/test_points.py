@@ -16,7 +16,12 @@ def test_every_output_is_what_a_hook_sees_and_the_result_is_the_models() -> None
     seen = outputs(model, lambda: model(x()))
     order = ["embed", "shared"]
     for i in range(3):
-        order += [f"layers.{i}.attn", *(f"layers.{i}.mlp.{j}" for j in range(3)), f"layers.{i}.mlp", f"layers.{i}"]
+        order += [
+            f"layers.{i}.attn",
+            *(f"layers.{i}.mlp.{j}" for j in range(3)),
+            f"layers.{i}.mlp",
+            f"layers.{i}",
+        ]
     order += ["head"]
     with no_leaks(model):
         with view.trace(x()) as tracer:
@@ -66,7 +71,9 @@ def test_inputs_by_position_and_by_keyword() -> None:
 
 
 def test_input_of_a_call_without_arguments() -> None:
-    model = Calls(lambda self, t: t + self.made(), made=Calls(lambda self, *extra: sum(extra, torch.ones(()))))
+    model = Calls(
+        lambda self, t: t + self.made(), made=Calls(lambda self, *extra: sum(extra, torch.ones(())))
+    )
     view = Traceable(model)
     with view.trace(torch.zeros(())) as tracer:
         assert view.made.inputs == ((), {})

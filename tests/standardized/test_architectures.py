@@ -138,7 +138,7 @@ def test_a_standard_name_of_what_is_not_there_refuses(
         with model.trace(prompt_ids()), pytest.raises(NotInThisModelError, match="fc1"):
             model.mlps_output[0]
         with pytest.raises(NotInThisModelError, match="two linears"):
-            model.layers[0].mlp  # noqa: B018
+            model.layers[0].mlp
     else:
         assert model.layers[0].mlp.module is places(model_type, model.hf_model)["mlps_input", 0][0]
     assert model.layers[1].self_attn.module is places(model_type, model.hf_model)["attentions_input", 1][0]
