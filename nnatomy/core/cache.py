@@ -67,12 +67,17 @@ class Cache(Collector):
             value = self._keep(path, value)
         else:
             value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(path, tensor), value)
-        entry = calls.get(key) or CachedCall(*key)
-        calls[key] = entry._replace(**{"inputs" if slot.kind == "input" else "output": value})
+        if slot.kind == "input":
+            calls[key] = CachedCall(*key, None, value)
+        else:
+            known = calls.get(key)
+            calls[key] = CachedCall(*key, value, None if known is None else known.inputs)
 
     def _keep(self, path: str, tensor: Tensor) -> Tensor:
         kept = tensor
-        if self._device is not None or (self._dtype is not None and tensor.is_floating_point()):
+        if self._device is None and self._dtype is None:
+            pass
+        elif self._device is not None or tensor.is_floating_point():
             dtype = self._dtype if tensor.is_floating_point() else None
             kept = tensor.to(device=self._device, dtype=dtype, non_blocking=False)
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare

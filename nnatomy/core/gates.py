@@ -48,7 +48,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     entered[self] = call + 1
     stack.append((self, call))
     try:
-        if self in run.watched or run.cancelled:
+        if self in run.watched_inputs or run.cancelled:
             output = run.enter(self, call, args, kwargs)
         else:
             output = type(self)._call_impl(self, *args, **kwargs)
@@ -56,7 +56,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
         if run.modes:
             run.leave_taps()
         stack.pop()
-    if self in run.watched:
+    if self in run.watched_outputs:
         output = run.arrive(self, "output", call, output).value
     if self is run.root and not stack:
         run.end_step()

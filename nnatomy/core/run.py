@@ -19,7 +19,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
-from nnatomy.core.points import Collector, Slot, Waiter
+from nnatomy.core.points import Collector, Slot, Tap, Waiter
 from nnatomy.core.worker import ThreadState, Worker, wait_for
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
@@ -56,11 +56,13 @@ class Run:
         self.entered: dict[Module, int] = {}
         #: The calls in flight, outermost first.
         self.stack: list[tuple[Module, int]] = []
-        #: The modules where the forward pass has to stop and look.
-        self.watched: set[Module] = set()
+        #: The modules at whose inputs, and at whose outputs, the forward pass has to stop and look.
+        self.watched_inputs: set[Module] = set()
+        self.watched_outputs: set[Module] = set()
         self.collectors: list[Collector] = []
         #: The modes of the taps that are on, outermost call first: (depth in the stack, kind, mode).
         self.modes: list[tuple[int, str, TorchFunctionMode]] = []
+        self._taps: list[tuple[Module, str, Tap]] = []  # those waited for
         self._tapped: set[tuple[Module, int, str]] = set()
         self._job: tuple[ThreadState, Callable[[], Any]] | None = (state, call)
         self._begin = Lock()  # taken by the worker when it begins, or else by `cancel`
@@ -84,11 +86,24 @@ class Run:
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
+        inputs, outputs, taps = set(), set(), []
         want = self.block.want
-        watched = set() if want is None else {want.module}
+        if want is not None:
+            if want.kind != "output":
+                inputs.add(want.module)
+            if want.kind != "input":
+                outputs.add(want.module)
+            if want.tap is not None:
+                taps.append((want.module, want.kind, want.tap))
         for collector in self.collectors:
-            watched |= collector.modules
-        self.watched = watched
+            if collector.kinds.keys() != {"output"}:
+                inputs |= collector.modules
+            if "output" in collector.kinds:
+                outputs |= collector.modules
+            for kind, tap in collector.kinds.items():
+                if tap is not None:
+                    taps += [(module, kind, tap) for module in collector.modules]
+        self.watched_inputs, self.watched_outputs, self._taps = inputs, outputs, taps
 
     def cancel(self) -> None:
         """End the forward pass where it stands and wait until it is gone."""
@@ -213,7 +228,7 @@ class Run:
         for collector in self.collectors:
             if module in collector.modules and kind in collector.kinds:
                 collector.take(slot)
-        if not slot.skipped:
+        if self._taps and not slot.skipped:
             self._enter_taps()
         return slot
 
@@ -244,19 +259,8 @@ class Run:
         code has entered since; should that code leave one of them before the module is done, torch
         pops ours instead, and the point comes as not reached.
         """
-        want = self.block.want
-        wanted = [] if want is None or want.tap is None else [(want.module, want.kind, want.tap)]
-        wanted += [
-            (module, kind, tap)
-            for collector in self.collectors
-            for kind, tap in collector.kinds.items()
-            if tap is not None
-            for module in collector.modules
-        ]
-        if not wanted:
-            return
         for depth, (entered, call) in enumerate(self.stack):
-            for module, kind, tap in wanted:
+            for module, kind, tap in self._taps:
                 if entered is module and not any(mode[:2] == (depth, kind) for mode in self.modes):
                     # Below those of deeper calls, which are left first.
                     above = [_pop_mode() for mode in self.modes if mode[0] > depth]

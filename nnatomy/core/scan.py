@@ -40,8 +40,9 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
             finally:
                 for state in before:
                     for held, entries in state:
-                        held.clear()
                         held.update(entries)
+                        for name in held.keys() - entries.keys():
+                            del held[name]
 
     return call
 

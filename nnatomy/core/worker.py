@@ -109,6 +109,10 @@ class ThreadState:
             self.dispatch_modes = dispatch._get_current_dispatch_mode_stack()
         self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
+        self.plain = not (
+            self.inference or self.autocast or self.function_modes or self.dispatch_modes or self.cuda_stream
+        )
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""
         return self.context.run(self._call, function)
@@ -117,7 +121,10 @@ class ThreadState:
         if torch.get_num_threads() != self.threads:  # kept per thread by OpenMP
             torch.set_num_threads(self.threads)
         try:
-            with torch.set_grad_enabled(self.grad), ExitStack() as stack:
+            torch._C._set_grad_enabled(self.grad)
+            if self.plain:
+                return function()
+            with ExitStack() as stack:
                 if self.cuda_stream is not None:
                     stack.enter_context(torch.cuda.stream(self.cuda_stream))  # and its device
                 if self.inference:
