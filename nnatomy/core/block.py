@@ -75,7 +75,9 @@ class Block(Waiter):
         here = self.here
         if here is None or here.kind != kind:
             raise self._not_reached(want)
-        frame = next(user_frames())
+        frame = sys._getframe(1)
+        while _is_ours(frame) and frame.f_back is not None:
+            frame = frame.f_back
         self._last = (want, frame.f_code.co_filename, frame.f_lineno)
         return here
 
@@ -224,12 +226,13 @@ def _user_line() -> str:
 def user_frames() -> Iterator[FrameType]:
     """The frames of this thread from the innermost one that is not this library's outwards."""
     frame: FrameType | None = sys._getframe(1)
-    outside = False
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        outside = outside or not (
-            name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
-        )
-        if outside:
-            yield frame
+    while frame is not None and _is_ours(frame):
         frame = frame.f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
