@@ -13,7 +13,8 @@ question is only noticed at the end, or is answered with a later call's value. A
 module answers all three and costs less than a hook: about 0.3 µs a call, 0.3 µs to put on and off.
 
 A gate acts only in the thread that a run is at work in: every other thread, the one with the
-user's block included, goes straight through to the module. `torch.compile`d and scripted modules
+user's block included, goes straight through to the module; so does a call within `backward` (gradient
+checkpointing calls modules once more there). `torch.compile`d and scripted modules
 run no Python below themselves, so they get no gates there.
 """
 
@@ -25,6 +26,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch._C import _current_graph_task_id as current_graph_task_id
 from torch.nn import Module
 
 #: The run at work in a thread, by the thread's identifier.
@@ -37,7 +39,7 @@ _lock = Lock()
 
 def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     run = runs.get(get_ident())
-    if run is None:
+    if run is None or current_graph_task_id() != -1:
         return type(self)._call_impl(self, *args, **kwargs)
     entered = run.entered
     call = entered.get(self, 0)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.points import Collector, Slot, Tap, Waiter
+from nnatomy.core.recompute import Unedited, is_recomputed
 from nnatomy.core.worker import ThreadState, Worker, wait_for
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
@@ -70,6 +71,7 @@ class Run:
         self._wake.acquire()
         self._done = Lock()  # released when the worker is through
         self._done.acquire()
+        self._records_gradients = state.grad
         self._ident = 0
         self._interruptible = Lock()
         self._in_model = self._parked = self._interrupted = False
@@ -224,7 +226,10 @@ class Run:
             # At its output a call is over, and a tap that has found nothing in it will find nothing.
             and (want.kind == kind or kind == "output")
         ):
+            unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
             self._hand_over(slot)
+            if unedited is not None:
+                unedited.check(str(want))
         for collector in self.collectors:
             if module in collector.modules and kind in collector.kinds:
                 collector.take(slot)

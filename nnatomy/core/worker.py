@@ -46,7 +46,13 @@ class Worker:
         self._go = Lock()
         self._go.acquire()
         self._job: Job | None = job
-        Thread(target=self._work, name="nnatomy-forward", daemon=True).start()
+        self._gone = False
+        try:
+            Thread(target=self._work, name="nnatomy-forward", daemon=True).start()
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # it came inside `threading`'s own locks
+                raise error.__context__ from None
+            raise
 
     @classmethod
     def start(cls, job: Job) -> None:
@@ -57,7 +63,10 @@ class Worker:
             cls(job)
         else:
             worker._job = job
-            worker._go.release()
+            if worker._gone:
+                cls(job)  # should both come to it: a run begins once
+            else:
+                worker._go.release()
 
     def _work(self) -> None:
         again = True
@@ -65,6 +74,7 @@ class Worker:
             assert self._job is not None
             job, self._job = self._job, None
             again, tell = job()
+            again = again and not self._gone
             if again:
                 _idle.append(self)
             tell()
@@ -76,9 +86,13 @@ class Worker:
             return True
         try:
             _idle.remove(self)
+            return False
         except ValueError:  # taken for a job just now
-            return self._go.acquire()
-        return False
+            pass
+        if self._go.acquire(timeout=IDLE_SECONDS):
+            return True
+        self._gone = True  # whoever took it was interrupted (Ctrl-C) before it could say so
+        return self._job is not None
 
 
 class ThreadState:

@@ -1,0 +1,54 @@
+"""Edits and gradient checkpointing.
+
+A checkpointed part of a model runs once more in `backward`, by the model's own code: an edit made in the
+forward pass is not made again there, and the gradients would silently be those of another computation.
+So where gradients are recorded, an edit inside a checkpointed part is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+from nnatomy.core.points import Slot
+from nnatomy.errors import AssignmentError
+
+
+def is_recomputed() -> bool:
+    """Whether the code at work will run again in `backward`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is checkpoint.__dict__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Unedited:
+    """What a slot holds before a block gets it, to see whether the block has edited it."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._value = slot.value
+        self._versions = _versions(slot.value)
+
+    def check(self, name: str) -> None:
+        """Raise AssignmentError if it has."""
+        slot = self._slot
+        if slot.skipped or slot.value is not self._value or _versions(slot.value) != self._versions:
+            raise AssignmentError(
+                f"{name} was changed inside a part of the model that is under gradient checkpointing: "
+                "`backward` computes that part again, without the change, and would give gradients of "
+                "something else. Switch checkpointing off (model.gradient_checkpointing_disable()), or "
+                "trace under torch.no_grad()."
+            )
+
+
+def _versions(value: Any) -> list[int]:
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
