@@ -56,7 +56,7 @@ def make_tokenizer(train: list[Sentence]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([EOS, PAD])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=EOS,
         eos_token=EOS,
@@ -200,7 +200,7 @@ def fit(model: PreTrainedModel, batches: Batches, steps: int, rows: int, rate: f
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         turns = turning.pop()
         optimizer.zero_grad()
-        (loss + turn * turns).backward()  # type: ignore[no-untyped-call]
+        (loss + turn * turns).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()

@@ -117,34 +117,6 @@ def test_an_interrupt_caught_in_the_block() -> None:
     timer.join()
 
 
-def test_interrupts_at_any_moment() -> None:
-    """The interrupt lands wherever it may: nothing hangs, and nothing is left."""
-    model = net()
-    view = Traceable(model)
-    hits = 0
-    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        with no_leaks(model):
-            for i in range(300):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 5e-6)
-                    try:
-                        while True:
-                            with view.trace(x()) as tracer:
-                                view.layers[1].output
-                                tracer.result
-                    finally:
-                        signal.setitimer(signal.ITIMER_REAL, 0)
-                except KeyboardInterrupt:
-                    hits += 1
-                blocks = view._blocks._by_thread
-                if blocks:  # between `__enter__` and the body no code of ours can help
-                    blocks.clear()
-    finally:
-        signal.signal(signal.SIGALRM, old)
-    assert hits == 300
-
-
 def test_ctrl_c_in_a_script() -> None:
     """The real thing: SIGINT to a process, the traceback printed, the process gone."""
     code = (
