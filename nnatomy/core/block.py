@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from threading import Lock, get_ident
+from threading import get_ident
 from types import FrameType
 
 from torch.nn import Module
 
 from nnatomy.core.gates import has_gate, modules_seen
-from nnatomy.core.points import Slot, Tap, Waiter, Want
+from nnatomy.core.points import Slot, Tap, Want
 from nnatomy.core.run import Run
-from nnatomy.core.worker import wait_for
 from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError
 
 
-class Block(Waiter):
+class Block:
     """The `with` body of one trace.
 
     Attributes:
-        here: the slot that the forward pass stands at for this block, if it does.
-        want: the point this block waits for, while it waits.
         step: which step (see `points`) the block's questions mean.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.here: Slot | None = None
-        self.want: Want | None = None
         self.step = 0
         self._last: tuple[Want, str, int] | None = None
-        self._waiting = False
-        self._wake = Lock()
-        self._wake.acquire()
-        run.block = self
 
-    # What the worker calls.
-
-    def take(self, slot: Slot | None) -> None:
-        self.here, self.want, self._waiting = slot, None, False
-        self._wake.release()
-
-    def run_ended(self) -> None:
-        if self._waiting:
-            self.take(None)
-
-    # What the user's thread calls.
+    @property
+    def here(self) -> Slot | None:
+        """The slot that the forward pass stands at for this block, if it does."""
+        return self.run.here
 
     def reach(self, module: Module, kind: str, name: str, call: int = 0, tap: Tap | None = None) -> Slot:
         """Let the forward pass run until it is at that point.
@@ -56,7 +40,7 @@ class Block(Waiter):
             NotReachedError: if it ended, or left that step, without coming there.
             Exception: what the model raised on the way, as it was raised.
         """
-        run, step, here = self.run, self.step, self.here
+        run, step, here = self.run, self.step, self.run.here
         at = None if here is None else (here.module, here.kind, here.call, here.step)
         if at == (module, kind, call, step):
             assert here is not None
@@ -69,10 +53,10 @@ class Block(Waiter):
                 raise self._out_of_order(want)
             if not has_gate(module):
                 raise self._unseen(want)
-        self._wait(want)
+        run.wait(want)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
-        here = self.here
+        here = run.here
         if here is None or here.kind != kind:
             raise self._not_reached(want)
         frame = sys._getframe(1)
@@ -100,32 +84,18 @@ class Block(Waiter):
         if step == run.step and run.entered.get(run.root):  # it has begun
             return True
         if not run.ended:
-            self._wait(Want(run.root, "input", 0, step, None, f"step {step}"))
+            run.wait(Want(run.root, "input", 0, step, None, f"step {step}"))
             if run.error is not None:
                 raise run.error.with_traceback(run.traceback)
-        return self.here is not None
+        return run.here is not None
 
     def reach_end(self) -> None:
         """Let the forward pass run to its end."""
         run = self.run
         if not run.ended:
-            self._wait(None)
+            run.wait(None)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
-
-    def _wait(self, want: Want | None) -> None:
-        run = self.run
-        self.here, self.want, self._waiting = None, want, True
-        run.watch()
-        try:
-            run.resume()
-            wait_for(self._wake)
-        except BaseException:  # Ctrl-C
-            run.cancel()
-            raise
-
-    def close(self) -> None:
-        self.here = self.want = None
 
     def _out_of_order(self, want: Want) -> OutOfOrderError:
         last, line = "the start", "the trace's first line"

@@ -62,20 +62,6 @@ class Want(NamedTuple):
         return f"{self.name}{call}{step}"
 
 
-class Waiter:
-    """The block as its run sees it."""
-
-    want: Want | None
-
-    def take(self, slot: Slot | None) -> None:
-        """Go to work: at the point waited for, or at the end of its call or step without having come to it."""
-        raise NotImplementedError
-
-    def run_ended(self) -> None:
-        """Go to work if still waiting: the run is over."""
-        raise NotImplementedError
-
-
 class Collector:
     """Takes values as the forward pass makes them, without stopping it.
 

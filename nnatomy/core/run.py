@@ -19,7 +19,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
-from nnatomy.core.points import Collector, Slot, Tap, Waiter
+from nnatomy.core.points import Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
 from nnatomy.core.worker import ThreadState, Worker, wait_for
 
@@ -40,9 +40,6 @@ class Run:
         state: the thread state to run it with.
     """
 
-    #: The block that asks.
-    block: Waiter
-
     def __init__(self, root: Module, call: Callable[[], Any], state: ThreadState) -> None:
         self.root = root
         self.result: Any = None
@@ -52,6 +49,9 @@ class Run:
         self.error: BaseException | None = None
         self.traceback: TracebackType | None = None
         self.started = self.ended = self.cancelled = False
+        #: The point the block waits for, while it waits; the slot it has been given, while it holds it.
+        self.want: Want | None = None
+        self.here: Slot | None = None
         self.step = 0
         #: How often each module has been called in this step.
         self.entered: dict[Module, int] = {}
@@ -67,29 +67,36 @@ class Run:
         self._tapped: set[tuple[Module, int, str]] = set()
         self._job: tuple[ThreadState, Callable[[], Any]] | None = (state, call)
         self._begin = Lock()  # taken by the worker when it begins, or else by `cancel`
-        self._wake = Lock()  # released to let the parked worker go on
-        self._wake.acquire()
-        self._done = Lock()  # released when the worker is through
-        self._done.acquire()
+        self._wake, self._answered, self._done = Lock(), Lock(), Lock()
+        self._wake.acquire()  # released to let the parked worker go on
+        self._answered.acquire()  # released to let the block go on
+        self._done.acquire()  # released when the worker is through
         self._records_gradients = state.grad
         self._ident = 0
         self._interruptible = Lock()
-        self._in_model = self._parked = self._interrupted = False
+        self._waiting = self._in_model = self._parked = self._interrupted = False
 
     # What the block's thread calls.
 
-    def resume(self) -> None:
-        """Let the forward pass go on, or start."""
-        if self.started:
-            self._wake.release()
-        else:
-            self.started = True
-            Worker.start(self._work)
+    def wait(self, want: Want | None) -> None:
+        """Let the forward pass go on (or start) until it is at that point, cannot come to it, or ends."""
+        self.here, self.want, self._waiting = None, want, True
+        self.watch()
+        try:
+            if self.started:
+                self._wake.release()
+            else:
+                self.started = True
+                Worker.start(self._work)
+            wait_for(self._answered)
+        except BaseException:  # Ctrl-C
+            self.cancel()
+            raise
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
         inputs, outputs, taps = set(), set(), []
-        want = self.block.want
+        want = self.want
         if want is not None:
             if want.kind != "output":
                 inputs.add(want.module)
@@ -131,6 +138,8 @@ class Run:
         except BaseException:  # Ctrl-C, while the model's own `finally` is at work
             self._interrupt()
             raise
+        finally:
+            self.here = None
 
     def _interrupt(self) -> None:
         """If the model is at work (the block was interrupted while it waited), raise Cancelled there."""
@@ -149,7 +158,6 @@ class Run:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
         self.result = self.error = self.traceback = None
         self.collectors = []
-        del self.block
 
     def has_passed(self, module: Module, kind: str, call: int, step: int) -> bool:
         """Whether that point can no longer be reached (it may be the one just reached)."""
@@ -200,10 +208,9 @@ class Run:
         return not self._interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
-        block = getattr(self, "block", None)
         self._done.release()
-        if block is not None:
-            block.run_ended()
+        if self._waiting:
+            self._answer(None)
 
     def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a watched module: inputs first, then its own call, or what is put in its place."""
@@ -219,7 +226,7 @@ class Run:
         if self.cancelled:
             raise Cancelled
         slot = Slot(module, kind, call, self.step, value)
-        while (want := self.block.want) is not None and (
+        while (want := self.want) is not None and (
             want.module is module
             and want.call == call
             and want.step == self.step
@@ -239,7 +246,7 @@ class Run:
 
     def end_step(self) -> None:
         """A call of the root is over: what was asked for in this step and has not come will not come."""
-        while (want := self.block.want) is not None and want.step <= self.step:
+        while (want := self.want) is not None and want.step <= self.step:
             self._hand_over(None)
         self.step += 1
         self.entered.clear()
@@ -250,12 +257,16 @@ class Run:
             raise Cancelled
         self._parked = True
         try:
-            self.block.take(slot)
+            self._answer(slot)
             self._wake.acquire()
         finally:
             self._parked = False
         if self.cancelled:
             raise Cancelled
+
+    def _answer(self, slot: Slot | None) -> None:
+        self.here, self.want, self._waiting = slot, None, False
+        self._answered.release()
 
     def _enter_taps(self) -> None:
         """Put on the modes of the taps that are waited for inside the calls in flight.

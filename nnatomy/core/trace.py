@@ -59,7 +59,6 @@ class Trace:
                 self._block = None
                 self._result, self._has_result = run.result, run.has_result
                 run.forget()
-                block.close()
 
     @property
     def block(self) -> Block:
@@ -105,7 +104,6 @@ class Trace:
     def stop(self) -> None:
         """Cancel the forward pass here; the block goes on, and can ask for nothing more."""
         self.block.run.cancel()
-        self.block.close()
 
     def cache(
         self,
