@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from threading import get_ident
 from types import FrameType
+from weakref import ref
 
 from torch.nn import Module
 
@@ -20,10 +21,14 @@ class Block:
 
     Attributes:
         step: which step (see `points`) the block's questions mean.
+        frame: the frame of its `with`.
     """
+
+    frame: FrameType
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        run.owner = ref(self)
         self.step = 0
         self._last: tuple[Want, str, int] | None = None
 
@@ -141,19 +146,20 @@ class OpenBlocks:
     """The blocks that are open on one model, by thread."""
 
     def __init__(self) -> None:
-        self._by_thread: dict[int, list[tuple[Block, FrameType]]] = {}
+        self._by_thread: dict[int, list[ref[Block]]] = {}
 
     def add(self, block: Block) -> int:
         """Open a block whose `with` is being entered; returns the thread, for `remove`."""
+        block.frame = _frame_of_with()
         thread = get_ident()
-        self._by_thread.setdefault(thread, []).append((block, _frame_of_with()))
+        self._by_thread.setdefault(thread, []).append(ref(block))
         return thread
 
     def remove(self, block: Block, thread: int) -> None:
-        blocks = self._by_thread[thread]
-        blocks[:] = [entry for entry in blocks if entry[0] is not block]
+        blocks = self._by_thread.get(thread, [])
+        blocks[:] = [other for other in blocks if other() not in (block, None)]
         if not blocks:
-            del self._by_thread[thread]
+            self._by_thread.pop(thread, None)
 
     def current(self, name: str) -> Block:
         """The block that the user's line stands in.
@@ -161,7 +167,10 @@ class OpenBlocks:
         In one thread several can be open: one in the other (the inner one is meant), or in suspended
         generators (then the one is meant whose frame the line runs in).
         """
-        blocks = self._by_thread.get(get_ident())
+        refs = self._by_thread.get(get_ident(), ())
+        if len(refs) == 1 and (block := refs[0]()) is not None:
+            return block
+        blocks = [block for other in refs if (block := other()) is not None]
         if not blocks:
             raise OutsideTraceError(
                 f"{name or 'the model'}: values exist only while the model runs. Ask for them inside "
@@ -169,10 +178,10 @@ class OpenBlocks:
             )
         if len(blocks) > 1:
             for frame in user_frames():
-                for block, opened_in in reversed(blocks):
-                    if opened_in is frame:
+                for block in reversed(blocks):
+                    if block.frame is frame:
                         return block
-        return blocks[-1][0]
+        return blocks[-1]
 
 
 def _frame_of_with() -> FrameType:

@@ -55,36 +55,37 @@ class Cache(Collector):
         self._device = device
         self._dtype = dtype
         self._clone = clone
-        self._calls: dict[str, dict[tuple[int, int], CachedCall]] = {}
-        self._versions: dict[str, list[tuple[Tensor, int]]] = {}
+        self._taken: list[tuple[Module, str, int, int, Any]] = []  # since it was last asked for anything
+        self._sorted: dict[str, dict[tuple[int, int], CachedCall]] = {}
+        self._versions: list[tuple[Module, Tensor, int]] = []
 
     def take(self, slot: Slot) -> None:
-        path = self._paths[slot.module]
-        calls = self._calls.setdefault(path, {})
-        key = (slot.step, slot.call)
-        value = slot.value
+        module, value = slot.module, slot.value
         if isinstance(value, Tensor):
-            value = self._keep(path, value)
+            value = self._keep(module, value)
         else:
-            value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(path, tensor), value)
-        if slot.kind == "input":
-            calls[key] = CachedCall(*key, None, value)
-        else:
-            known = calls.get(key)
-            calls[key] = CachedCall(*key, value, None if known is None else known.inputs)
+            value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(module, tensor), value)
+        self._taken.append((module, slot.kind, slot.step, slot.call, value))
 
-    def _keep(self, path: str, tensor: Tensor) -> Tensor:
+    def _keep(self, module: Module, tensor: Tensor) -> Tensor:
         kept = tensor
-        if self._device is None and self._dtype is None:
-            pass
-        elif self._device is not None or tensor.is_floating_point():
+        if self._device is not None or (self._dtype is not None and tensor.is_floating_point()):
             dtype = self._dtype if tensor.is_floating_point() else None
             kept = tensor.to(device=self._device, dtype=dtype, non_blocking=False)
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
         if kept is tensor:
-            self._versions.setdefault(path, []).append((tensor, tensor._version))
+            self._versions.append((module, tensor, tensor._version))
         return kept
+
+    @property
+    def _calls(self) -> dict[str, dict[tuple[int, int], CachedCall]]:
+        taken, self._taken = self._taken, []
+        for module, kind, step, call, value in taken:
+            calls = self._sorted.setdefault(self._paths[module], {})
+            known = calls.get((step, call), CachedCall(step, call))
+            calls[step, call] = known._replace(**{"inputs" if kind == "input" else "output": value})
+        return self._sorted
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
         path = module if isinstance(module, str) else self._paths.get(module.module, module.path)
@@ -93,8 +94,8 @@ class Cache(Collector):
                 raise CacheError(f"{path!r} was not called while the cache was open.")
             held = ", ".join(list(self._calls)[:20]) or "nothing yet"
             raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
-        for tensor, version in self._versions.get(path, ()):
-            if tensor._version != version:
+        for changed, tensor, version in self._versions:
+            if tensor._version != version and self._paths[changed] == path:
                 raise CacheError(
                     f"A value of {path!r} was changed in place after it had been collected (by the model, or "
                     "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."

@@ -10,14 +10,16 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable
-from threading import Lock, get_ident
+from collections.abc import Callable, Collection
+from threading import Lock, get_ident, get_native_id
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from nnatomy.core.cores import bring_here, run_on
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.points import Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
@@ -25,6 +27,9 @@ from nnatomy.core.worker import ThreadState, Worker, wait_for
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
 PATIENCE_SECONDS = 1.0
+
+#: How often a parked forward pass looks whether its block is still there.
+OWNER_SECONDS = 1.0
 
 
 class Cancelled(BaseException):
@@ -42,6 +47,8 @@ class Run:
 
     def __init__(self, root: Module, call: Callable[[], Any], state: ThreadState) -> None:
         self.root = root
+        #: The block. If Ctrl-C comes just before its end, or in it, nobody cancels the run: then it goes with it.
+        self.owner: ref[Any] = ref(self)
         self.result: Any = None
         self.has_result = False
         #: Whether somebody still wants what comes after the block's end.
@@ -58,8 +65,8 @@ class Run:
         #: The calls in flight, outermost first.
         self.stack: list[tuple[Module, int]] = []
         #: The modules at whose inputs, and at whose outputs, the forward pass has to stop and look.
-        self.watched_inputs: set[Module] = set()
-        self.watched_outputs: set[Module] = set()
+        self.watched_inputs: Collection[Module] = ()
+        self.watched_outputs: Collection[Module] = ()
         self.collectors: list[Collector] = []
         #: The modes of the taps that are on, outermost call first: (depth in the stack, kind, mode).
         self.modes: list[tuple[int, str, TorchFunctionMode]] = []
@@ -72,7 +79,8 @@ class Run:
         self._answered.acquire()  # released to let the block go on
         self._done.acquire()  # released when the worker is through
         self._records_gradients = state.grad
-        self._ident = 0
+        self._cores = state.cores
+        self._ident = self._worker = self._waiter = 0
         self._interruptible = Lock()
         self._waiting = self._in_model = self._parked = self._interrupted = False
 
@@ -82,8 +90,10 @@ class Run:
         """Let the forward pass go on (or start) until it is at that point, cannot come to it, or ends."""
         self.here, self.want, self._waiting = None, want, True
         self.watch()
+        self._waiter = get_native_id()
         try:
             if self.started:
+                bring_here(self._worker)
                 self._wake.release()
             else:
                 self.started = True
@@ -92,31 +102,35 @@ class Run:
         except BaseException:  # Ctrl-C
             self.cancel()
             raise
+        finally:
+            run_on(self._cores)
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
-        inputs, outputs, taps = set(), set(), []
         want = self.want
+        inputs: tuple[Module, ...] = ()
+        outputs: tuple[Module, ...] = ()
+        self._taps = []
         if want is not None:
             if want.kind != "output":
-                inputs.add(want.module)
+                inputs = (want.module,)
             if want.kind != "input":
-                outputs.add(want.module)
+                outputs = (want.module,)
             if want.tap is not None:
-                taps.append((want.module, want.kind, want.tap))
+                self._taps.append((want.module, want.kind, want.tap))
+        self.watched_inputs, self.watched_outputs = inputs, outputs
         for collector in self.collectors:
             if collector.kinds.keys() != {"output"}:
-                inputs |= collector.modules
+                self.watched_inputs = collector.modules.union(self.watched_inputs)
             if "output" in collector.kinds:
-                outputs |= collector.modules
+                self.watched_outputs = collector.modules.union(self.watched_outputs)
             for kind, tap in collector.kinds.items():
                 if tap is not None:
-                    taps += [(module, kind, tap) for module in collector.modules]
-        self.watched_inputs, self.watched_outputs, self._taps = inputs, outputs, taps
+                    self._taps += [(module, kind, tap) for module in collector.modules]
 
     def cancel(self) -> None:
         """End the forward pass where it stands and wait until it is gone."""
-        if self.ended:
+        if self.ended and not self._waiting:
             return
         again, self.cancelled = self.cancelled, True
         if self._begin.acquire(blocking=False):  # it has not begun, and now will not
@@ -125,8 +139,11 @@ class Run:
             return
         if sys.is_finalizing():  # no other thread will ever run again
             return
+        self._waiter = get_native_id()
         parked = self._parked
         try:
+            if parked:
+                bring_here(self._worker)
             while True:
                 if not parked:
                     self._interrupt()
@@ -140,6 +157,7 @@ class Run:
             raise
         finally:
             self.here = None
+            run_on(self._cores)
 
     def _interrupt(self) -> None:
         """If the model is at work (the block was interrupted while it waited), raise Cancelled there."""
@@ -177,7 +195,7 @@ class Run:
         assert self._job is not None
         state, call = self._job
         self._job = None
-        self._ident = get_ident()
+        self._ident, self._worker = get_ident(), get_native_id()
         runs[self._ident] = self
         gated: list[Module] = []
         try:
@@ -208,6 +226,7 @@ class Run:
         return not self._interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
+        bring_here(self._waiter)
         self._done.release()
         if self._waiting:
             self._answer(None)
@@ -257,10 +276,15 @@ class Run:
             raise Cancelled
         self._parked = True
         try:
+            bring_here(self._waiter)
             self._answer(slot)
-            self._wake.acquire()
+            while not self._wake.acquire(timeout=OWNER_SECONDS):
+                self.cancelled = self.cancelled or self.owner() is None
+                if self.cancelled:
+                    break
         finally:
             self._parked = False
+            run_on(self._cores)
         if self.cancelled:
             raise Cancelled
 

@@ -133,13 +133,14 @@ class ModuleView:
         if modules is None:
             return {module: path for path, module in self.module.named_modules()}
         paths = {}
+        everything: dict[Module, str] = {}
         for given in modules:
             if isinstance(given, Module):
-                path = next((path for path, module in self.module.named_modules() if module is given), None)
-                if path is None:
+                everything = everything or self.paths()
+                if given not in everything:
                     mine = type(self.module).__name__
                     raise NoSuchModuleError(f"{type(given).__name__} is not a submodule of {mine}.")
-                paths[given] = path
+                paths[given] = everything[given]
             else:
                 view = given if isinstance(given, ModuleView) else self[given]
                 paths[view.module] = view.path

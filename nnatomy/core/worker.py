@@ -11,13 +11,15 @@ import contextvars
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import TIMEOUT_MAX, Lock, Thread
+from threading import TIMEOUT_MAX, Lock, Thread, get_native_id
 from time import monotonic
 from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
+
+from nnatomy.core.cores import bring_here, cores_of_this_thread, run_on
 
 IDLE_SECONDS = 2.0
 POLL_SECONDS = 0.2
@@ -47,6 +49,7 @@ class Worker:
         self._go.acquire()
         self._job: Job | None = job
         self._gone = False
+        self._thread = 0
         try:
             Thread(target=self._work, name="nnatomy-forward", daemon=True).start()
         except RuntimeError as error:
@@ -66,9 +69,11 @@ class Worker:
             if worker._gone:
                 cls(job)  # should both come to it: a run begins once
             else:
+                bring_here(worker._thread)
                 worker._go.release()
 
     def _work(self) -> None:
+        self._thread = get_native_id()
         again = True
         while again:
             assert self._job is not None
@@ -99,11 +104,12 @@ class ThreadState:
     """What torch and Python keep per thread, as it was where the trace was opened.
 
     Grad mode, inference mode, autocast, the function and dispatch modes (a default device is one of
-    these), the number of threads, the CUDA device and stream, and the context variables.
+    these), the number of threads, the cores to run on, the CUDA device and stream, and the context variables.
     """
 
     def __init__(self) -> None:
         self.context = contextvars.copy_context()
+        self.cores = cores_of_this_thread()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.threads = torch.get_num_threads()
@@ -129,6 +135,7 @@ class ThreadState:
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""
+        run_on(self.cores)
         return self.context.run(self._call, function)
 
     def _call(self, function: Callable[[], Any]) -> Any:

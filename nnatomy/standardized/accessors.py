@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.block import Block, OpenBlocks
+from nnatomy.core.run import hide_our_frames
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
 
 #: The name of the argument that holds the hidden states, where they are passed by name.
@@ -152,6 +153,9 @@ class LayerAccessor:
             if not self._unreached:
                 raise
             raise NotReachedError(f"{error} {self._unreached}") from None
+        except Exception as error:
+            hide_our_frames(error)  # two of ours are enough
+            raise
 
     def _read_many(self, layers: range) -> list[Tensor]:
         block = self._blocks.current(self.name)

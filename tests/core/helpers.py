@@ -122,7 +122,8 @@ def state_of(root: nn.Module) -> list[Any]:
 
 
 def forward_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "nnatomy-forward"]
+    # Without an identifier it never started: `Thread.start`, interrupted, leaves its entry in the list.
+    return [t for t in threading.enumerate() if t.name == "nnatomy-forward" and t.ident is not None]
 
 
 def busy_threads() -> int:

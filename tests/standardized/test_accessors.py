@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -332,3 +333,18 @@ def test_generation_reads_each_step_and_needs_no_block() -> None:
         result = tracer.result
     assert torch.equal(result, tokens)
     assert result[0, -3:].tolist() == picked
+
+
+def test_an_error_of_the_model_comes_with_two_frames_of_ours_at_most(model: StandardizedTransformer) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("the model's own")
+
+    hook = model.layers[1].module.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(KeyError, match="the model's own") as caught, model.trace([[1, 2, 3]]):
+            model.layers_output[1]
+    finally:
+        hook.remove()
+    files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert files[0] == __file__ == files[-1]
+    assert sum("/nnatomy/" in file and "/tests/" not in file for file in files) <= 2
