@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ class StandardizedTransformer(Traceable):
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
         """
         inputs = self.prepare(prompts, **kwargs)
-        return PromptTrace(self, lambda: self.hf_model(**inputs), early_stop=early_stop)
+        return PromptTrace(self, partial(self.hf_model, **inputs), early_stop=early_stop)
 
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
@@ -251,7 +252,7 @@ class StandardizedTransformer(Traceable):
         inputs.pop("position_ids", None)  # generate makes its own, for every step
         if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
             inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
-        return PromptTrace(self, lambda: self.hf_model.generate(**inputs), early_stop=early_stop)
+        return PromptTrace(self, partial(self.hf_model.generate, **inputs), early_stop=early_stop)
 
     def scan(  # type: ignore[override]
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
