@@ -57,7 +57,7 @@ class Cache(Collector):
         self._clone = clone
         self._taken: list[tuple[Module, str, int, int, Any]] = []  # since it was last asked for anything
         self._sorted: dict[str, dict[tuple[int, int], CachedCall]] = {}
-        self._versions: list[tuple[Module, Tensor, int]] = []
+        self._versions: dict[str, list[tuple[Tensor, int]]] = {}
 
     def take(self, slot: Slot) -> None:
         module, value = slot.module, slot.value
@@ -75,7 +75,7 @@ class Cache(Collector):
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
         if kept is tensor:
-            self._versions.append((module, tensor, tensor._version))
+            self._versions.setdefault(self._paths[module], []).append((tensor, tensor._version))
         return kept
 
     @property
@@ -83,24 +83,28 @@ class Cache(Collector):
         taken, self._taken = self._taken, []
         for module, kind, step, call, value in taken:
             calls = self._sorted.setdefault(self._paths[module], {})
-            known = calls.get((step, call), CachedCall(step, call))
-            calls[step, call] = known._replace(**{"inputs" if kind == "input" else "output": value})
+            if kind == "input":
+                calls[step, call] = CachedCall(step, call, None, value)
+            else:
+                known = calls.get((step, call))
+                calls[step, call] = CachedCall(step, call, value, known and known.inputs)
         return self._sorted
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
         path = module if isinstance(module, str) else self._paths.get(module.module, module.path)
-        if path not in self._calls:
+        calls = self._calls.get(path)
+        if calls is None:
             if path in self._paths.values():
                 raise CacheError(f"{path!r} was not called while the cache was open.")
             held = ", ".join(list(self._calls)[:20]) or "nothing yet"
             raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
-        for changed, tensor, version in self._versions:
-            if tensor._version != version and self._paths[changed] == path:
+        for tensor, version in self._versions.get(path, ()):
+            if tensor._version != version:
                 raise CacheError(
                     f"A value of {path!r} was changed in place after it had been collected (by the model, or "
                     "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
                 )
-        return CachedCalls(path, list(self._calls[path].values()))
+        return CachedCalls(path, list(calls.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._calls)
