@@ -4,7 +4,7 @@
 
 Each round runs every contender of a row once after the other, a batch of repetitions each; a row's figure is
 the median over the rounds of the time ratio within a round. Before a row is timed, the contenders' values are
-checked to agree. 
+checked to agree.
 """
 
 from __future__ import annotations
