@@ -94,6 +94,7 @@ class Run:
         try:
             if self.started:
                 bring_here(self._worker)
+                self._parked = False
                 self._wake.release()
             else:
                 self.started = True
@@ -135,6 +136,7 @@ class Run:
         again, self.cancelled = self.cancelled, True
         if self._begin.acquire(blocking=False):  # it has not begun, and now will not
             self._job = None
+            self._waiting = False
             self.started = self.ended = True
             return
         if sys.is_finalizing():  # no other thread will ever run again

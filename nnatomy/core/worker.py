@@ -7,6 +7,7 @@ and ends by itself after `IDLE_SECONDS`.
 
 from __future__ import annotations
 
+import _thread
 import contextvars
 import os
 from collections.abc import Callable
@@ -50,12 +51,15 @@ class Worker:
         self._job: Job | None = job
         self._gone = False
         self._thread = 0
+        _thread.start_new_thread(self._start, ())
+
+    def _start(self) -> None:
+        # Not from the block's thread: Ctrl-C inside `Thread.start` can leave its lock taken, and the new thread
+        # waiting for it for ever. Only the main thread is interrupted.
         try:
             Thread(target=self._work, name="nnatomy-forward", daemon=True).start()
-        except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # it came inside `threading`'s own locks
-                raise error.__context__ from None
-            raise
+        except RuntimeError:  # no more threads to be had: then this one
+            self._work()
 
     @classmethod
     def start(cls, job: Job) -> None:
@@ -94,7 +98,7 @@ class Worker:
             return False
         except ValueError:  # taken for a job just now
             pass
-        if self._go.acquire(timeout=IDLE_SECONDS):
+        if self._go.acquire(timeout=POLL_SECONDS):
             return True
         self._gone = True  # whoever took it was interrupted (Ctrl-C) before it could say so
         return self._job is not None

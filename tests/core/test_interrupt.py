@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from helpers import Calls, net, no_leaks, x
@@ -115,6 +116,61 @@ def test_an_interrupt_caught_in_the_block() -> None:
         with pytest.raises(Exception, match="stopped"):
             view.output
     timer.join()
+
+
+AT_ANY_MOMENT = """
+import gc, signal
+from helpers import net, no_leaks, x
+from nnatomy.core import Traceable
+from nnatomy.errors import OutsideTraceError
+
+model = net()
+view = Traceable(model)
+with view.trace(x()) as tracer:
+    y = tracer.result
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+def traces():
+    try:
+        while True:
+            with view.trace(x()) as tracer:
+                view.layers[1].output
+                tracer.result
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+with no_leaks(model):
+    for i in range(300):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + i * 5e-6)
+            traces()
+        except KeyboardInterrupt:
+            print("interrupted")
+    gc.collect()  # a block that an interrupt kept from its end goes with its frame
+    try:
+        view.embed.output
+        raise SystemExit("a block is still open")
+    except OutsideTraceError:
+        pass
+assert model(x()).equal(y)
+"""
+
+
+def test_interrupts_at_any_moment() -> None:
+    """The interrupt lands wherever it may, before and after the body too: nothing hangs, nothing is left.
+
+    In a process of its own, without runtime shape checks: jaxtyping, interrupted at the start of a
+    checked function, never lets go of that function's arguments.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", AT_ANY_MOMENT],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("interrupted") == 300
 
 
 def test_ctrl_c_in_a_script() -> None:
