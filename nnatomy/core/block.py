@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from threading import get_ident
-from types import FrameType
+from types import CodeType, FrameType
 from weakref import ref
 
 from torch.nn import Module
@@ -30,7 +30,7 @@ class Block:
         self.run = run
         run.owner = ref(self)
         self.step = 0
-        self._last: tuple[Want, str, int] | None = None
+        self._last: tuple[Want, CodeType, int] | None = None
 
     @property
     def here(self) -> Slot | None:
@@ -45,10 +45,9 @@ class Block:
             NotReachedError: if it ended, or left that step, without coming there.
             Exception: what the model raised on the way, as it was raised.
         """
-        run, step, here = self.run, self.step, self.run.here
-        at = None if here is None else (here.module, here.kind, here.call, here.step)
-        if at == (module, kind, call, step):
-            assert here is not None
+        run, step = self.run, self.step
+        here = run.here
+        if here is not None and here.module is module and (here.kind, here.call, here.step) == (kind, call, step):
             return here
         want = Want(module, kind, call, step, tap, name)
         if run.started:
@@ -67,7 +66,7 @@ class Block:
         frame = sys._getframe(1)
         while _is_ours(frame) and frame.f_back is not None:
             frame = frame.f_back
-        self._last = (want, frame.f_code.co_filename, frame.f_lineno)
+        self._last = (want, frame.f_code, frame.f_lasti)  # its line is looked up when it is needed
         return here
 
     def reach_step(self, step: int, begun: bool) -> bool:
@@ -98,6 +97,7 @@ class Block:
         """Let the forward pass run to its end."""
         run = self.run
         if not run.ended:
+            run.open_to_questions = run.started
             run.wait(None)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
@@ -105,7 +105,8 @@ class Block:
     def _out_of_order(self, want: Want) -> OutOfOrderError:
         last, line = "the start", "the trace's first line"
         if self._last is not None:
-            last, line = str(self._last[0]), f"{self._last[1]}:{self._last[2]}"
+            want_before, code, instruction = self._last
+            last, line = str(want_before), f"{code.co_filename}:{_line_of(code, instruction)}"
         if self.run.cancelled:
             return OutOfOrderError(
                 f"{want} was asked for at {_user_line()}, after the forward pass had been stopped (it stood at "
@@ -200,6 +201,10 @@ def _user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
     frame = next(user_frames())
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _line_of(code: CodeType, instruction: int) -> int | None:
+    return next((line for start, end, line in code.co_lines() if start <= instruction < end), None)
 
 
 def user_frames() -> Iterator[FrameType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -55,80 +56,78 @@ class Cache(Collector):
         self._device = device
         self._dtype = dtype
         self._clone = clone
-        self._taken: list[tuple[Module, str, int, int, Any]] = []  # since it was last asked for anything
-        self._sorted: dict[str, dict[tuple[int, int], CachedCall]] = {}
-        self._versions: dict[str, list[tuple[Tensor, int]]] = {}
+        #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
+        self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        module, value = slot.module, slot.value
+        value = slot.value
         if isinstance(value, Tensor):
-            value = self._keep(module, value)
+            kept = self._keep(value)
         else:
-            value = pytree.tree_map_only(Tensor, lambda tensor: self._keep(module, tensor), value)
-        self._taken.append((module, slot.kind, slot.step, slot.call, value))
+            kept = pytree.tree_map_only(Tensor, self._keep, value)
+        versions = None if self._clone else _versions(kept)
+        self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, versions))
 
-    def _keep(self, module: Module, tensor: Tensor) -> Tensor:
+    def _keep(self, tensor: Tensor) -> Tensor:
         kept = tensor
-        if self._device is not None or (self._dtype is not None and tensor.is_floating_point()):
+        if self._device is not None or self._dtype is not None:
             dtype = self._dtype if tensor.is_floating_point() else None
             kept = tensor.to(device=self._device, dtype=dtype, non_blocking=False)
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
-        if kept is tensor:
-            self._versions.setdefault(self._paths[module], []).append((tensor, tensor._version))
         return kept
 
-    @property
-    def _calls(self) -> dict[str, dict[tuple[int, int], CachedCall]]:
-        taken, self._taken = self._taken, []
-        for module, kind, step, call, value in taken:
-            calls = self._sorted.setdefault(self._paths[module], {})
+    def __getitem__(self, module: str | ModuleView) -> CachedCalls:
+        if isinstance(module, str):
+            path, found = module, self._by_path.get(module)
+        else:
+            path, found = module.path, module.module
+        taken = self._taken.get(found) if found is not None else None
+        if taken is None:
+            if found in self._paths:
+                raise CacheError(f"{path!r} was not called while the cache was open.")
+            held = ", ".join(list(self)[:20]) or "nothing yet"
+            raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
+        calls: dict[tuple[int, int], CachedCall] = {}
+        for step, call, kind, value, versions in taken:
+            if versions is not None and _versions(value) != versions:
+                raise CacheError(
+                    f"A value of {path!r} was changed in place after it had been collected (by the model, or "
+                    "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
+                )
             if kind == "input":
                 calls[step, call] = CachedCall(step, call, None, value)
             else:
                 known = calls.get((step, call))
                 calls[step, call] = CachedCall(step, call, value, known and known.inputs)
-        return self._sorted
+        return CachedCalls(path, calls.values())
 
-    def __getitem__(self, module: str | ModuleView) -> CachedCalls:
-        path = module if isinstance(module, str) else self._paths.get(module.module, module.path)
-        calls = self._calls.get(path)
-        if calls is None:
-            if path in self._paths.values():
-                raise CacheError(f"{path!r} was not called while the cache was open.")
-            held = ", ".join(list(self._calls)[:20]) or "nothing yet"
-            raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
-        for tensor, version in self._versions.get(path, ()):
-            if tensor._version != version:
-                raise CacheError(
-                    f"A value of {path!r} was changed in place after it had been collected (by the model, or "
-                    "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
-                )
-        return CachedCalls(path, list(calls.values()))
+    @cached_property
+    def _by_path(self) -> dict[Any, Module]:
+        return {path: module for module, path in self._paths.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._calls)
+        return (self._paths[module] for module in self._taken)
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._taken)
 
     def __contains__(self, module: object) -> bool:
-        path = self._paths.get(module.module) if isinstance(module, ModuleView) else module
-        return path in self._calls
+        return (module.module if isinstance(module, ModuleView) else self._by_path.get(module)) in self._taken
 
     def keys(self) -> Iterable[str]:
         """The paths of the modules that have been called, in the order of their first call's first value."""
-        return self._calls.keys()
+        return list(self)
 
     def __repr__(self) -> str:
-        names = ", ".join(list(self._calls)[:8])
+        names = ", ".join(list(self)[:8])
         return f"<Cache of {len(self)} modules: {names}{', ...' if len(self) > 8 else ''}>"
 
 
 class CachedCalls(list[CachedCall]):
     """The calls of one module in a cache, in order; with one call, `.output` and `.inputs` are its values."""
 
-    def __init__(self, path: str, calls: list[CachedCall]) -> None:
+    def __init__(self, path: str, calls: Iterable[CachedCall]) -> None:
         super().__init__(calls)
         self._path = path
 
@@ -149,3 +148,10 @@ class CachedCalls(list[CachedCall]):
                 f"cache[{self._path!r}][k].output (each has .step and .call)."
             )
         return self[0]
+
+
+def _versions(value: Any) -> Any:
+    """What tells that a tensor of `value` is changed in place: their version counters."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    return [_versions(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -53,6 +53,8 @@ class Run:
         self.has_result = False
         #: Whether somebody still wants what comes after the block's end.
         self.run_to_end = False
+        #: Whether the block may yet ask for any module. If not, only the watched ones need a gate.
+        self.open_to_questions = True
         self.error: BaseException | None = None
         self.traceback: TracebackType | None = None
         self.started = self.ended = self.cancelled = False
@@ -202,6 +204,9 @@ class Run:
         gated: list[Module] = []
         try:
             gated = modules_seen(self.root)
+            if not self.open_to_questions:
+                watched = {self.root}.union(self.watched_inputs, self.watched_outputs)
+                gated = [module for module in gated if module in watched]
             put_gates(gated)
             self._in_model = True
             try:
