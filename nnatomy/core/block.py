@@ -47,7 +47,11 @@ class Block:
         """
         run, step = self.run, self.step
         here = run.here
-        if here is not None and here.module is module and (here.kind, here.call, here.step) == (kind, call, step):
+        if (
+            here is not None
+            and here.module is module
+            and (here.kind, here.call, here.step) == (kind, call, step)
+        ):
             return here
         want = Want(module, kind, call, step, tap, name)
         if run.started:

@@ -60,11 +60,8 @@ class Cache(Collector):
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        value = slot.value
-        if isinstance(value, Tensor):
-            kept = self._keep(value)
-        else:
-            kept = pytree.tree_map_only(Tensor, self._keep, value)
+        value, keep = slot.value, self._keep
+        kept = keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, keep, value)
         versions = None if self._clone else _versions(kept)
         self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, versions))
 

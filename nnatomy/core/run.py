@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from threading import Lock, get_ident, get_native_id
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from nnatomy.core.cores import bring_here, run_on
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
+from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
 from nnatomy.core.worker import ThreadState, Worker, wait_for
@@ -30,6 +32,9 @@ PATIENCE_SECONDS = 1.0
 
 #: How often a parked forward pass looks whether its block is still there.
 OWNER_SECONDS = 1.0
+
+#: A block that has held a point for longer may have computed with OpenMP's helper threads.
+HELPERS_SECONDS = 1e-4
 
 
 class Cancelled(BaseException):
@@ -83,6 +88,7 @@ class Run:
         self._records_gradients = state.grad
         self._cores = state.cores
         self._ident = self._worker = self._waiter = 0
+        self._given = 0.0  # when the block last got what it waited for
         self._interruptible = Lock()
         self._waiting = self._in_model = self._parked = self._interrupted = False
 
@@ -94,6 +100,8 @@ class Run:
         self.watch()
         self._waiter = get_native_id()
         try:
+            if not self.started or perf_counter() - self._given > HELPERS_SECONDS:
+                release_helpers()
             if self.started:
                 bring_here(self._worker)
                 self._parked = False
@@ -102,6 +110,7 @@ class Run:
                 self.started = True
                 Worker.start(self._work)
             wait_for(self._answered)
+            self._given = perf_counter()
         except BaseException:  # Ctrl-C
             self.cancel()
             raise

@@ -21,9 +21,13 @@ from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
 from nnatomy.core.cores import bring_here, cores_of_this_thread, run_on
+from nnatomy.core.openmp import release_helpers
 
 IDLE_SECONDS = 2.0
 POLL_SECONDS = 0.2
+
+#: How long an idle worker keeps OpenMP's helper threads, for a trace that follows at once.
+BREATH_SECONDS = 1e-3
 
 #: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
 Job = Callable[[], tuple[bool, Callable[[], None]]]
@@ -91,6 +95,9 @@ class Worker:
             again = again and self._wait()
 
     def _wait(self) -> bool:
+        if self._go.acquire(timeout=BREATH_SECONDS):
+            return True
+        release_helpers()
         if self._go.acquire(timeout=IDLE_SECONDS):
             return True
         try:

@@ -30,10 +30,10 @@ def config_of(model_type: str, **changes: Any) -> ArchConfig:
         (
             "gemma2",
             {"self_attn": "self_attn.q_proj"},
-            r"attentions_output\[0\]: is \(1, 6, 64\), not \(1, 6, 32\)",
+            r"attentions_output\[0\]: is \(2, 3, 64\), not \(2, 3, 32\)",
         ),
-        ("gpt2", {"mlp": "mlp.c_fc"}, r"mlps_output\[0\]: is \(1, 6, 48\), not \(1, 6, 32\)"),
-        ("opt", {"mlp": "fc1"}, r"mlps_input\[1\]: is \(6, 32\), not \(1, 6, 32\)"),
+        ("gpt2", {"mlp": "mlp.c_fc"}, r"mlps_output\[0\]: is \(2, 3, 48\), not \(2, 3, 32\)"),
+        ("opt", {"mlp": "fc1"}, r"mlps_input\[1\]: is \(6, 32\), not \(2, 3, 32\)"),
         ("bloom", {"lm_head": "transformer.h.0.mlp.dense_4h_to_h"}, None),
     ],
 )
@@ -156,3 +156,16 @@ def test_without_validation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hf, "forward", None)
     with pytest.raises(TypeError):
         StandardizedTransformer(hf)
+
+
+def test_a_reading_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnatomy.standardized.attention import PatternMode
+
+    sdpa = PatternMode._sdpa
+    monkeypatch.setattr(
+        PatternMode, "_sdpa", lambda self, *args, **kwargs: 1.01 * sdpa(self, *args, **kwargs)
+    )
+    with pytest.raises(
+        ValidationError, match=r"layers_output\[-1\]: reading changes it, by .*e-0. \(relative\)"
+    ):
+        StandardizedTransformer(shared("llama"))
