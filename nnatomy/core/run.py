@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection
 from threading import Lock, get_ident, get_native_id
-from time import perf_counter
+from time import monotonic
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -25,16 +25,13 @@ from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
-from nnatomy.core.worker import ThreadState, Worker, wait_for
+from nnatomy.core.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
 PATIENCE_SECONDS = 1.0
 
 #: How often a parked forward pass looks whether its block is still there.
 OWNER_SECONDS = 1.0
-
-#: A block that has held a point for longer may have computed with OpenMP's helper threads.
-HELPERS_SECONDS = 1e-4
 
 
 class Cancelled(BaseException):
@@ -88,7 +85,7 @@ class Run:
         self._records_gradients = state.grad
         self._cores = state.cores
         self._ident = self._worker = self._waiter = 0
-        self._given = 0.0  # when the block last got what it waited for
+        self._began = 0.0  # when the worker did
         self._interruptible = Lock()
         self._waiting = self._in_model = self._parked = self._interrupted = False
 
@@ -100,17 +97,16 @@ class Run:
         self.watch()
         self._waiter = get_native_id()
         try:
-            if not self.started or perf_counter() - self._given > HELPERS_SECONDS:
-                release_helpers()
             if self.started:
+                if monotonic() - self._began > HELPERS_SECONDS:
+                    release_helpers()
                 bring_here(self._worker)
                 self._parked = False
                 self._wake.release()
             else:
-                self.started = True
+                self.started, self._began = True, monotonic()
                 Worker.start(self._work)
             wait_for(self._answered)
-            self._given = perf_counter()
         except BaseException:  # Ctrl-C
             self.cancel()
             raise
@@ -294,7 +290,7 @@ class Run:
         try:
             bring_here(self._waiter)
             self._answer(slot)
-            while not self._wake.acquire(timeout=OWNER_SECONDS):
+            while not wait_for(self._wake, OWNER_SECONDS):
                 self.cancelled = self.cancelled or self.owner() is None
                 if self.cancelled:
                     break

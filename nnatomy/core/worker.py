@@ -26,8 +26,9 @@ from nnatomy.core.openmp import release_helpers
 IDLE_SECONDS = 2.0
 POLL_SECONDS = 0.2
 
-#: How long an idle worker keeps OpenMP's helper threads, for a trace that follows at once.
-BREATH_SECONDS = 1e-3
+#: How long a thread keeps OpenMP's helpers while it waits for another: shorter work than that is done sooner with
+#: too many helpers than after a change. (A timer that is due before the kernel's next tick, 4 ms, costs 25 µs.)
+HELPERS_SECONDS = 0.01
 
 #: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
 Job = Callable[[], tuple[bool, Callable[[], None]]]
@@ -37,10 +38,15 @@ os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not
 
 
 def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> bool:
-    """Acquire the lock if that takes no longer, but not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody."""
-    end = None
-    while not lock.acquire(timeout=POLL_SECONDS):
-        end = end or monotonic() + seconds
+    """Acquire the lock if that takes no longer, in this thread, which has nothing to compute meanwhile.
+
+    Not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody.
+    """
+    if lock.acquire(timeout=HELPERS_SECONDS):
+        return True
+    release_helpers()
+    end = monotonic() + seconds
+    while not lock.acquire(timeout=min(POLL_SECONDS, seconds)):
         if monotonic() > end:
             return False
     return True
@@ -95,10 +101,7 @@ class Worker:
             again = again and self._wait()
 
     def _wait(self) -> bool:
-        if self._go.acquire(timeout=BREATH_SECONDS):
-            return True
-        release_helpers()
-        if self._go.acquire(timeout=IDLE_SECONDS):
+        if wait_for(self._go, IDLE_SECONDS):
             return True
         try:
             _idle.remove(self)
