@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def mlp_rows() -> dict[str, dict[str, Contender]]:
     return rows
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -146,13 +147,11 @@ def cut(module: nn.Module, call: Callable[[], Any]) -> Any:
 
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.append(output)
-        raise _Stop
+        raise _StopError
 
     handle = module.register_forward_hook(stop)
-    try:
+    with suppress(_StopError):
         call()
-    except _Stop:
-        pass
     handle.remove()
     return seen[0]
 
@@ -302,8 +301,8 @@ def main() -> None:
     everything: dict[str, Any] = {"versions": versions}
     makers = {
         "mlp": (mlp_rows, 200, 15),
-        "gpt2, 8 tokens": (partial(gpt2_rows, 8), 1, 40),
-        "gpt2, 32 tokens": (partial(gpt2_rows, 32), 1, 40),
+        "gpt2, 8 tokens": (partial(gpt2_rows, 8), 5, 15),
+        "gpt2, 32 tokens": (partial(gpt2_rows, 32), 5, 15),
     }
     with torch.no_grad():
         for name, (make, repetitions, rounds) in makers.items():

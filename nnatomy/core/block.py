@@ -67,7 +67,7 @@ class Block:
         here = run.here
         if here is None or here.kind != kind:
             raise self._not_reached(want)
-        frame = sys._getframe(1)
+        frame = sys._getframe(2)  # one is the accessor's
         while _is_ours(frame) and frame.f_back is not None:
             frame = frame.f_back
         self._last = (want, frame.f_code, frame.f_lasti)  # its line is looked up when it is needed

@@ -56,6 +56,7 @@ class Cache(Collector):
         self._device = device
         self._dtype = dtype
         self._clone = clone
+        self._copies = clone or device is not None or dtype is not None
         #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
@@ -66,6 +67,8 @@ class Cache(Collector):
         self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, versions))
 
     def _keep(self, tensor: Tensor) -> Tensor:
+        if not self._copies and not tensor.is_inference():
+            return tensor
         kept = tensor
         if self._device is not None or self._dtype is not None:
             dtype = self._dtype if tensor.is_floating_point() else None

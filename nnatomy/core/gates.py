@@ -10,7 +10,8 @@ Why not forward hooks? A hook is looked up before `forward` starts, so one that 
 in flight never fires; it cannot keep `forward` from running; and with hooks on the modules asked
 for alone nobody knows whether another module has already been called, so that an out-of-order
 question is only noticed at the end, or is answered with a later call's value. A gate on every
-module answers all three and costs less than a hook: about 0.3 µs a call, 0.3 µs to put on and off.
+module answers all three for about 0.8 µs a call and 0.3 µs to put on and off. A run that nobody can ask
+anything more (its block is over, or waits for the end) starts with gates on the watched modules alone.
 
 A gate acts only in the thread that a run is at work in: every other thread, the one with the
 user's block included, goes straight through to the module; so does a call within `backward` (gradient

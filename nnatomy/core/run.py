@@ -104,6 +104,8 @@ class Run:
                 self._parked = False
                 self._wake.release()
             else:
+                if Worker.was_long:  # then this one will be, most likely
+                    release_helpers()
                 self.started, self._began = True, monotonic()
                 Worker.start(self._work)
             wait_for(self._answered)
@@ -116,17 +118,16 @@ class Run:
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
         want = self.want
-        inputs: tuple[Module, ...] = ()
-        outputs: tuple[Module, ...] = ()
+        self.watched_inputs = self.watched_outputs = ()
         self._taps = []
         if want is not None:
-            if want.kind != "output":
-                inputs = (want.module,)
-            if want.kind != "input":
-                outputs = (want.module,)
+            module, kind = want.module, want.kind
+            if kind != "output":
+                self.watched_inputs = (module,)
+            if kind != "input":
+                self.watched_outputs = (module,)
             if want.tap is not None:
-                self._taps.append((want.module, want.kind, want.tap))
-        self.watched_inputs, self.watched_outputs = inputs, outputs
+                self._taps.append((module, kind, want.tap))
         for collector in self.collectors:
             if collector.kinds.keys() != {"output"}:
                 self.watched_inputs = collector.modules.union(self.watched_inputs)

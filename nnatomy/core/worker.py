@@ -30,6 +30,9 @@ POLL_SECONDS = 0.2
 #: too many helpers than after a change. (A timer that is due before the kernel's next tick, 4 ms, costs 25 µs.)
 HELPERS_SECONDS = 0.01
 
+#: As long, of a worker whose last job was no such short work: a trace that follows at once finds them still there.
+HELPERS_AFTER_LONG_SECONDS = 0.001
+
 #: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
 Job = Callable[[], tuple[bool, Callable[[], None]]]
 
@@ -37,12 +40,15 @@ _idle: list[Worker] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not the threads
 
 
-def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> bool:
+def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX, patience: float = HELPERS_SECONDS) -> bool:
     """Acquire the lock if that takes no longer, in this thread, which has nothing to compute meanwhile.
 
     Not in one go: `_thread.interrupt_main` sets a flag, and wakes nobody.
+
+    Args:
+        patience: keep OpenMP's helpers for so long.
     """
-    if lock.acquire(timeout=HELPERS_SECONDS):
+    if lock.acquire(True, patience):
         return True
     release_helpers()
     end = monotonic() + seconds
@@ -53,7 +59,13 @@ def wait_for(lock: Lock, seconds: float = TIMEOUT_MAX) -> bool:
 
 
 class Worker:
-    """A thread that does one job after the other."""
+    """A thread that does one job after the other.
+
+    Attributes:
+        was_long: whether the last job of any worker took longer than HELPERS_SECONDS.
+    """
+
+    was_long = False
 
     def __init__(self, job: Job) -> None:
         self._go = Lock()
@@ -92,7 +104,9 @@ class Worker:
         while again:
             assert self._job is not None
             job, self._job = self._job, None
+            start = monotonic()
             again, tell = job()
+            Worker.was_long = monotonic() - start > HELPERS_SECONDS
             again = again and not self._gone
             if again:
                 _idle.append(self)
@@ -101,7 +115,9 @@ class Worker:
             again = again and self._wait()
 
     def _wait(self) -> bool:
-        if wait_for(self._go, IDLE_SECONDS):
+        if wait_for(
+            self._go, IDLE_SECONDS, HELPERS_AFTER_LONG_SECONDS if Worker.was_long else HELPERS_SECONDS
+        ):
             return True
         try:
             _idle.remove(self)

@@ -19,6 +19,7 @@ from torch.nn import Module
 from nnatomy.arch_configs import Anatomy
 from nnatomy.core import Collector, Slot, Traceable
 from nnatomy.standardized.accessors import with_output
+from nnatomy.standardized.inputs import input_device
 
 Hidden = Float[Tensor, "*rows hidden"]
 Logits = Float[Tensor, "*rows vocab"]
@@ -47,7 +48,7 @@ class Head:
     def long_way(self, hidden: Hidden) -> Logits:
         """The model's forward with its layers skipped, each row a prompt of one token."""
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
-        device = next(self._anatomy.embed_tokens.parameters()).device
+        device = input_device(self._anatomy.embed_tokens)
         ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=device)
         with self._root.trace(input_ids=ids, use_cache=False) as tracer:
             tracer.block.run.collectors.append(_SkipLayers(self._anatomy.layers, rows, self.in_form))
@@ -66,7 +67,7 @@ class Head:
         return with_output(self._forms[layer], hidden)
 
     def _probe(self) -> None:
-        device = next(self._anatomy.embed_tokens.parameters()).device
+        device = input_device(self._anatomy.embed_tokens)
         ids = torch.zeros((1, 1), dtype=torch.long, device=device)
         with torch.no_grad(), self._root.trace(input_ids=ids, use_cache=False) as tracer:
             cache = tracer.cache(self._anatomy.layers)

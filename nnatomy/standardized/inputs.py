@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import Module
 
 from nnatomy.errors import InputError
 
@@ -165,3 +166,9 @@ def pad_token_id(tokenizer: Any, config: Any) -> int:
         if isinstance(candidate, int) and 0 <= candidate < text_config.vocab_size:
             return candidate
     return 0
+
+
+def input_device(embedding: Module) -> torch.device:
+    """Where token ids go. (Weights that accelerate has offloaded lie on the meta device between two passes.)"""
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(embedding.parameters()).device if device is None else torch.device(device)

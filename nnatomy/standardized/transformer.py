@@ -20,7 +20,7 @@ from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import LayerAccessor, check_fits
 from nnatomy.standardized.attention import PatternMode
 from nnatomy.standardized.head import Head
-from nnatomy.standardized.inputs import Prompts, pad_token_id
+from nnatomy.standardized.inputs import Prompts, input_device, pad_token_id
 from nnatomy.standardized.layers import LayerView, Views
 from nnatomy.standardized.loading import load_model, load_tokenizer
 from nnatomy.standardized.prompt_trace import PromptTrace, RootInputs
@@ -111,6 +111,7 @@ class StandardizedTransformer(Traceable):
         self.ln_final = ModuleView(self._blocks, anatomy.ln_final, paths[anatomy.ln_final])
         self.lm_head = ModuleView(self._blocks, anatomy.lm_head, paths[anatomy.lm_head])
         self._make_accessors()
+        self._validated = validate
         if validate:
             validate_model(self)
 
@@ -152,7 +153,7 @@ class StandardizedTransformer(Traceable):
     @property
     def device(self) -> torch.device:
         """Where the token embedding is, and so where prompts go."""
-        return next(self._anatomy.embed_tokens.parameters()).device
+        return input_device(self._anatomy.embed_tokens)
 
     @property
     def num_layers(self) -> int:
@@ -202,7 +203,8 @@ class StandardizedTransformer(Traceable):
     def __repr__(self) -> str:
         return (
             f"<StandardizedTransformer: {type(self.hf_model).__name__}, {self.num_layers} layers, "
-            f"hidden {self.hidden_size}, {self.num_heads} heads, on {self.device}>"
+            f"hidden {self.hidden_size}, {self.num_heads} heads, on {self.device}"
+            f"{'' if self._validated else ', not validated'}>"
         )
 
     # Running it.

@@ -25,6 +25,43 @@ def test_arguments_go_to_from_pretrained(tmp_path: Path) -> None:
         assert model.layers_output[0].dtype == torch.bfloat16
 
 
+OFFLOADED = {
+    "model.embed_tokens": "disk",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, OFFLOADED])
+def test_a_device_map_changes_no_value(device_map: Any, tmp_path: Path) -> None:
+    """Also where accelerate keeps weights on disk, and on the meta device between two passes."""
+    shared("llama").save_pretrained(tmp_path / "model")
+    whole = StandardizedTransformer(tmp_path / "model")
+    mapped = StandardizedTransformer(tmp_path / "model", device_map=device_map, offload_folder=tmp_path)
+    if device_map is OFFLOADED:
+        assert mapped.hf_model.lm_head.weight.is_meta
+    values = []
+    for model in (whole, mapped):
+        assert model.device == torch.device("cpu")
+        with torch.no_grad(), model.trace([[3, 4, 5], [6, 7]]):
+            attention = model.attention_probabilities[0]
+            model.layers_output[1] = 2 * model.layers_output[1]
+            last = model.layers_output[2]
+            values.append([attention, last, model.logits])
+        values[-1].append(model.project_on_vocab(last))
+    for one, other in zip(*values, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_has_not_been_validated_says_so() -> None:
+    assert "not validated" in repr(StandardizedTransformer(shared("gpt2"), validate=False))
+    assert "not validated" not in repr(StandardizedTransformer(shared("gpt2")))
+
+
 def test_a_loaded_model_stays_the_users_own() -> None:
     hf = shared("gpt2")
     before = dict(hf.__dict__)
