@@ -148,7 +148,7 @@ class ModuleView:
 
     def _no_such(self, name: str) -> NoSuchModuleError:
         here = f"{self.path or 'the model'} ({type(self.module).__name__})"
-        names = [*self.module._modules, "input", "inputs", "output", "module"]
+        names = [known for known in dir(self) if not known.startswith("_")]
         near = difflib.get_close_matches(name, names, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         if hasattr(self.module, name):
