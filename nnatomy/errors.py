@@ -9,6 +9,8 @@
     │   ├── LayerIndexError         a layer that the model does not have   (also IndexError)
     │   ├── AssignmentError         a value that does not fit where it was put
     │   ├── CacheError              a cached value that cannot be given as asked
+    │   ├── CaptureError            the body of a `with tracer.invoke(...)` that cannot be run later
+    │   ├── RowsError               a value of which nobody can tell which rows are a block's
     │   └── InputError              a prompt or token ids that cannot be run
     └── ModelError                  the model is not what was thought
         ├── LoadError               the model or its tokenizer could not be loaded
@@ -55,6 +57,14 @@ class AssignmentError(UsageError):
 
 class CacheError(UsageError):
     """A cached value that cannot be given as asked."""
+
+
+class CaptureError(UsageError):
+    """The body of a `with tracer.invoke(...)` that cannot be taken out of its frame."""
+
+
+class RowsError(UsageError):
+    """A value of a joined batch of which nobody can tell which rows are a block's."""
 
 
 class InputError(UsageError):

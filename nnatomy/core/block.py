@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from threading import get_ident
 from types import CodeType, FrameType
+from typing import Any
 from weakref import ref
 
 from torch.nn import Module
@@ -24,13 +25,11 @@ class Block:
         frame: the frame of its `with`.
     """
 
-    frame: FrameType
+    frame: FrameType | None = None
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        run.owner = ref(self)
         self.step = 0
-        self._last: tuple[Want, CodeType, int] | None = None
 
     @property
     def here(self) -> Slot | None:
@@ -47,12 +46,8 @@ class Block:
         """
         run, step = self.run, self.step
         here = run.here
-        if (
-            here is not None
-            and here.module is module
-            and (here.kind, here.call, here.step) == (kind, call, step)
-        ):
-            return here
+        if here is not None and here.is_at(module, kind, call, step):
+            return self.view(here)
         want = Want(module, kind, call, step, tap, name)
         if run.started:
             if run.error is not None:
@@ -61,17 +56,36 @@ class Block:
                 raise self._out_of_order(want)
             if not has_gate(module):
                 raise self._unseen(want)
-        run.wait(want)
+        self.wait(want)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
         here = run.here
-        if here is None or here.kind != kind:
-            raise self._not_reached(want)
+        if here is None or not here.is_at(module, kind, call, step):
+            others = here is not None and not here.is_at(module, here.kind, call, step)
+            raise self._out_of_order(want) if others else self._not_reached(want)
         frame = sys._getframe(2)  # one is the accessor's
         while _is_ours(frame) and frame.f_back is not None:
             frame = frame.f_back
-        self._last = (want, frame.f_code, frame.f_lasti)  # its line is looked up when it is needed
-        return here
+        run.last = (want, frame.f_code, frame.f_lasti)  # its line is looked up when it is needed
+        return self.view(here)
+
+    def wait(self, want: Want | None) -> None:
+        """Let the forward pass run until it is at that point, cannot come to it, or (also with None) ends."""
+        if want is None and not self.run.started:
+            self.run.open_to_questions = False
+        self.run.wait(() if want is None else (want,))
+
+    def view(self, slot: Slot) -> Slot:
+        """A slot as this block sees and edits it."""
+        return slot
+
+    def own(self, result: Any) -> Any:
+        """The traced call's result as this block sees it."""
+        return result
+
+    def peek(self, slot: Slot) -> Slot:
+        """A slot as this block sees it while the forward pass goes on."""
+        return slot
 
     def reach_step(self, step: int, begun: bool) -> bool:
         """Let the forward pass run until `step` begins. False if it ends before.
@@ -86,34 +100,33 @@ class Block:
             if begun and run.ended:
                 return False
             raise OutOfOrderError(
-                f"Step {step} was asked for at {_user_line()}, but the model is already in step {run.step}. "
+                f"Step {step} was asked for at {user_line()}, but the model is already in step {run.step}. "
                 f"Begin with that one: `for step in tracer.iter[{run.step}:]:`."
             )
         if step == run.step and run.entered.get(run.root):  # it has begun
             return True
         if not run.ended:
-            run.wait(Want(run.root, "input", 0, step, None, f"step {step}"))
+            self.wait(Want(run.root, "input", 0, step, None, f"step {step}"))
             if run.error is not None:
                 raise run.error.with_traceback(run.traceback)
-        return run.here is not None
+        return run.here is not None and (run.here.module, run.here.step) == (run.root, step)
 
     def reach_end(self) -> None:
         """Let the forward pass run to its end."""
         run = self.run
         if not run.ended:
-            run.open_to_questions = run.started
-            run.wait(None)
+            self.wait(None)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
 
     def _out_of_order(self, want: Want) -> OutOfOrderError:
         last, line = "the start", "the trace's first line"
-        if self._last is not None:
-            want_before, code, instruction = self._last
+        if self.run.last is not None:
+            want_before, code, instruction = self.run.last
             last, line = str(want_before), f"{code.co_filename}:{_line_of(code, instruction)}"
         if self.run.cancelled:
             return OutOfOrderError(
-                f"{want} was asked for at {_user_line()}, after the forward pass had been stopped (it stood at "
+                f"{want} was asked for at {user_line()}, after the forward pass had been stopped (it stood at "
                 f"{last}, asked for at {line})."
             )
         steps = ""
@@ -123,7 +136,7 @@ class Block:
                 "another step, do so inside `for step in tracer.iter[...]:`."
             )
         return OutOfOrderError(
-            f"{want} was asked for at {_user_line()}, but the forward pass is already past it: it stands "
+            f"{want} was asked for at {user_line()}, but the forward pass is already past it: it stands "
             f"behind {last}, asked for at {line}. Ask for values in the order the model computes them: move "
             f"this line above {line}.{steps}"
         )
@@ -142,7 +155,7 @@ class Block:
             return NotReachedError(f"{want} was asked for, but the module has run without computing one.")
         end = f"step {want.step}" if not self.run.ended or self.run.step > want.step else "the forward pass"
         return NotReachedError(
-            f"{want} was asked for at {_user_line()}, but {end} ended without coming to it: with these inputs "
+            f"{want} was asked for at {user_line()}, but {end} ended without coming to it: with these inputs "
             "the model does not call that module (or not that often, or not that many steps)."
         )
 
@@ -155,10 +168,16 @@ class OpenBlocks:
 
     def add(self, block: Block) -> int:
         """Open a block whose `with` is being entered; returns the thread, for `remove`."""
-        block.frame = _frame_of_with()
+        block.frame = frame_of_with()
         thread = get_ident()
         self._by_thread.setdefault(thread, []).append(ref(block))
         return thread
+
+    def replace(self, block: Block, other: Block, thread: int) -> None:
+        """`other` is open in the place of `block`."""
+        other.frame = block.frame
+        blocks = self._by_thread[thread]
+        blocks[[entry() for entry in blocks].index(block)] = ref(other)
 
     def remove(self, block: Block, thread: int) -> None:
         blocks = self._by_thread.get(thread, [])
@@ -189,7 +208,7 @@ class OpenBlocks:
         return blocks[-1]
 
 
-def _frame_of_with() -> FrameType:
+def frame_of_with() -> FrameType:
     """The frame whose `with` enters a trace, also by way of `contextlib` or another `__enter__`."""
     frames = user_frames()
     this = next(frames)
@@ -201,7 +220,7 @@ def _frame_of_with() -> FrameType:
     return this
 
 
-def _user_line() -> str:
+def user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
     frame = next(user_frames())
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ class Cache(Collector):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         clone: bool = False,
+        view: Callable[[Slot], Slot] | None = None,
     ) -> None:
         self.modules = set(paths)
         self.kinds = dict.fromkeys(kinds)
@@ -56,12 +57,13 @@ class Cache(Collector):
         self._device = device
         self._dtype = dtype
         self._clone = clone
+        self._view = view
         self._copies = clone or device is not None or dtype is not None
         #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        value, keep = slot.value, self._keep
+        value, keep = (slot if self._view is None else self._view(slot)).value, self._keep
         kept = keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, keep, value)
         versions = None if self._clone else _versions(kept)
         self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, versions))

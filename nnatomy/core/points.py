@@ -36,6 +36,10 @@ class Slot:
         self.value = value
         self.skipped = False
 
+    def is_at(self, module: Module, kind: str, call: int, step: int) -> bool:
+        """Whether it is that point."""
+        return self.module is module and self.kind == kind and self.call == call and self.step == step
+
     def skip(self, value: Any) -> None:
         """Put `value` in the place of the module's output, and do not run the module."""
         self.skipped, self.instead = True, value

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from threading import Lock, get_ident, get_native_id
 from time import monotonic
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 from weakref import ref
 
@@ -60,17 +60,19 @@ class Run:
         self.error: BaseException | None = None
         self.traceback: TracebackType | None = None
         self.started = self.ended = self.cancelled = False
-        #: The point the block waits for, while it waits; the slot it has been given, while it holds it.
-        self.want: Want | None = None
+        #: The points the blocks wait for, while they wait; the slot they have been given, while they hold it.
+        self.wants: tuple[Want, ...] = ()
         self.here: Slot | None = None
+        #: The point that was reached last, and the code and instruction that asked for it.
+        self.last: tuple[Want, CodeType, int] | None = None
         self.step = 0
         #: How often each module has been called in this step.
         self.entered: dict[Module, int] = {}
         #: The calls in flight, outermost first.
         self.stack: list[tuple[Module, int]] = []
         #: The modules at whose inputs, and at whose outputs, the forward pass has to stop and look.
-        self.watched_inputs: Collection[Module] = ()
-        self.watched_outputs: Collection[Module] = ()
+        self.watched_inputs: set[Module] | tuple[Module, ...] = ()
+        self.watched_outputs: set[Module] | tuple[Module, ...] = ()
         self.collectors: list[Collector] = []
         #: The modes of the taps that are on, outermost call first: (depth in the stack, kind, mode).
         self.modes: list[tuple[int, str, TorchFunctionMode]] = []
@@ -86,14 +88,14 @@ class Run:
         self._cores = state.cores
         self._ident = self._worker = self._waiter = 0
         self._began = 0.0  # when the worker did
-        self._interruptible = Lock()
-        self._waiting = self._in_model = self._parked = self._interrupted = False
+        self._in_model = Interruptible()
+        self._waiting = self._parked = False
 
     # What the block's thread calls.
 
-    def wait(self, want: Want | None) -> None:
-        """Let the forward pass go on (or start) until it is at that point, cannot come to it, or ends."""
-        self.here, self.want, self._waiting = None, want, True
+    def wait(self, wants: tuple[Want, ...]) -> None:
+        """Let the forward pass go on (or start) until it is at one of those points, cannot come to one, or ends."""
+        self.here, self.wants, self._waiting = None, wants, True
         self.watch()
         self._waiter = get_native_id()
         try:
@@ -117,15 +119,14 @@ class Run:
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
-        want = self.want
         self.watched_inputs = self.watched_outputs = ()
         self._taps = []
-        if want is not None:
+        for want in self.wants:
             module, kind = want.module, want.kind
             if kind != "output":
-                self.watched_inputs = (module,)
+                self.watched_inputs = (*self.watched_inputs, module)
             if kind != "input":
-                self.watched_outputs = (module,)
+                self.watched_outputs = (*self.watched_outputs, module)
             if want.tap is not None:
                 self._taps.append((module, kind, want.tap))
         for collector in self.collectors:
@@ -136,6 +137,11 @@ class Run:
             for kind, tap in collector.kinds.items():
                 if tap is not None:
                     self._taps += [(module, kind, tap) for module in collector.modules]
+
+    def call_instead(self, call: Callable[[], Any]) -> None:
+        """Run this, and not what the run was made for; before it starts."""
+        assert self._job is not None
+        self._job = self._job[0], call
 
     def cancel(self) -> None:
         """End the forward pass where it stands and wait until it is gone."""
@@ -171,20 +177,12 @@ class Run:
 
     def _interrupt(self) -> None:
         """If the model is at work (the block was interrupted while it waited), raise Cancelled there."""
-        with self._interruptible:
-            if self._in_model and not self._parked:
-                self._interrupted = True
-                _raise_in(self._ident, Cancelled)
-
-    def _leave_model(self) -> None:
-        with self._interruptible:
-            self._in_model = False
-            if self._interrupted:  # what has been sent and has not come must not come later
-                _raise_in(self._ident, None)
+        if not self._parked:
+            self._in_model.interrupt()
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
-        self.result = self.error = self.traceback = None
+        self.result = self.error = self.traceback = self.last = None
         self.collectors = []
 
     def has_passed(self, module: Module, kind: str, call: int, step: int) -> bool:
@@ -214,13 +212,13 @@ class Run:
                 watched = {self.root}.union(self.watched_inputs, self.watched_outputs)
                 gated = [module for module in gated if module in watched]
             put_gates(gated)
-            self._in_model = True
+            self._in_model.begin()
             try:
                 if self.cancelled:
                     raise Cancelled
                 result = state.call(call)
             finally:
-                self._leave_model()
+                self._in_model.end()
             if not self.cancelled:
                 self.result, self.has_result = result, True
         except BaseException as error:  # noqa: BLE001
@@ -229,14 +227,14 @@ class Run:
                 self.error = hide_our_frames(error)
                 self.traceback = error.__traceback__
         finally:
-            self._leave_model()  # again: a Cancelled may have come just before it
+            self._in_model.end()  # again: a Cancelled may have come just before it
             remove_gates(gated)
             del runs[self._ident]
             self.entered.clear()
             self.stack.clear()
             self.modes.clear()
             self.ended = True
-        return not self._interrupted, self._tell_ended
+        return not self._in_model.interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
         bring_here(self._waiter)
@@ -258,13 +256,7 @@ class Run:
         if self.cancelled:
             raise Cancelled
         slot = Slot(module, kind, call, self.step, value)
-        while (want := self.want) is not None and (
-            want.module is module
-            and want.call == call
-            and want.step == self.step
-            # At its output a call is over, and a tap that has found nothing in it will find nothing.
-            and (want.kind == kind or kind == "output")
-        ):
+        while (want := self._wanted(module, kind, call)) is not None:
             unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
             self._hand_over(slot)
             if unedited is not None:
@@ -276,9 +268,18 @@ class Run:
             self._enter_taps()
         return slot
 
+    def _wanted(self, module: Module, kind: str, call: int) -> Want | None:
+        """What somebody waits for here."""
+        for want in self.wants:
+            # At its output a call is over, and a tap that has found nothing in it will find nothing.
+            here = want.kind == kind or kind == "output"
+            if here and want.module is module and want.call == call and want.step == self.step:
+                return want
+        return None
+
     def end_step(self) -> None:
         """A call of the root is over: what was asked for in this step and has not come will not come."""
-        while (want := self.want) is not None and want.step <= self.step:
+        while any(want.step <= self.step for want in self.wants):
             self._hand_over(None)
         self.step += 1
         self.entered.clear()
@@ -302,7 +303,7 @@ class Run:
             raise Cancelled
 
     def _answer(self, slot: Slot | None) -> None:
-        self.here, self.want, self._waiting = slot, None, False
+        self.here, self.wants, self._waiting = slot, (), False
         self._answered.release()
 
     def _enter_taps(self) -> None:
@@ -358,7 +359,34 @@ def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None
     return kept[0] if kept else None
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Have `error` raised in a thread, wherever it is; None takes back one that has not come yet."""
-    thing = None if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), thing)
+class Interruptible:
+    """A part of a thread's work in which another thread can have Cancelled raised."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._thread = 0
+        self._lock = Lock()
+
+    def begin(self) -> None:
+        """Called by the thread: from here on."""
+        self._thread = get_ident()
+
+    def end(self) -> None:
+        """Called by the thread: until here."""
+        with self._lock:
+            self._thread = 0
+            if self.interrupted:
+                try:  # what has been sent and has not come yet comes here, and not later
+                    for _ in range(100):
+                        pass
+                except Cancelled:
+                    pass
+
+    def interrupt(self) -> None:
+        """Have Cancelled raised in the thread, wherever it is, if it is within."""
+        with self._lock:
+            if self._thread:
+                self.interrupted = True
+                # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
+                error = ctypes.py_object(Cancelled)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch.nn import Module
@@ -12,6 +13,8 @@ from torch.nn import Module
 from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.compat import mount_save
+from nnatomy.core.invoke import Barrier, Ensemble, Invoke
+from nnatomy.core.joining import Joining
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView
 from nnatomy.core.worker import ThreadState
@@ -26,8 +29,17 @@ class Trace:
     has been opened; what the body has asked for stays in the body's own variables.
     """
 
-    def __init__(self, root: ModuleView, call: Callable[[], Any], *, early_stop: bool = True) -> None:
+    def __init__(
+        self,
+        root: ModuleView,
+        call: Callable[[], Any],
+        *,
+        early_stop: bool = True,
+        joining: Joining | None = None,
+    ) -> None:
         self._root = root
+        self._joining = joining
+        self._ensemble: Ensemble | None = None
         self._call: Callable[[], Any] | None = call
         self._early_stop = early_stop
         self._block: Block | None = None
@@ -39,7 +51,9 @@ class Trace:
         if self._call is None:
             raise UsageError("This trace has been used already: open a new one with .trace(...).")
         mount_save()
-        self._block = Block(Run(self._root.module, self._call, ThreadState()))
+        run = Run(self._root.module, self._call, ThreadState())
+        self._block = Block(run)
+        run.owner = ref(self._block)
         self._call = None
         self._thread = self._root._blocks.add(self._block)
         return self
@@ -47,21 +61,30 @@ class Trace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        block, run = self.block, self.block.run
+        block, ensemble = self._block, self._ensemble
+        assert block is not None
+        run = block.run
         try:
+            if error is None and ensemble is not None:
+                ensemble.end()
             if error is None and (not self._early_stop or run.run_to_end) and not run.ended:
                 block.reach_end()
         finally:
             try:
                 run.cancel()
+                if ensemble is not None:
+                    ensemble.dismiss()
             finally:
                 self._root._blocks.remove(block, self._thread)
-                self._block = None
+                self._block = self._ensemble = None
                 self._result, self._has_result = run.result, run.has_result
                 run.forget()
 
     @property
     def block(self) -> Block:
+        """The block that the user's line stands in."""
+        if self._ensemble is not None:
+            return self._ensemble.member_here()
         if self._block is None:
             state = "has not been entered" if self._call else "is over"
             raise OutsideTraceError(f"This trace {state}: ask inside `with model.trace(...) as tracer:`.")
@@ -77,7 +100,8 @@ class Trace:
     def result(self) -> Any:
         """What the traced call returned.
 
-        In the block, asking for it runs the forward pass to its end. After the block it is there if
+        In the block, asking for it runs the forward pass to its end; in a block of `invoke`, it is that
+        block's rows. After the block it is there if
         the forward pass has run to its end (`early_stop=False`, or the block asked for it).
         """
         if self._block is None and self._call is None:
@@ -87,10 +111,11 @@ class Trace:
                     "tracer.result inside the block, or trace with early_stop=False."
                 )
             return self._result
-        self.block.reach_end()
-        if not self.block.run.has_result:
+        block = self.block
+        block.reach_end()
+        if not block.run.has_result:
             raise NotReachedError("The forward pass was stopped, so there is no result.")
-        return self.block.run.result
+        return block.own(block.run.result)
 
     @property
     def iter(self) -> Steps:
@@ -104,6 +129,51 @@ class Trace:
     def stop(self) -> None:
         """Cancel the forward pass here; the block goes on, and can ask for nothing more."""
         self.block.run.cancel()
+
+    def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
+        """A block with inputs of its own: `with tracer.invoke(prompt): ...`.
+
+        All such blocks of a trace share one forward pass over one batch. Each sees and edits its own rows,
+        without padding; one with no inputs, `tracer.invoke()`, those of all. They run when the last one has
+        been given. A name that another block binds is waited for. After the trace, what they have bound is
+        bound in the user's frame.
+
+        The body is taken from the source. Where there is none, give a function: `tracer.invoke(prompt,
+        function)` calls it, with no arguments, as the block; `.value` is what it returned.
+
+        Args:
+            *inputs: what `trace` takes; at the end perhaps a function.
+            **kwargs: go to the model's forward; the same for all blocks, but for tensors.
+
+        Raises:
+            UsageError: if the trace has inputs of its own, or the forward pass has begun.
+            CaptureError: if the body cannot be had from the source.
+            InputError: if the inputs cannot be run, or (at the end) cannot be joined.
+        """
+        ensemble = self._blocks_of_one_pass()
+        function = None
+        if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module):
+            *inputs, function = inputs  # type: ignore[assignment]
+        assert self._joining is not None
+        prepared = self._joining.prepare(tuple(inputs), kwargs) if inputs or kwargs else None
+        return Invoke(ensemble, prepared, function)
+
+    def barrier(self, count: int) -> Barrier:
+        """A point for `count` blocks of `invoke`: each that calls it (`barrier()`) goes on when all have."""
+        return Barrier(self._blocks_of_one_pass(), count)
+
+    def _blocks_of_one_pass(self) -> Ensemble:
+        if self._ensemble is None:
+            if self._block is None or self._joining is None:
+                raise UsageError(
+                    "This trace has inputs of its own. For blocks with an input each, open it with none: "
+                    "`with model.trace() as tracer:`."
+                )
+            self._ensemble = Ensemble(self._block.run, self._root._blocks, self._joining)
+            self._root._blocks.replace(self._block, self._ensemble.caller, self._thread)
+            self._block = self._ensemble.caller
+            self._block.run.owner = ref(self._block)
+        return self._ensemble
 
     def cache(
         self,
@@ -130,8 +200,9 @@ class Trace:
         """
         paths = self._root.paths(modules)
         kinds = ["input"] * include_inputs + ["output"] * include_output
-        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone)
-        run = self.block.run
+        block = self.block
+        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=block.peek)
+        run = block.run
         run.collectors.append(cache)
         run.run_to_end = True
         run.watch()

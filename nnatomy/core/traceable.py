@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy.core.block import OpenBlocks
+from nnatomy.core.joining import JoinTensors
 from nnatomy.core.scan import on_fake_tensors
 from nnatomy.core.trace import Trace
 from nnatomy.core.views import ModuleView
@@ -37,10 +38,13 @@ class Traceable(ModuleView):
     def trace(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace `module(*args, **kwargs)`: `with net.trace(x) as tracer: ...`.
 
+        Without any, for several blocks with inputs of their own: see `Trace.invoke`.
+
         Args:
             early_stop: cancel the forward pass when the block ends; with False it runs to its end.
         """
-        return Trace(self, lambda: self.module(*args, **kwargs), early_stop=early_stop)
+        joining = None if args or kwargs else JoinTensors(self.module)
+        return Trace(self, lambda: self.module(*args, **kwargs), early_stop=early_stop, joining=joining)
 
     def trace_call(
         self, function: Callable[..., Any], *args: Any, early_stop: bool = True, **kwargs: Any

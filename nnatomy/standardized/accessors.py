@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.block import Block, OpenBlocks
+from nnatomy.core.rows import RowSlot
 from nnatomy.core.run import hide_our_frames
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
 
@@ -139,6 +140,7 @@ class LayerAccessor:
         """Let the model go on with a copy, so that the tensor read stays what it was (or was edited to)."""
         collectors = self._blocks.current(self.name).run.collectors
         old = [collector for collector in collectors if isinstance(collector, _GoOnWithCopy)]
+        slot = whole(slot)
         if not any(collector.slot is slot for collector in old):
             for collector in old:
                 collectors.remove(collector)
@@ -167,13 +169,13 @@ class LayerAccessor:
                     self._reach(layer, block)  # raises
         modules = {self.module(layer) for layer in layers}
         copied = modules if self.changed_later is None else modules & self.changed_later
-        collected = _Collected(self, modules, copied, block.step)
+        collected = _Collected(self, block, modules, copied)
         run.collectors.append(collected)
         run.watch()
         try:
             for layer in reversed(layers) if layers.step > 0 else layers:
                 if self.modules[layer] not in collected.values:
-                    collected.take(self._reach(layer, block))
+                    collected.take(whole(self._reach(layer, block)))
         finally:
             run.collectors.remove(collected)
             run.watch()
@@ -183,17 +185,20 @@ class LayerAccessor:
 class _Collected(Collector):
     """The values of a slice, taken while the forward pass runs through its layers."""
 
-    def __init__(self, accessor: LayerAccessor, modules: set[Module], copied: set[Module], step: int) -> None:
+    def __init__(
+        self, accessor: LayerAccessor, block: Block, modules: set[Module], copied: set[Module]
+    ) -> None:
         self.modules = modules
         self.kinds = {accessor.kind: accessor.tap}
         self.values: dict[Module, Tensor] = {}
         self._get = accessor.get
         self._copied = copied
-        self._step = step
+        self._block = block
+        self._step = block.step
 
     def take(self, slot: Slot) -> None:
         if slot.step == self._step and slot.call == 0:
-            value = self._get(slot.value)
+            value = self._get(self._block.peek(slot).value)
             self.values[slot.module] = value.clone() if slot.module in self._copied else value
 
 
@@ -209,6 +214,11 @@ class _GoOnWithCopy(Collector):
     def take(self, slot: Slot) -> None:
         if slot is self.slot:
             slot.value = self._copy(slot.value)
+
+
+def whole(slot: Slot) -> Slot:
+    """The slot itself, where a block sees some rows of it."""
+    return slot.whole if isinstance(slot, RowSlot) else slot
 
 
 def check_fits(name: str, old: Any, new: Any) -> None:

@@ -36,7 +36,7 @@ class Prompts:
         self._no_tokenizer = no_tokenizer
         self.pad_token_id = pad_token_id
         self._vocab_size = vocab_size
-        self._takes_positions = takes_positions
+        self.takes_positions = takes_positions
 
     def prepare(self, prompts: Any, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The arguments for `prompts`, with `kwargs` on top, on `device`.
@@ -67,7 +67,7 @@ class Prompts:
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
         padded = mask.shape == ids.shape and not bool(mask.all())
-        if padded and self._takes_positions and given.get("position_ids") is None:
+        if padded and self.takes_positions and given.get("position_ids") is None:
             given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return _to(given, device)
 

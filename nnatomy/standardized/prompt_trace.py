@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.nn import Module
 
 from nnatomy.core import Collector, Slot, Trace
@@ -15,11 +13,10 @@ class RootInputs(Collector):
     def __init__(self, root: Module) -> None:
         self.modules = {root}
         self.kinds = {"input": None}
-        self.kwargs: dict[str, Any] = {}
-        self.step = -1
+        self.slot: Slot | None = None
 
     def take(self, slot: Slot) -> None:
-        self.kwargs, self.step = slot.value[1], slot.step
+        self.slot = slot
 
 
 class PromptTrace(Trace):

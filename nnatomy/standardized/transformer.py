@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from nnatomy.arch_configs import ArchConfig, dimensions, resolve
 from nnatomy.core import ModuleView, Trace, Traceable
 from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import LayerAccessor, check_fits
-from nnatomy.standardized.attention import PatternMode
+from nnatomy.standardized.attention import PatternMode, by_head
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts, input_device, pad_token_id
+from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.layers import LayerView, Views
 from nnatomy.standardized.loading import load_model, load_tokenizer
 from nnatomy.standardized.prompt_trace import PromptTrace, RootInputs
@@ -131,9 +132,8 @@ class StandardizedTransformer(Traceable):
             blocks,
             "attention_probabilities",
             tap=PatternMode,
-            # some models hold it as (batch * head, query, key)
-            get=lambda pattern: pattern if pattern.ndim == 4 else pattern.unflatten(0, (-1, heads)),
-            put=lambda old, new: new if old.ndim == 4 else new.flatten(0, 1),
+            get=lambda pattern: by_head(pattern, heads),
+            put=lambda old, new: new.reshape(old.shape),
             unreached="A fused attention kernel never holds it: load the model with "
             "attn_implementation='sdpa' or 'eager'.",
         )
@@ -226,6 +226,8 @@ class StandardizedTransformer(Traceable):
     ) -> Trace:
         """Trace one forward pass: `with model.trace(prompts) as tracer: ...`.
 
+        Without prompts, for several blocks with prompts of their own on one pass: see `Trace.invoke`.
+
         Args:
             prompts: a string; a chat (a list of dicts with role and content); token ids (a list or 1-D
                 tensor); a list of these; a 2-D tensor of ids; or a dict with `input_ids`. Batches are
@@ -236,8 +238,7 @@ class StandardizedTransformer(Traceable):
         Raises:
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
         """
-        inputs = self.prepare(prompts, **kwargs)
-        return PromptTrace(self, partial(self.hf_model, **inputs), early_stop=early_stop)
+        return self._trace(lambda inputs: partial(self.hf_model, **inputs), prompts, early_stop, kwargs)
 
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
@@ -250,11 +251,32 @@ class StandardizedTransformer(Traceable):
             prompts, early_stop: as in `trace`.
             **kwargs: go to the model's `generate`.
         """
-        inputs = self.prepare(prompts, **kwargs)
-        inputs.pop("position_ids", None)  # generate makes its own, for every step
-        if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
-            inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
-        return PromptTrace(self, partial(self.hf_model.generate, **inputs), early_stop=early_stop)
+
+        def call(inputs: dict[str, Any]) -> Callable[[], Any]:
+            inputs.pop("position_ids", None)  # generate makes its own, for every step
+            if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
+                inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
+            return partial(self.hf_model.generate, **inputs)
+
+        return self._trace(call, prompts, early_stop, kwargs)
+
+    def _trace(
+        self,
+        call: Callable[[dict[str, Any]], Callable[[], Any]],
+        prompts: Any,
+        early_stop: bool,
+        kwargs: dict[str, Any],
+    ) -> Trace:
+        if prompts is not None or not kwargs.keys().isdisjoint(("input_ids", "inputs_embeds")):
+            return PromptTrace(self, call(self.prepare(prompts, **kwargs)), early_stop=early_stop)
+        joining = JoinPrompts(
+            self.hf_model,
+            self.prepare,
+            lambda inputs: call({**inputs, **kwargs}),
+            self._prompts.pad_token_id,
+            self._prompts.takes_positions,
+        )
+        return PromptTrace(self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
 
     def scan(  # type: ignore[override]
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
@@ -282,9 +304,9 @@ class StandardizedTransformer(Traceable):
     def _root_inputs(self) -> dict[str, Any]:
         block = self._blocks.current("input_ids")
         recorded = next((c for c in block.run.collectors if isinstance(c, RootInputs)), None)
-        if recorded is None or block.step != recorded.step:
+        if recorded is None or recorded.slot is None or block.step != recorded.slot.step:
             return block.reach(self.module, "input", "input_ids").value[1]
-        return recorded.kwargs
+        return block.peek(recorded.slot).value[1]
 
     @property
     def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:

@@ -348,3 +348,28 @@ def test_an_error_of_the_model_comes_with_two_frames_of_ours_at_most(model: Stan
     files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert files[0] == __file__ == files[-1]
     assert sum("/nnatomy/" in file and "/tests/" not in file for file in files) <= 2
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_pattern_of_a_step_is_by_query_heads_however_it_is_computed(implementation: str) -> None:
+    """Padded, with heads that share keys: SDPA packs the one query of a step by key heads."""
+    hf = build("llama", attn_implementation=implementation)
+    model = StandardizedTransformer(hf)
+    with torch.no_grad(), model.generate([[3, 4, 5, 6], [7, 8]], max_new_tokens=3, do_sample=False) as tracer:
+        patterns = [model.attention_probabilities[1] for step in tracer.iter[:]]
+        tokens = tracer.result
+    reference = build("llama", attn_implementation="eager")
+    mask = torch.tensor([[1] * 6, [0, 0] + [1] * 4])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = reference(tokens[:, :6], attention_mask=mask, position_ids=positions, output_attentions=True)
+    for step, pattern in enumerate(patterns):
+        assert pattern.shape == (2, 4, 4 if step == 0 else 1, 4 + step)
+        expected = whole.attentions[1][:, :, 3 + step, : 4 + step]
+        assert torch.allclose(pattern[:, :, -1], expected, atol=1e-5)
+    with torch.no_grad(), model.generate([[3, 4, 5, 6], [7, 8]], max_new_tokens=2, do_sample=False) as tracer:
+        for step in tracer.iter[1]:
+            pattern = model.attention_probabilities[1]
+            uniform = torch.full_like(pattern, 0.25)
+            model.attention_probabilities[1] = uniform
+            out = model.attentions_output[1]
+    assert not torch.equal(out[0], out[1])

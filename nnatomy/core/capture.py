@@ -1,0 +1,143 @@
+"""Taking the body of a `with` statement out of its frame, to run it later.
+
+This is for `tracer.invoke` alone: the prompts of all blocks have to be known before the first block can run. The body is
+skipped where it stands, and run later, from the same lines of the same file, with names that are looked up as the
+user's frame would, and bound in it at the end. Needs the source; `tracer.invoke(prompt, function)` needs nothing of
+this.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import dis
+import linecache
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+from nnatomy.errors import CaptureError
+
+_parsed: dict[str, tuple[int, ast.Module]] = {}
+_bodies: dict[tuple[str, CodeType, int], CodeType] = {}  # codes are equal whatever their files
+
+
+class SkipBodyError(BaseException):
+    """Leaves a `with` body at once; seen by its `__exit__` alone."""
+
+
+class Body:
+    """The body of the `with` statement whose `__enter__` is being called from `frame`.
+
+    Attributes:
+        binds: the names that it binds.
+        names: what the frame's names meant when it was captured.
+
+    Raises:
+        CaptureError: if the source cannot be had, or the body cannot be run anywhere else.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        self.frame = frame
+        key = frame.f_code.co_filename, frame.f_code, frame.f_lasti
+        if key not in _bodies:
+            _bodies[key] = _compile(frame)
+        self._code = _bodies[key]
+        self.binds = {i.argval for i in dis.get_instructions(self._code) if i.opname == "STORE_NAME"}
+        self.names = dict(frame.f_locals)
+        self._before: tuple[Any, Any, bool] | None = None
+
+    def skip(self) -> None:
+        """Have SkipBodyError raised where the body begins."""
+        frame = self.frame
+        self._before = sys.gettrace(), frame.f_trace, frame.f_trace_opcodes
+
+        def step(frame: FrameType, _event: str, _argument: Any) -> Any:
+            operation = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if operation.startswith(("STORE_", "UNPACK_", "EXTENDED_ARG")):  # the name after `as`
+                return step
+            raise SkipBodyError
+
+        frame.f_trace_opcodes = True
+        frame.f_trace = step
+        sys.settrace(lambda *_: None)
+
+    def skipped(self) -> None:
+        """The body has been left: debuggers and coverage go on."""
+        assert self._before is not None
+        trace, self.frame.f_trace, self.frame.f_trace_opcodes = self._before
+        sys.settrace(trace)
+
+    def run(self, names: Names) -> None:
+        """Run it with those names."""
+        exec(self._code, names)
+
+    def bind(self, names: dict[str, Any]) -> None:
+        """Give these names their values in the user's frame."""
+        frame = self.frame
+        frame.f_locals.update(names)
+        if sys.version_info < (3, 13):  # before, `f_locals` of a function is a copy
+            ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+
+
+class Names(dict[str, Any]):
+    """The names of one body: its own bindings, and what `look_up` finds of the others (or raises KeyError)."""
+
+    def __init__(self, look_up: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._look_up = look_up
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name) if name in self else self._look_up(name)
+
+    def own(self) -> dict[str, Any]:
+        """What the body has bound."""
+        return {name: value for name, value in self.items() if name != "__builtins__"}
+
+
+def _compile(frame: FrameType) -> CodeType:
+    code, filename = frame.f_code, frame.f_code.co_filename
+    where = f"{filename}:{frame.f_lineno}"
+    lines = linecache.getlines(filename, frame.f_globals)
+    instead = "Give the block as a function: tracer.invoke(prompt, function)."
+    if not lines:
+        raise CaptureError(
+            f"The source of the `with tracer.invoke(...)` block at {where} cannot be had (typed into a plain "
+            f"Python prompt, or passed to `exec`), so it cannot be run together with the others. {instead}"
+        )
+    source = "".join(lines)
+    if filename not in _parsed or _parsed[filename][0] != hash(source):
+        try:
+            _parsed[filename] = hash(source), ast.parse(source)
+        except SyntaxError as error:
+            raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
+    statement = _find(_parsed[filename][1], list(code.co_positions())[frame.f_lasti // 2])
+    if statement is None:
+        raise CaptureError(
+            f"The `with tracer.invoke(...)` block at {where} is not what its source file says now. Load the "
+            f"module again after editing it. {instead}"
+        )
+    if len(statement.items) > 1:
+        raise CaptureError(
+            f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone."
+        )
+    try:
+        return compile(ast.Module(statement.body, []), filename, "exec", dont_inherit=True)
+    except SyntaxError as error:  # return, yield, await, or a break of an outer loop
+        raise CaptureError(
+            f"The block of `with tracer.invoke(...)` at {where} runs later, apart from what stands around it: "
+            f"{error.msg} (line {error.lineno})."
+        ) from None
+
+
+def _find(tree: ast.AST, position: tuple[int | None, ...]) -> ast.With | None:
+    """The `with` statement at that position, which is its own or that of its expression."""
+    line, _, column, _ = position
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With):
+            places: list[Any] = [node, *(item.context_expr for item in node.items)]
+            # Columns are in bytes in both.
+            if any((place.lineno, place.col_offset) == (line, column) for place in places):
+                return node
+    return None

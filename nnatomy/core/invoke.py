@@ -1,0 +1,422 @@
+"""Several blocks on one forward pass.
+
+Each block of `tracer.invoke` runs in a thread of its own, and has rows of its own in the joined batch. Of all threads, the
+forward pass's and the caller's too, exactly one is ever at work. Whoever comes to a halt decides who is next: a
+block that can go on; else one that waits for the point where the forward pass stands; else the forward pass
+goes on to the nearest point that any of them waits for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from threading import Lock, get_ident
+from time import monotonic, sleep
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nnatomy.core.block import Block, OpenBlocks, frame_of_with, user_line
+from nnatomy.core.capture import Body, Names, SkipBodyError
+from nnatomy.core.joining import Joining
+from nnatomy.core.points import Collector, Slot, Want
+from nnatomy.core.rows import Rows, RowSlot, is_opaque
+from nnatomy.core.run import OWNER_SECONDS, PATIENCE_SECONDS, Cancelled, Interruptible, Run, hide_our_frames
+from nnatomy.core.worker import ThreadState, Worker, wait_for
+from nnatomy.errors import OutOfOrderError, UsageError
+
+#: What a block waits for that wants the forward pass to run to its end.
+END = "end"
+
+
+class Member(Block):
+    """One of several blocks.
+
+    Attributes:
+        rows: its rows of the joined batch; None for all of them.
+        want: the point it waits for.
+        waits_for: the name that it waits for another block to bind, and where it does so.
+    """
+
+    def __init__(self, ensemble: Ensemble, rows: Rows | None = None, line: str = "") -> None:
+        super().__init__(ensemble.run)
+        self.ensemble = ensemble
+        self.rows = rows
+        self.line = line
+        self.want: Want | None = None
+        self.waits_for: tuple[str, Member, str] | None = None
+        self.at_barrier: Barrier | None = None
+        self.done = False
+        self.failure: BaseException | None = None
+        self.thread = 0
+        self.at_work = Interruptible()
+        self.turn = Lock()
+        self.turn.acquire()
+        self._view: tuple[Slot, RowSlot] | None = None
+
+    def wait(self, want: Want | None) -> None:
+        self.settle()
+        self.want = want or Want(self.run.root, END, 0, 0, None, "the result")
+        self.ensemble.give_way(self)
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def wake(self) -> None:
+        """It is its turn."""
+        if self.turn.locked():
+            self.turn.release()
+
+    def view(self, slot: Slot) -> Slot:
+        if self.rows is None:
+            return slot
+        if self._view is None or self._view[0] is not slot:
+            self.settle()
+            self._view = slot, self._row_slot(slot)
+        return self._view[1]
+
+    def peek(self, slot: Slot) -> Slot:
+        return slot if self.rows is None else self._row_slot(slot)
+
+    def own(self, result: Any) -> Any:
+        if self.rows is None:
+            return result
+        rows = self.rows
+        if (
+            isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
+        ):  # generated tokens
+            rows = rows._replace(seq=result.shape[1])
+        return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows, None).value
+
+    def _row_slot(self, slot: Slot) -> RowSlot:
+        assert self.rows is not None
+        rows = self.rows
+        if slot.step and slot.kind in ("input", "output"):  # the newest position alone
+            rows = rows._replace(seq=1, pad=0)
+        elif slot.step:  # a pattern, whose keys are all positions
+            rows = rows._replace(seq=rows.seq + slot.step, last_axis=True)
+        return RowSlot(slot, rows, lambda value: self._replace(slot, value))
+
+    def settle(self) -> None:
+        """The block is through with the slot it held."""
+        if self._view is not None:
+            self._view[1].settle()
+            self._view = None
+
+    def _replace(self, slot: Slot, value: Any) -> None:
+        self.run.collectors.append(_ReplaceOutput(self, slot, value))
+        self.run.watch()
+
+
+class _ReplaceOutput(Collector):
+    """Puts a value in the place of one block's rows of a module's output."""
+
+    def __init__(self, member: Member, at: Slot, value: Any) -> None:
+        self.modules = {at.module}
+        self.kinds = {"output": None}
+        self._member, self._at, self._value = member, at, value
+
+    def take(self, slot: Slot) -> None:
+        if (slot.call, slot.step) == (self._at.call, self._at.step):
+            assert self._member.rows is not None
+            mine = RowSlot(slot, self._member.rows, None)
+            now, structure = pytree.tree_flatten(mine.value, is_leaf=is_opaque)
+            new = pytree.tree_leaves(self._value, is_leaf=is_opaque)
+            # What a skipped layer gives beside its hidden states is nothing.
+            merged = [
+                there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
+            ]
+            mine.value = pytree.tree_unflatten(merged, structure)
+
+
+class Ensemble:
+    """The blocks on one run, and whose turn it is."""
+
+    def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining) -> None:
+        self.run = run
+        self.blocks = blocks
+        self._joining = joining
+        self.caller = Member(self, line=user_line())
+        self.members: list[Member] = []
+        self.invokes: list[Invoke] = []
+        self.started = False
+        self.error: BaseException | None = None
+
+    def member_here(self) -> Member:
+        """The block at work in this thread."""
+        here = get_ident()
+        return next((member for member in self.members if member.thread == here), self.caller)
+
+    # Whose turn it is.
+
+    def give_way(self, member: Member) -> None:
+        """The member, at work until now, waits for something: let all others go on until it can."""
+        if not self.started:
+            self.start()
+        following = self._next()
+        if following is member:
+            return
+        following.wake()
+        if member.done and member is not self.caller:
+            return
+        while not wait_for(member.turn, OWNER_SECONDS):
+            if self.run.owner() is None and member is not self.caller:
+                raise Cancelled  # the caller was interrupted before it could say so
+        if self.error is not None and member is not self.caller:
+            raise Cancelled
+
+    def _next(self) -> Member:
+        run = self.run
+        everybody = [*self.members, self.caller]
+        while True:
+            if self.error is not None:
+                return next((member for member in self.members if not member.done), self.caller)
+            for member in everybody:
+                if self._can_go_on(member):
+                    return member
+            wants = [member.want for member in everybody if member.want is not None]
+            if not wants:
+                stuck = [member for member in everybody if member.waits_for or member.at_barrier]
+                if not stuck:
+                    self.caller.waits_for = None
+                    return self.caller
+                stuck[0].failure = _deadlock(stuck)
+                stuck[0].waits_for = stuck[0].at_barrier = None
+                return stuck[0]
+            run.wait(tuple(want for want in wants if want.kind != END))
+
+    def _can_go_on(self, member: Member) -> bool:
+        if member.done:
+            return False
+        if member.want is not None:
+            want, run = member.want, self.run
+            here = run.here
+            if want.kind == END:
+                come = run.ended
+            elif (
+                run.error is not None or run.ended or (here is None and run.started and want.step <= run.step)
+            ):
+                come = True
+            elif here is not None and (here.module, here.call, here.step) == (
+                want.module,
+                want.call,
+                want.step,
+            ):
+                come = here.kind == want.kind or here.kind == "output"
+            else:
+                come = run.started and run.has_passed(want.module, want.kind, want.call, want.step)
+            if come:
+                member.want = None
+            return come
+        if member.waits_for is not None:
+            name, binder, _ = member.waits_for
+            if binder.done or self.names_of(binder).get(name, END) is not END:
+                member.waits_for = None
+            return member.waits_for is None
+        if member.at_barrier is not None:
+            return False
+        return member is not self.caller
+
+    # Names.
+
+    def names_of(self, member: Member) -> dict[str, Any]:
+        return self.invokes[self.members.index(member)].names.own()
+
+    def look_up(self, invoke: Invoke, name: str) -> Any:
+        """What a name means in a block, that the block itself has not bound."""
+        body, member = invoke.body, invoke.member
+        assert body is not None
+        place = self.invokes.index(invoke)
+        others = self.invokes[:place][::-1]
+        if name not in body.binds or name not in body.names:
+            others = others + self.invokes[place + 1 :]
+        for other in others:
+            if other.body is not None and other.body.frame is body.frame and name in other.body.binds:
+                assert other.member is not None
+                if not other.member.done and name not in other.names.own():
+                    member.settle()
+                    member.waits_for = name, other.member, user_line()
+                    self.give_way(member)
+                    if member.failure is not None:
+                        failure, member.failure = member.failure, None
+                        raise failure
+                if name in other.names.own():
+                    return other.names[name]
+        if name in body.names:
+            return body.names[name]
+        return body.frame.f_globals[name]  # KeyError: a builtin, or nothing
+
+    # From the first question to the end.
+
+    def start(self) -> None:
+        """All blocks are known: begin."""
+        with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
+        if with_inputs:
+            call, rows = self._joining.join([invoke.inputs for invoke in with_inputs])
+            self.run.call_instead(call)
+            for invoke, mine in zip(with_inputs, rows, strict=True):
+                invoke.member.rows = mine
+        self.started = True
+        for invoke in self.invokes:
+            Worker.start(invoke.job)
+
+    def end(self) -> None:
+        """The caller's block is over: let the others come to their ends, and bind what they have bound."""
+        self.caller.settle()
+        self.give_way(self.caller)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        for invoke in self.invokes:
+            invoke.bind()
+
+    def dismiss(self) -> None:
+        """End whatever block is still there, the run being over; wait until all are gone."""
+        self.error = self.error or Cancelled()
+        for seconds in itertools.chain((0.0, 0.05), itertools.repeat(PATIENCE_SECONDS)):
+            left = [member for member in self.members if self.started and not member.done]
+            if not left:
+                return
+            for member in left:
+                member.wake()
+                if seconds:  # it is at work, as it is if the caller has been interrupted
+                    member.at_work.interrupt()
+            settled = monotonic() + seconds
+            while monotonic() < settled and not all(member.done for member in left):
+                sleep(0.001)
+
+
+class Invoke:
+    """`with tracer.invoke(prompt):`, or `tracer.invoke(prompt, function)`.
+
+    Attributes:
+        value: what `function` returned, once the trace is over.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        inputs: Any,
+        function: Callable[[], Any] | None,
+    ) -> None:
+        self.ensemble = ensemble
+        self.inputs = inputs
+        self.function = function
+        self.body: Body | None = None
+        self.names = Names(lambda name: ensemble.look_up(self, name))
+        self.value: Any = None
+        self._state = ThreadState()
+        self.member = Member(ensemble, line=user_line())
+        if function is not None:
+            self._join()
+
+    def _join(self) -> None:
+        if self.ensemble.started or self.ensemble.run.started:
+            raise UsageError(
+                "tracer.invoke has to come before the first value is asked for: the forward pass, which runs all "
+                "prompts together, has begun."
+            )
+        self.ensemble.invokes.append(self)
+        self.ensemble.members.append(self.member)
+
+    def __enter__(self) -> Invoke:
+        if self.function is not None:
+            raise UsageError(
+                "tracer.invoke(prompt, function) is no `with`: it has its block in the function."
+            )
+        self.body = Body(frame_of_with())
+        self._join()
+        self.body.skip()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self.body is not None
+        self.body.skipped()
+        return kind is SkipBodyError
+
+    def job(self) -> tuple[bool, Callable[[], None]]:
+        """What its thread does."""
+        member, ensemble = self.member, self.ensemble
+        try:
+            while not wait_for(member.turn, OWNER_SECONDS):
+                if ensemble.run.owner() is None:
+                    raise Cancelled
+            if ensemble.error is not None:
+                raise Cancelled
+            member.at_work.begin()
+            try:
+                self._state.call(self._run)
+            finally:
+                member.at_work.end()
+        except Cancelled:
+            pass
+        except BaseException as error:  # noqa: BLE001
+            if ensemble.error is None:
+                ensemble.error = hide_our_frames(error)
+        member.at_work.end()  # again: a Cancelled may have come just before it
+        following: Member | None = None
+        try:
+            member.settle()
+            member.done = True
+            member.want = member.waits_for = None
+            following = ensemble._next()
+        except BaseException as error:  # noqa: BLE001
+            ensemble.error = ensemble.error or error
+            following = ensemble.caller
+        return True, following.wake
+
+    def _run(self) -> None:
+        thread = self.member.thread = self.ensemble.blocks.add(self.member)
+        try:
+            if self.function is not None:
+                self.value = self.function()
+            else:
+                assert self.body is not None
+                self.body.run(self.names)
+        finally:
+            self.ensemble.blocks.remove(self.member, thread)
+
+    def bind(self) -> None:
+        """Bind in the user's frame what the block has bound."""
+        if self.body is not None and (names := self.names.own()):
+            self.body.bind(names)
+
+
+class Barrier:
+    """`tracer.barrier(n)`: a block that calls it goes on when `n` blocks have."""
+
+    def __init__(self, ensemble: Ensemble, count: int) -> None:
+        self._ensemble = ensemble
+        self._count = count
+        self._waiting: list[Member] = []
+
+    def __call__(self) -> None:
+        member = self._ensemble.blocks.current("barrier")
+        if not isinstance(member, Member):
+            raise UsageError("A barrier holds blocks of tracer.invoke(...): call it inside of one.")
+        self._waiting.append(member)
+        if len(self._waiting) == self._count:
+            for other in self._waiting:
+                other.at_barrier = None
+            self._waiting = []
+            return
+        member.settle()
+        member.at_barrier = self
+        self._ensemble.give_way(member)
+        if member.failure is not None:
+            failure, member.failure = member.failure, None
+            raise failure
+
+
+def _deadlock(stuck: list[Member]) -> OutOfOrderError:
+    waits = [
+        f"{member.waits_for[0]!r}, needed at {member.waits_for[2]}, is bound by the block at {member.waits_for[1].line}"
+        if member.waits_for
+        else f"the block at {member.line} stands at a barrier"
+        for member in stuck
+    ]
+    return OutOfOrderError(f"No order lets all blocks go on: {'; '.join(waits)}, which waits as well.")

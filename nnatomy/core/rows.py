@@ -1,0 +1,181 @@
+"""Rows: what one block sees and edits of a batch that several blocks have been joined in.
+
+A tensor's rows are found by its shape: batch first, batch second, or batch and positions in one axis (as routers and
+experts of a mixture of experts see them). Positions that only pad the block's prompts on the left are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nnatomy.core.points import Slot
+from nnatomy.errors import AssignmentError, RowsError
+
+
+class Rows(NamedTuple):
+    """The rows `start` to `stop` of a `batch` of prompts of `seq` positions, the first `pad` of them padding.
+
+    `last_axis`: no axis but the last is one of positions (the keys of a pattern, in a later step of a generation).
+    """
+
+    start: int
+    stop: int
+    batch: int
+    seq: int
+    pad: int = 0
+    last_axis: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """These rows of a tensor, as a view where that can be. None: the tensor has no rows (one for all).
+
+        Raises:
+            RowsError: if nobody can tell.
+        """
+        view = self._view(tensor)
+        if view is None or view.ndim == tensor.ndim:
+            return view
+        return view[0] if len(view) == 1 else view.flatten(0, 1)
+
+    def _view(self, tensor: Tensor) -> Tensor | None:
+        """These rows as a view; where the batch shares an axis, with an axis of its own."""
+        shape = tensor.shape
+        if tensor.ndim == 0 or (shape[0] == 1 != self.batch):
+            return None
+        mine = slice(self.start, self.stop)
+        if shape[0] == self.batch:
+            return self._unpadded(tensor[mine], 1)
+        if shape[0] == self.batch * self.seq:
+            return self._unpadded(tensor.unflatten(0, (self.batch, self.seq))[mine], 1)
+        if tensor.ndim > 1 and shape[1] == self.batch:
+            return self._unpadded(tensor[:, mine], 2)
+        if shape[0] % self.batch == 0 and tensor.ndim > 2:  # batch and heads in one axis
+            return self._unpadded(tensor.unflatten(0, (self.batch, -1))[mine], 2)
+        if shape[0] == self.seq or not tensor.is_floating_point():
+            return None
+        raise RowsError(
+            f"A tensor of shape {tuple(shape)} in a batch of {self.batch} prompts of {self.seq} positions: nobody "
+            "can tell which of its rows are this block's. Read it in a block without a prompt "
+            "(`with tracer.invoke():`), which sees the whole batch."
+        )
+
+    def _unpadded(self, tensor: Tensor, first: int) -> Tensor:
+        if self.pad:
+            for axis in range(tensor.ndim - 1 if self.last_axis else first, tensor.ndim):
+                if tensor.shape[axis] == self.seq:
+                    tensor = tensor.narrow(axis, self.pad, self.seq - self.pad)
+        return tensor
+
+    def put(self, whole: Tensor, mine: Any) -> Tensor:
+        """`whole` with these rows replaced."""
+        old = self.of(whole)
+        if not isinstance(mine, Tensor) or old is None or old.shape != mine.shape:
+            is_ = f"of shape {tuple(mine.shape)}" if isinstance(mine, Tensor) else f"a {type(mine).__name__}"
+            was = "one tensor for all prompts" if old is None else f"of shape {tuple(old.shape)}"
+            raise AssignmentError(f"This block's rows of the value are {was}; what was assigned is {is_}.")
+        if mine.dtype != whole.dtype or mine.device != whole.device:
+            raise AssignmentError(
+                f"The value is {whole.dtype} on {whole.device}; what was assigned is {mine.dtype} on {mine.device}."
+            )
+        if old.shape == whole.shape:
+            return mine
+        new = whole.clone()
+        place = self._view(new)
+        assert place is not None
+        place.copy_(mine.reshape(place.shape))
+        return new
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether it is a leaf for us: not a KV cache's contents, which are the model's own."""
+    return not isinstance(value, (tuple, list, dict))
+
+
+class UnknownRows:
+    """Stands among a module's further arguments or results where nobody can tell which rows are the block's."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RowsError(self._why)
+
+    def __repr__(self) -> str:
+        return f"<{self._why}>"
+
+
+class RowSlot(Slot):
+    """A slot as one block sees it: its own rows."""
+
+    __slots__ = ("_given", "_rows", "_versions", "replace_output", "whole")
+
+    def __init__(self, whole: Slot, rows: Rows, replace_output: Any) -> None:
+        self.whole = whole
+        self.replace_output = replace_output
+        self._rows = rows
+        self._given: list[Any] | None = None
+        for name in ("module", "kind", "call", "step", "skipped"):
+            setattr(self, name, getattr(whole, name))
+
+    @property
+    def value(self) -> Any:
+        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
+        if self._given is None:
+            first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), 0)
+            self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(leaves)]
+            self._versions = [_version(leaf) for leaf in self._given]
+        return pytree.tree_unflatten(self._given, structure)
+
+    @value.setter
+    def value(self, new: Any) -> None:
+        given = self._given
+        self.settle()
+        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
+        mine, same = pytree.tree_flatten(new, is_leaf=is_opaque)
+        if same != structure:
+            raise AssignmentError(f"The value is a {structure}; what was assigned is a {same}.")
+        for i, (leaf, part) in enumerate(zip(leaves, mine, strict=True)):
+            if isinstance(leaf, Tensor) and not (given and part is given[i]):
+                leaves[i] = self._rows.put(leaf, part)
+        self.whole.value = pytree.tree_unflatten(leaves, structure)
+        self._given = None
+
+    def _mine(self, leaf: Any, is_first: bool) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        try:
+            mine = self._rows.of(leaf)
+        except RowsError as error:
+            if is_first:
+                raise
+            return UnknownRows(str(error))
+        return leaf if mine is None else mine
+
+    def settle(self) -> None:
+        """Make in-place edits of what had to be copied to be given."""
+        if self._given is None:
+            return
+        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
+        changed = False
+        for i, (leaf, given, version) in enumerate(zip(leaves, self._given, self._versions, strict=True)):
+            if isinstance(given, Tensor) and _version(given) != version and not _shares(given, leaf):
+                leaves[i] = self._rows.put(leaf, given)
+                changed = True
+        if changed:
+            self.whole.value = pytree.tree_unflatten(leaves, structure)
+        self._given = None
+
+    def skip(self, value: Any) -> None:
+        self.replace_output(value)
+
+
+def _version(leaf: Any) -> int:
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+def _shares(view: Tensor, whole: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()

@@ -1,0 +1,89 @@
+"""Joining the prompts of several blocks to one batch, padded so that no block sees the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from nnatomy.core.joining import Joining, join_leaves, rows_of
+from nnatomy.core.rows import Rows
+
+
+class JoinPrompts(Joining):
+    """Blocks' prompts become one batch, padded on the left to one length.
+
+    Args:
+        model: the Hugging Face model.
+        prepare: from prompts and keyword arguments to those of the model's forward.
+        call: from the arguments of all blocks together to the call.
+        pad_token_id: what to pad with.
+        takes_positions: whether the model's forward takes `position_ids`.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        prepare: Callable[..., dict[str, Any]],
+        call: Callable[[dict[str, Any]], Callable[[], Any]],
+        pad_token_id: int,
+        takes_positions: bool,
+    ) -> None:
+        self._model = model
+        self._prepare = prepare
+        self._call = call
+        self._pad_token_id = pad_token_id
+        self._takes_positions = takes_positions
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return self._prepare(*args, **kwargs)
+
+    def join(self, prepared: Sequence[dict[str, Any]]) -> tuple[Callable[[], Any], list[Rows]]:
+        masks = [one["attention_mask"] for one in prepared]
+        # How many positions no prompt of a block uses: it does not see them.
+        unused = [int((mask != 0).any(0).long().argmax()) for mask in masks]
+        lengths = [mask.shape[1] - pad for mask, pad in zip(masks, unused, strict=True)]
+        seq = max(lengths)
+        if len(set(lengths)) > 1:
+            sizes = self._sizes() | {sum(len(mask) for mask in masks)}
+            while seq in sizes:  # so that an axis of this size is one of positions
+                seq += 1
+        padded = [self._padded(one, seq) for one in prepared]
+        joined = {
+            name: join_leaves([one[name] for one in padded if name in one])
+            for name in dict.fromkeys(name for one in padded for name in one)
+        }
+        mask = joined["attention_mask"]
+        if self._takes_positions and "position_ids" not in joined and not bool(mask.all()):
+            joined["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        pads = [seq - length for length in lengths]
+        return self._call(joined), rows_of([len(mask) for mask in masks], seq, pads)
+
+    def _padded(self, inputs: dict[str, Any], seq: int) -> dict[str, Any]:
+        now = inputs["attention_mask"].shape[1]
+        padding = {"input_ids": self._pad_token_id}
+        return {
+            name: _to_length(value, now, seq, padding.get(name, 0)) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+            if name != "position_ids"
+        }
+
+    def _sizes(self) -> set[int]:
+        """The sizes that the axes of a tensor of the model's may have."""
+        sizes = {size for parameter in self._model.parameters() for size in parameter.shape}
+        config = getattr(self._model, "config", None)
+        return (
+            sizes | {value for value in vars(config).values() if isinstance(value, int)} if config else sizes
+        )
+
+
+def _to_length(value: Tensor, now: int, seq: int, filling: int) -> Tensor:
+    """A tensor of (batch, now, *) with its positions cut or filled up on the left to `seq`."""
+    if value.ndim < 2 or value.shape[1] != now:
+        return value
+    if now >= seq:
+        return value[:, now - seq :]
+    return torch.cat([value.new_full((value.shape[0], seq - now, *value.shape[2:]), filling), value], 1)

@@ -1,0 +1,515 @@
+"""Several blocks on one forward pass: whose rows, in which order, with whose names, and how they end."""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import re
+import sys
+import threading
+import time
+import traceback
+import weakref
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from helpers import Calls, hooks, net, no_leaks, our_frames
+from torch import nn
+
+from nnatomy.core import Traceable
+from nnatomy.errors import AssignmentError, CaptureError, InputError, OutOfOrderError, RowsError, UsageError
+
+ONE = torch.tensor([[0.5, -1.0]])
+TWO = torch.tensor([[2.0, 0.25], [-0.5, 1.5]])
+
+
+def line_of(text: str) -> int:
+    """The line of this file that ends with that comment."""
+    lines = linecache.getlines(__file__)
+    return next(number for number, line in enumerate(lines, 1) if line.rstrip().endswith(f"# {text}"))
+
+
+def test_each_block_sees_its_rows_and_one_pass_serves_all() -> None:
+    model = net()
+    view = Traceable(model)
+    passes = []
+    with no_leaks(model), hooks((model, "output", lambda out: passes.append(out))):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                hidden_one, scale = view.layers[1].output
+                result_one = tracer.result
+            with tracer.invoke(TWO):
+                (inputs, kwargs) = view.layers[1].inputs
+                hidden_two = view.layers[1].output[0]
+                result_two = tracer.result
+            with tracer.invoke():
+                everything = tracer.result
+    assert len(passes) == 1
+    assert torch.equal(everything, torch.cat([result_one, result_two]))
+    assert torch.equal(everything, model(torch.cat([ONE, TWO])))
+    assert (hidden_one.shape, hidden_two.shape, inputs[0].shape) == ((1, 4), (2, 4), (2, 4))
+    assert scale == kwargs["scale"] == 0.5
+    assert torch.equal(tracer.result, everything)
+
+
+@pytest.mark.parametrize("kind", ["assigned", "in place", "input"])
+def test_an_edit_changes_the_blocks_own_rows_alone(kind: str) -> None:
+    model = net()
+    view = Traceable(model)
+    with torch.no_grad(), view.trace() as tracer:
+        with tracer.invoke(ONE):
+            one = tracer.result
+        with tracer.invoke(TWO):
+            if kind == "assigned":
+                hidden, scale = view.layers[1].output
+                view.layers[1].output = (hidden * 2, scale)
+            elif kind == "in place":
+                view.layers[1].output[0].mul_(2)
+            else:
+                view.layers[1].input = view.layers[1].input * 2
+            two = tracer.result
+
+    def edit(value: Any) -> Any:
+        if kind == "input":
+            return (torch.cat([value[0][0][:1], 2 * value[0][0][1:]]),), value[1]
+        return torch.cat([value[0][:1], 2 * value[0][1:]]), value[1]
+
+    with hooks((model.layers[1], "input" if kind == "input" else "output", edit)), torch.no_grad():
+        expected = model(torch.cat([ONE, TWO]))
+    assert torch.equal(torch.cat([one, two]), expected)
+
+
+@pytest.mark.parametrize("reader_first", [True, False])
+def test_a_name_of_another_block_is_waited_for_whichever_stands_first(reader_first: bool) -> None:
+    view = Traceable(net())
+    clean = None  # stale, as in a notebook's second run: not to be taken
+    if reader_first:
+        with view.trace() as tracer:
+            with tracer.invoke(TWO):
+                view.layers[1].output = (clean.expand(2, -1), view.layers[1].output[1])
+                patched = tracer.result
+            with tracer.invoke(ONE):
+                clean = view.layers[1].output[0]
+    else:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                clean = view.layers[1].output[0]
+            with tracer.invoke(TWO):
+                view.layers[1].output = (clean.expand(2, -1), view.layers[1].output[1])
+                patched = tracer.result
+    expected = view.module(ONE)
+    assert torch.allclose(patched, expected.expand(2, -1))
+
+
+def test_names_are_those_of_the_users_frame() -> None:
+    view = Traceable(net())
+    layer, values, total = 1, [], 0
+
+    def enclosing() -> list[Any]:
+        values.append("before")
+        nested = [0, 1]
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                shapes = [view.layers[i].output[0].shape[layer] for i in nested]  # both kinds of outer name
+
+                def inner() -> Any:
+                    return view.layers[2].output[0] + len(nested)
+
+                third = inner()
+        values.append(third)
+        return shapes
+
+    assert enclosing() == [4, 4]
+    assert values[1].shape == (1, 4)
+    for i in range(3):  # the same body several times, each with the names as they were
+        with view.trace() as tracer:
+            for factor in (1, 10):
+                with tracer.invoke(ONE):
+                    total = total + factor * (i + 1)
+    assert total == 66
+
+
+def test_an_own_name_is_ones_own() -> None:
+    view = Traceable(net())
+    seen = []
+    with view.trace() as tracer:
+        for x in (ONE, TWO):
+            with tracer.invoke(x):
+                for i in range(3):
+                    hidden = view.layers[i].output[0]
+                    seen.append((i, hidden.shape[0]))
+    assert sorted(seen) == [(i, rows) for i in range(3) for rows in (1, 2)]
+    assert hidden.shape[0] == 2  # as if they had run one after the other
+
+
+def test_functions_in_place_of_bodies() -> None:
+    view = Traceable(net())
+    with view.trace() as tracer:
+        one = tracer.invoke(ONE, lambda: view.layers[0].output[0])
+        two = tracer.invoke(TWO, lambda: tracer.result)
+    assert (one.value.shape, two.value.shape) == ((1, 4), (2, 3))
+
+
+def test_a_body_in_exec_with_and_without_its_source() -> None:
+    source = (
+        "with view.trace() as tracer:\n    with tracer.invoke(x):\n        h = view.layers[0].output[0]\n"
+    )
+    names: dict[str, Any] = {"view": Traceable(net()), "x": ONE}
+    linecache.cache["<here>"] = (len(source), None, source.splitlines(True), "<here>")
+    exec(compile(source, "<here>", "exec"), names)
+    assert names["h"].shape == (1, 4)
+    with pytest.raises(CaptureError, match=r"cannot be had.*tracer.invoke\(prompt, function\)"):
+        exec(compile(source, "<nowhere>", "exec"), names)
+
+
+def test_bodies_that_cannot_run_later() -> None:
+    view = Traceable(net())
+
+    def returns() -> Any:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                return view.layers[0].output
+
+    with pytest.raises(CaptureError, match="runs later, apart from what stands around it: 'return' outside"):
+        returns()
+    with pytest.raises(CaptureError, match="has to be a `with` of its own"):
+        with view.trace() as tracer, tracer.invoke(ONE):
+            view.layers[0].output
+    with pytest.raises(CaptureError, match="is not what its source file says now"):
+        with view.trace() as tracer, ExitStack() as stack:
+            stack.enter_context(tracer.invoke(ONE))
+
+
+def test_a_debugger_or_coverage_goes_on() -> None:
+    view = Traceable(net())
+    lines = []
+
+    def trace(frame: Any, event: str, _argument: Any) -> Any:
+        if frame.f_code is body.__code__ and event == "line":
+            lines.append(frame.f_lineno - body.__code__.co_firstlineno)
+        return trace
+
+    def body() -> Any:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE) as block:
+                value = view.layers[0].output[0]
+        after = value.shape
+        return after, block
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        shape, block = body()
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+    assert shape == (1, 4)
+    assert block.member.done
+    assert {4, 5} <= set(lines)
+
+
+def test_an_error_in_a_block_points_at_its_own_line() -> None:
+    model = net()
+    view = Traceable(model)
+    with no_leaks(model), pytest.raises(ZeroDivisionError) as caught:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                view.layers[0].output
+            with tracer.invoke(TWO):
+                view.layers[1].output
+                1 / 0  # the fault
+    last = traceback.extract_tb(caught.tb)[-1]
+    assert (last.filename, last.lineno) == (__file__, line_of("the fault"))
+    assert our_frames(caught.value).count("us") <= 2
+
+
+def test_an_error_of_the_model_and_one_before_the_blocks_end() -> None:
+    model = Calls(lambda self, x: self.child(x) @ torch.ones(7, 7), child=nn.Identity())
+    view = Traceable(model)
+    with no_leaks(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                view.child.output
+                tracer.result
+            with tracer.invoke(TWO):
+                view.child.output
+    with no_leaks(model), pytest.raises(KeyError):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                view.child.output
+            view.child.output
+            raise KeyError
+
+
+def test_where_no_order_satisfies_all_both_lines_are_named() -> None:
+    view = Traceable(net())
+    with pytest.raises(OutOfOrderError) as caught:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                late = view.layers[2].output[0]  # the late read
+            with tracer.invoke(ONE):
+                view.layers[0].output = (late, 0.5)  # the early write
+    for text in ("late read", "early write"):
+        assert f"test_invoke.py:{line_of('the ' + text)}" in str(caught.value)
+    with pytest.raises(OutOfOrderError, match="No order lets all blocks go on") as caught:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):  # the first block
+                first = second  # noqa: F821 # the first wait
+            with tracer.invoke(ONE):  # the second block
+                second = first  # noqa: F841 # the second wait
+    for text in ("first wait", "second wait", "first block", "second block"):
+        assert f"test_invoke.py:{line_of('the ' + text)}" in str(caught.value)
+
+
+def test_a_name_that_nobody_binds() -> None:
+    view = Traceable(net())
+    with pytest.raises(NameError, match="name 'nothing' is not defined"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                nothing  # noqa: F821
+    with pytest.raises(NameError, match="name 'maybe' is not defined"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                if view.layers[0].output is None:
+                    maybe = 1
+            with tracer.invoke(ONE):
+                maybe
+
+
+def test_a_barrier_holds_until_all_have_come() -> None:
+    view = Traceable(net())
+    order = []
+    with view.trace() as tracer:
+        barrier = tracer.barrier(2)
+        with tracer.invoke(ONE):
+            view.layers[0].output
+            barrier()
+            order.append("first after")
+        with tracer.invoke(ONE):
+            view.layers[2].output
+            order.append("second before")
+            barrier()
+    assert order == ["second before", "first after"]
+    with pytest.raises(OutOfOrderError, match="stands at a barrier"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                tracer.barrier(2)()
+
+
+def test_the_callers_block_takes_part() -> None:
+    model = net()
+    view = Traceable(model)
+    with no_leaks(model), view.trace() as tracer:
+        with tracer.invoke(ONE):
+            one = view.layers[1].output[0]
+        with tracer.invoke(TWO):
+            view.layers[0].output[0].mul_(0)
+        hidden = view.layers[1].output[0]  # the whole batch
+        with pytest.raises(UsageError, match="before the first value is asked for"):
+            tracer.invoke(ONE, lambda: None)
+        result = tracer.result
+    assert torch.equal(hidden[:1], one)
+    assert result.shape == (3, 3)
+    assert torch.equal(result[1], result[2])
+
+
+def test_skipping_replaces_a_blocks_own_rows() -> None:
+    model = net()
+    view = Traceable(model)
+    with torch.no_grad(), view.trace() as tracer:
+        with tracer.invoke(ONE):
+            one = tracer.result
+        with tracer.invoke(TWO):
+            view.layers[1].skip((view.layers[0].output[0], 0.5))
+            two = tracer.result
+    with torch.no_grad(), hooks((model.layers[1], "output", lambda out: out)):
+        assert torch.allclose(one, model(ONE))
+    with torch.no_grad(), view.trace(TWO) as tracer:
+        view.layers[1].skip((view.layers[0].output[0], 0.5))
+        assert torch.allclose(two, tracer.result)
+
+
+def test_a_cache_keeps_the_blocks_own_rows() -> None:
+    view = Traceable(net())
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            cache = tracer.cache(["layers.0", "head"])
+        with tracer.invoke(TWO):
+            two = view.layers[0].output[0]
+    assert (cache["head"].output.shape, cache["layers.0"].output[0].shape) == ((1, 3), (1, 4))
+    assert two.shape == (2, 4)
+
+
+class Flattens(nn.Module):
+    """(batch, seq, hidden) in, its experts see (batch * seq, hidden), one of them some tokens alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Linear(5, 5)
+        self.some = nn.Identity()
+        self.first = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.experts(x.flatten(0, 1))
+        self.some(flat[:7])
+        self.first(x.transpose(0, 1))
+        return flat.view_as(x)
+
+
+def test_rows_of_a_flattened_and_of_a_second_batch_axis() -> None:
+    torch.manual_seed(0)
+    model = Flattens()
+    view = Traceable(model)
+    one, two = torch.randn(1, 4, 5), torch.randn(2, 4, 5)
+    with torch.no_grad(), view.trace() as tracer:
+        with tracer.invoke(one):
+            view.experts.output[0] = 0  # in place, in a view
+            result = tracer.result
+        with tracer.invoke(two):
+            flat = view.experts.input
+            view.experts.output = 2 * view.experts.output
+            second = view.first.output
+            edited = tracer.result
+    assert torch.equal(flat, two.flatten(0, 1))
+    assert torch.equal(second, two.transpose(0, 1))
+    assert torch.allclose(edited, 2 * model(two))
+    assert torch.allclose(result[0, 1:], model(one)[0, 1:])
+    assert not result[0, 0].any()
+    with pytest.raises(
+        RowsError, match=r"shape \(7, 5\) in a batch of 3 prompts of 4 positions.*tracer.invoke\(\)"
+    ):
+        with view.trace() as tracer:
+            with tracer.invoke(one):
+                view.some.output
+            with tracer.invoke(two):
+                pass
+
+
+def test_an_argument_whose_rows_nobody_knows_is_left_alone() -> None:
+    model = Calls(
+        lambda self, x: self.child(x, bias=torch.ones(4, 1, 5)),
+        child=Calls(lambda self, x, bias: x + bias.sum()),
+    )
+    view = Traceable(model)
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            args, kwargs = view.child.inputs
+            with pytest.raises(RowsError, match=r"shape \(4, 1, 5\)"):
+                kwargs["bias"].shape
+            view.child.inputs = ((args[0] * 0,), kwargs)
+            one = tracer.result
+        with tracer.invoke(TWO):
+            two = tracer.result
+    assert torch.equal(one, torch.full((1, 2), 20.0))
+    assert torch.equal(two, TWO + 20)
+
+
+def test_what_does_not_fit() -> None:
+    view = Traceable(net())
+    with pytest.raises(AssignmentError, match=r"of shape \(1, 4\); what was assigned is of shape \(2, 4\)"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                view.embed.output = torch.zeros(2, 4)
+            with tracer.invoke(TWO):
+                pass
+    with pytest.raises(InputError, match="make no one batch"):
+        with view.trace() as tracer:
+            tracer.invoke(ONE, lambda: None)
+            tracer.invoke(torch.zeros(1, 3), lambda: None)
+    with pytest.raises(InputError, match="no tensor among these"):
+        with view.trace() as tracer:
+            tracer.invoke(3, lambda: None)
+    with pytest.raises(UsageError, match="This trace has inputs of its own"):
+        with view.trace(ONE) as tracer:
+            tracer.invoke(TWO, lambda: None)
+    with pytest.raises(UsageError, match="is no `with`"):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE, lambda: None):
+                pass
+
+
+def test_steps_of_a_generation_in_two_blocks() -> None:
+    step_model = Calls(lambda self, x: self.child(x), child=nn.Linear(2, 2))
+    view = Traceable(step_model)
+
+    def generate(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = step_model(x)
+        return x
+
+    from nnatomy.core.joining import JoinTensors
+    from nnatomy.core.trace import Trace
+
+    with torch.no_grad(), Trace(view, lambda: None, joining=JoinTensors(generate)) as tracer:
+        with tracer.invoke(ONE):
+            for step in tracer.iter[1:3]:
+                view.child.output = view.child.output * 0
+            one = tracer.result
+        with tracer.invoke(TWO):
+            values = [view.child.output for step in tracer.iter[:]]
+            two = tracer.result
+    with torch.no_grad():
+        assert torch.equal(one, generate_from(step_model, torch.zeros(1, 2), 1))
+        assert torch.allclose(two, generate(TWO))
+    assert [value.shape for value in values] == [(2, 2)] * 4
+
+
+def generate_from(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        x = model(x)
+    return x
+
+
+def test_gradients_flow_between_blocks() -> None:
+    model = net()
+    view = Traceable(model)
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            clean = view.layers[0].output[0]
+            clean.retain_grad()
+        with tracer.invoke(TWO):
+            hidden, scale = view.layers[0].output
+            view.layers[0].output = (hidden + clean, scale)
+            loss = tracer.result.sum()
+    loss.backward()
+    assert clean.grad is not None
+    assert clean.grad.abs().sum() > 0
+
+
+def test_nothing_is_kept() -> None:
+    view = Traceable(net())
+
+    def run() -> weakref.ref[torch.Tensor]:
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                hidden = view.layers[0].output[0]
+            with tracer.invoke(TWO):
+                view.layers[0].output
+        return weakref.ref(hidden)
+
+    before = threading.active_count()
+    refs = [run() for _ in range(20)]
+    gc.collect()
+    assert not any(ref() is not None for ref in refs)
+    assert threading.active_count() <= before + 4
+
+
+def test_ctrl_c_while_a_block_is_at_work() -> None:
+    import signal
+
+    model = net()
+    view = Traceable(model)
+    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
+    start = time.monotonic()
+    with no_leaks(model), pytest.raises(KeyboardInterrupt):
+        with view.trace() as tracer:
+            with tracer.invoke(ONE):
+                view.layers[0].output
+                while True:
+                    pass
+            with tracer.invoke(TWO):
+                view.layers[1].output
+    assert time.monotonic() - start < 5
+    assert re.match("<root", repr(view))
