@@ -1,5 +1,6 @@
 """The README's Python, run from top to bottom as one script, as a reader would."""
 
+import linecache
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ def test_the_blocks_run_as_one_script(capsys: pytest.CaptureFixture[str]) -> Non
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 6
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(block, names)
+    for number, block in enumerate(blocks):
+        filename = f"<README, block {number}>"
+        linecache.cache[filename] = (len(block), None, block.splitlines(True), filename)  # as a notebook does
+        exec(compile(block, filename, "exec"), names)
     assert capsys.readouterr().out == "torch.Size([1, 5, 96])  Paris\n"
     assert isinstance(names["probs"], torch.Tensor)
