@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from nnatomy.core.block import Block, OpenBlocks, frame_of_with, user_line
 from nnatomy.core.capture import Body, Names, SkipBodyError
 from nnatomy.core.joining import Joining
+from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Collector, Slot, Want
 from nnatomy.core.rows import Rows, RowSlot, is_opaque
 from nnatomy.core.run import OWNER_SECONDS, PATIENCE_SECONDS, Cancelled, Interruptible, Run, hide_our_frames
-from nnatomy.core.worker import ThreadState, Worker, wait_for
+from nnatomy.core.worker import Job, ThreadState, Worker, wait_for
 from nnatomy.errors import OutOfOrderError, UsageError
 
 #: What a block waits for that wants the forward pass to run to its end.
@@ -52,6 +53,7 @@ class Member(Block):
         self.failure: BaseException | None = None
         self.thread = 0
         self.at_work = Interruptible()
+        self.job: Job | None = None
         self.turn = Lock()
         self.turn.acquire()
         self._view: tuple[Slot, RowSlot] | None = None
@@ -66,11 +68,15 @@ class Member(Block):
 
     def wake(self) -> None:
         """It is its turn."""
-        if self.turn.locked():
+        if self.job is not None:
+            job, self.job = self.job, None
+            Worker.start(job, newest=False)  # the newest one last ran a forward pass, and has what that needs
+        elif self.turn.locked():
             self.turn.release()
 
     def view(self, slot: Slot) -> Slot:
         if self.rows is None:
+            slot.fresh = ()
             return slot
         if self._view is None or self._view[0] is not slot:
             self.settle()
@@ -259,8 +265,10 @@ class Ensemble:
             for invoke, mine in zip(with_inputs, rows, strict=True):
                 invoke.member.rows = mine
         self.started = True
+        if Worker.was_long:
+            release_helpers()  # the caller's
         for invoke in self.invokes:
-            Worker.start(invoke.job)
+            invoke.member.job = invoke.job
 
     def end(self) -> None:
         """The caller's block is over: let the others come to their ends, and bind what they have bound."""
@@ -342,9 +350,6 @@ class Invoke:
         """What its thread does."""
         member, ensemble = self.member, self.ensemble
         try:
-            while not wait_for(member.turn, OWNER_SECONDS):
-                if ensemble.run.owner() is None:
-                    raise Cancelled
             if ensemble.error is not None:
                 raise Cancelled
             member.at_work.begin()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
@@ -24,9 +25,10 @@ class Slot:
     Attributes:
         value: (args, kwargs) at an "input", what the call returned at an "output".
         skipped: at an "input": do not run the module, `instead` is its output.
+        fresh: tensors of the value that have been made here for some rows of them, and nobody holds as a whole.
     """
 
-    __slots__ = ("call", "instead", "kind", "module", "skipped", "step", "value")
+    __slots__ = ("call", "fresh", "instead", "kind", "module", "skipped", "step", "value")
 
     def __init__(self, module: Module, kind: str, call: int, step: int, value: Any) -> None:
         self.module = module
@@ -35,6 +37,7 @@ class Slot:
         self.step = step
         self.value = value
         self.skipped = False
+        self.fresh: tuple[Tensor, ...] = ()
 
     def is_at(self, module: Module, kind: str, call: int, step: int) -> bool:
         """Whether it is that point."""

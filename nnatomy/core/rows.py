@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -68,8 +69,8 @@ class Rows(NamedTuple):
                     tensor = tensor.narrow(axis, self.pad, self.seq - self.pad)
         return tensor
 
-    def put(self, whole: Tensor, mine: Any) -> Tensor:
-        """`whole` with these rows replaced."""
+    def put(self, whole: Tensor, mine: Any, in_place: bool = False) -> Tensor:
+        """`whole` with these rows replaced, in a new tensor or in place."""
         old = self.of(whole)
         if not isinstance(mine, Tensor) or old is None or old.shape != mine.shape:
             is_ = f"of shape {tuple(mine.shape)}" if isinstance(mine, Tensor) else f"a {type(mine).__name__}"
@@ -81,7 +82,7 @@ class Rows(NamedTuple):
             )
         if old.shape == whole.shape:
             return mine
-        new = whole.clone()
+        new = whole if in_place else whole.clone()
         place = self._view(new)
         assert place is not None
         place.copy_(mine.reshape(place.shape))
@@ -140,7 +141,7 @@ class RowSlot(Slot):
             raise AssignmentError(f"The value is a {structure}; what was assigned is a {same}.")
         for i, (leaf, part) in enumerate(zip(leaves, mine, strict=True)):
             if isinstance(leaf, Tensor) and not (given and part is given[i]):
-                leaves[i] = self._rows.put(leaf, part)
+                leaves[i] = self._put(leaf, part)
         self.whole.value = pytree.tree_unflatten(leaves, structure)
         self._given = None
 
@@ -163,11 +164,19 @@ class RowSlot(Slot):
         changed = False
         for i, (leaf, given, version) in enumerate(zip(leaves, self._given, self._versions, strict=True)):
             if isinstance(given, Tensor) and _version(given) != version and not _shares(given, leaf):
-                leaves[i] = self._rows.put(leaf, given)
+                leaves[i] = self._put(leaf, given)
                 changed = True
         if changed:
             self.whole.value = pytree.tree_unflatten(leaves, structure)
         self._given = None
+
+    def _put(self, leaf: Tensor, mine: Any) -> Tensor:
+        # What autograd has recorded must not change. (A new tensor for each of many blocks costs: its pages are new.)
+        fresh = any(leaf is other for other in self.whole.fresh) and not torch.is_grad_enabled()
+        new = self._rows.put(leaf, mine, in_place=fresh)
+        if new is not leaf and new is not mine:
+            self.whole.fresh = (*self.whole.fresh, new)
+        return new
 
     def skip(self, value: Any) -> None:
         self.replace_output(value)

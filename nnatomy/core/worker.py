@@ -31,7 +31,7 @@ POLL_SECONDS = 0.2
 HELPERS_SECONDS = 0.01
 
 #: As long, of a worker whose last job was no such short work: a trace that follows at once finds them still there.
-HELPERS_AFTER_LONG_SECONDS = 0.001
+HELPERS_AFTER_LONG_SECONDS = 0.004
 
 #: What a worker does: it returns whether the thread may be used again, and what to call once it can be.
 Job = Callable[[], tuple[bool, Callable[[], None]]]
@@ -84,10 +84,10 @@ class Worker:
             self._work()
 
     @classmethod
-    def start(cls, job: Job) -> None:
-        """Run `job` in a worker."""
+    def start(cls, job: Job, newest: bool = True) -> None:
+        """Run `job` in a worker: the one that has been idle for the shortest time, or else for the longest."""
         try:
-            worker = _idle.pop()
+            worker = _idle.pop(-1 if newest else 0)
         except IndexError:
             cls(job)
         else:

@@ -462,6 +462,27 @@ def generate_from(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor
     return x
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_edits_of_several_blocks_at_one_point_change_nobodys_value(grad: bool) -> None:
+    model = net()
+    view = Traceable(model)
+    with torch.set_grad_enabled(grad), view.trace() as tracer:
+        for factor in (2, 3):
+            tracer.invoke(ONE, lambda factor=factor: multiply(view, factor))
+        whole = tracer.invoke(lambda: view.embed.output)
+        for factor in (5, 7):
+            tracer.invoke(ONE, lambda factor=factor: multiply(view, factor))
+        result = tracer.result
+    embedded = model.embed(ONE)
+    assert torch.equal(whole.value, torch.cat([factor * embedded for factor in (2, 3, 1, 1)]))
+    with hooks((model.embed, "output", lambda out: torch.cat([2 * out, 3 * out, 5 * out, 7 * out]))):
+        assert torch.allclose(result, model(ONE))
+
+
+def multiply(view: Traceable, factor: int) -> None:
+    view.embed.output = factor * view.embed.output
+
+
 def test_gradients_flow_between_blocks() -> None:
     model = net()
     view = Traceable(model)
