@@ -46,7 +46,7 @@ class Block:
         """
         run, step = self.run, self.step
         here = run.here
-        if here is not None and here.is_at(module, kind, call, step):
+        if here is not None and here.module is module and here.is_at(module, kind, call, step):
             return self.view(here)
         want = Want(module, kind, call, step, tap, name)
         if run.started:

@@ -256,7 +256,7 @@ class Run:
         if self.cancelled:
             raise Cancelled
         slot = Slot(module, kind, call, self.step, value)
-        while (want := self._wanted(module, kind, call)) is not None:
+        while self.wants and (want := self._wanted(module, kind, call)) is not None:
             unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
             self._hand_over(slot)
             if unedited is not None:

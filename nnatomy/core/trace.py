@@ -201,7 +201,8 @@ class Trace:
         paths = self._root.paths(modules)
         kinds = ["input"] * include_inputs + ["output"] * include_output
         block = self.block
-        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=block.peek)
+        view = None if self._ensemble is None else block.peek
+        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=view)
         run = block.run
         run.collectors.append(cache)
         run.run_to_end = True
