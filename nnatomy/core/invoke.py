@@ -50,6 +50,8 @@ class Member(Block):
         self.waits_for: tuple[str, Member, str] | None = None
         self.at_barrier: Barrier | None = None
         self.done = False
+        #: Whether it stays in the background: the trace does not wait for its end.
+        self.lasting = False
         self.failure: BaseException | None = None
         self.thread = 0
         self.at_work = Interruptible()
@@ -140,7 +142,7 @@ class _ReplaceOutput(Collector):
 class Ensemble:
     """The blocks on one run, and whose turn it is."""
 
-    def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining) -> None:
+    def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining | None) -> None:
         self.run = run
         self.blocks = blocks
         self._joining = joining
@@ -148,6 +150,8 @@ class Ensemble:
         self.members: list[Member] = []
         self.invokes: list[Invoke] = []
         self.started = False
+        #: Whether the caller's block is over, and waits for the others.
+        self.ending = False
         self.error: BaseException | None = None
 
     def member_here(self) -> Member:
@@ -172,6 +176,8 @@ class Ensemble:
                 raise Cancelled  # the caller was interrupted before it could say so
         if self.error is not None and member is not self.caller:
             raise Cancelled
+        if self.error is not None and not self.ending:
+            raise self.error
 
     def _next(self) -> Member:
         run = self.run
@@ -182,6 +188,8 @@ class Ensemble:
             for member in everybody:
                 if self._can_go_on(member):
                     return member
+            if self.ending and all(member.done or member.lasting for member in self.members):
+                return self.caller
             wants = [member.want for member in everybody if member.want is not None]
             if not wants:
                 stuck = [member for member in everybody if member.waits_for or member.at_barrier]
@@ -260,6 +268,7 @@ class Ensemble:
         """All blocks are known: begin."""
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
+            assert self._joining is not None
             call, rows = self._joining.join([invoke.inputs for invoke in with_inputs])
             self.run.call_instead(call)
             for invoke, mine in zip(with_inputs, rows, strict=True):
@@ -273,10 +282,10 @@ class Ensemble:
     def end(self) -> None:
         """The caller's block is over: let the others come to their ends, and bind what they have bound."""
         self.caller.settle()
-        self.give_way(self.caller)
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        self.ending = True
+        if not all(member.lasting for member in self.members):
+            self.give_way(self.caller)
+        self.ending = False
         for invoke in self.invokes:
             invoke.bind()
 
@@ -308,6 +317,7 @@ class Invoke:
         ensemble: Ensemble,
         inputs: Any,
         function: Callable[[], Any] | None,
+        lasting: bool = False,
     ) -> None:
         self.ensemble = ensemble
         self.inputs = inputs
@@ -317,6 +327,7 @@ class Invoke:
         self.value: Any = None
         self._state = ThreadState()
         self.member = Member(ensemble, line=user_line())
+        self.member.lasting = lasting
         if function is not None:
             self._join()
 

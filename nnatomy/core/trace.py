@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -56,7 +57,13 @@ class Trace:
         run.owner = ref(self._block)
         self._call = None
         self._thread = self._root._blocks.add(self._block)
+        for edit in getattr(self._root, "edits", ()):
+            Invoke(self._blocks_of_one_pass(), None, partial(self._edit_every_step, edit), lasting=True)
         return self
+
+    def _edit_every_step(self, edit: Callable[[], Any]) -> None:
+        for _ in self.iter[:]:
+            edit()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -150,25 +157,26 @@ class Trace:
             CaptureError: if the body cannot be had from the source.
             InputError: if the inputs cannot be run, or (at the end) cannot be joined.
         """
+        if self._block is None or self._joining is None:
+            raise UsageError(
+                "This trace has inputs of its own. For blocks with an input each, open it with none: "
+                "`with model.trace() as tracer:`."
+            )
         ensemble = self._blocks_of_one_pass()
         function = None
         if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], torch.nn.Module):
             *inputs, function = inputs  # type: ignore[assignment]
-        assert self._joining is not None
         prepared = self._joining.prepare(tuple(inputs), kwargs) if inputs or kwargs else None
         return Invoke(ensemble, prepared, function)
 
     def barrier(self, count: int) -> Barrier:
         """A point for `count` blocks of `invoke`: each that calls it (`barrier()`) goes on when all have."""
+        self.block  # noqa: B018  raises if the trace is not open
         return Barrier(self._blocks_of_one_pass(), count)
 
     def _blocks_of_one_pass(self) -> Ensemble:
         if self._ensemble is None:
-            if self._block is None or self._joining is None:
-                raise UsageError(
-                    "This trace has inputs of its own. For blocks with an input each, open it with none: "
-                    "`with model.trace() as tracer:`."
-                )
+            assert self._block is not None
             self._ensemble = Ensemble(self._block.run, self._root._blocks, self._joining)
             self._root._blocks.replace(self._block, self._ensemble.caller, self._thread)
             self._block = self._ensemble.caller

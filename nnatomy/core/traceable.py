@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch.nn import Module
 
 from nnatomy.core.block import OpenBlocks
+from nnatomy.core.edits import EditBlock, with_edit
 from nnatomy.core.joining import JoinTensors
 from nnatomy.core.scan import on_fake_tensors
 from nnatomy.core.trace import Trace
@@ -30,10 +32,35 @@ class Traceable(ModuleView):
         (torch.Size([1, 8]), True)
     """
 
-    __slots__ = ()
+    __slots__ = ("edits",)
 
     def __init__(self, module: Module) -> None:
         super().__init__(OpenBlocks(), module, "")
+        #: The lasting edits, in the order in which they are made.
+        self.edits: tuple[Callable[[], Any], ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, with the lasting edits, if there are any."""
+        return self.trace(*args, **kwargs).run() if self.edits else self.module(*args, **kwargs)
+
+    def edit(self, edit: Callable[[], Any] | None = None) -> Any:
+        """A view of the same module whose every trace, call and step of a generation makes this edit.
+
+        The original is untouched, and so is the module, which carries nothing when it is not running. Edits
+        stack: `edited.edit(another)`. `edited.edits` lists them; `edited.without_edits()` has none.
+
+        Args:
+            edit: a function without arguments that reads and assigns as a block does. None for a block:
+                `with model.edit() as edited: ...`, whose body is taken from the source (see `Trace.invoke`)
+                and has the names of its frame as they are now.
+        """
+        return EditBlock(self) if edit is None else with_edit(self, edit)
+
+    def without_edits(self) -> Any:
+        """A view of the same module without lasting edits."""
+        view = copy.copy(self)
+        view.edits = ()
+        return view
 
     def trace(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace `module(*args, **kwargs)`: `with net.trace(x) as tracer: ...`.

@@ -210,8 +210,9 @@ class StandardizedTransformer(Traceable):
     # Running it.
 
     def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
-        """Run the model on prompts, with no trace; returns what the Hugging Face model returns."""
-        return self.hf_model(**self.prepare(prompts, **kwargs))
+        """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
+        inputs = self.prepare(prompts, **kwargs)
+        return self.trace(**inputs).run() if self.edits else self.hf_model(**inputs)
 
     def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The arguments that `prompts` (see `trace`) give to the model's forward.

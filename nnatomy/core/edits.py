@@ -1,0 +1,47 @@
+"""Lasting edits: views of a model whose every trace runs some edits first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from nnatomy.core.block import frame_of_with
+from nnatomy.core.capture import Body, Names, SkipBodyError
+
+View = TypeVar("View")
+
+
+def with_edit(view: View, edit: Callable[[], Any]) -> View:
+    """A copy of the view, of the same module, with one more edit."""
+    edited: Any = copy.copy(view)
+    edited.edits = (*edited.edits, edit)
+    return edited
+
+
+class EditBlock(Generic[View]):
+    """`with model.edit() as edited:` whose body becomes an edit of the new view."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._body: Body | None = None
+
+    def __enter__(self) -> View:
+        body = self._body = Body(frame_of_with())
+
+        def edit() -> None:
+            body.run(
+                Names(lambda name: body.names[name] if name in body.names else body.frame.f_globals[name])
+            )
+
+        edited = with_edit(self._view, edit)
+        body.skip()
+        return edited
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._body is not None
+        self._body.skipped()
+        return kind is SkipBodyError

@@ -1,0 +1,111 @@
+"""Lasting edits: a view that edits in every trace, call and step, and an original that does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import hooks, net, no_leaks, x
+
+from nnatomy import StandardizedTransformer
+from nnatomy.core import Traceable
+from nnatomy.errors import OutOfOrderError
+
+
+def doubled(out):
+    return (2 * out[0], out[1])
+
+
+def test_every_trace_and_call_of_the_view_is_edited_and_the_original_is_not() -> None:
+    model = net()
+    view = Traceable(model)
+
+    def double() -> None:
+        hidden, scale = view.layers[1].output
+        view.layers[1].output = (2 * hidden, scale)
+
+    plain = model(x())
+    with hooks((model.layers[1], "output", doubled)):
+        expected = model(x())
+    with no_leaks(model):
+        edited = view.edit(double)
+        for _ in range(2):
+            assert torch.equal(edited(x()), expected)
+            with edited.trace(x()) as tracer:
+                before = edited.layers[0].output[0]
+                after = edited.layers[1].output[0]
+                assert torch.equal(tracer.result, expected)
+            with view.trace(x()):
+                assert torch.equal(view.layers[0].output[0], before)
+                assert torch.equal(2 * view.layers[1].output[0], after)
+            assert torch.equal(view(x()), plain)
+        with edited.trace(x()):
+            assert torch.equal(edited.layers[0].output[0], before)  # and stops here
+        assert torch.equal(edited.without_edits()(x()), plain)
+
+
+def test_edits_stack_and_can_be_listed() -> None:
+    model = net()
+    view = Traceable(model)
+
+    def add() -> None:
+        view.embed.output = view.embed.output + 1
+
+    def triple() -> None:
+        view.embed.output = view.embed.output * 3
+
+    edited = view.edit(add).edit(triple)
+    assert edited.edits == (add, triple)
+    assert view.edits == ()
+    with hooks((model.embed, "output", lambda out: 3 * (out + 1))):
+        expected = model(x())
+    assert torch.equal(edited(x()), expected)
+
+
+def test_an_edit_as_a_block() -> None:
+    model = net()
+    view = Traceable(model)
+    factor = 2
+    with view.edit() as edited:
+        hidden, scale = view.layers[1].output
+        view.layers[1].output = (factor * hidden, scale)
+    factor = 100  # the names are as they were
+    with hooks((model.layers[1], "output", doubled)):
+        expected = model(x())
+    assert torch.equal(edited(x()), expected)
+
+
+def test_an_error_in_an_edit_arrives() -> None:
+    model = net()
+    view = Traceable(model)
+    edited = view.edit(lambda: view.layers[1].output[0] / 0 + [])
+    with no_leaks(model), pytest.raises(TypeError, match="unsupported operand"):
+        edited(x())
+    late = view.edit(lambda: (view.layers[1].output, view.layers[0].output))
+    with no_leaks(model), pytest.raises(OutOfOrderError, match=r"layers.0.output was asked for"):
+        with late.trace(x()):
+            late.layers[2].output
+
+
+def test_with_blocks_of_their_own_prompts_and_in_every_step() -> None:
+    model = StandardizedTransformer("demo:gpt2")
+    vector = torch.linspace(-1, 1, model.hidden_size)
+    prompts = ["The capital of France is", "Japan is in"]
+    edited = model.edit(lambda: model.steer(2, vector, 0.5))
+    with torch.no_grad():
+        with edited.trace() as tracer:
+            with tracer.invoke(prompts[0]):
+                one = edited.logits
+            with tracer.invoke(prompts[1]):
+                two = edited.logits
+        for prompt, logits in zip(prompts, (one, two), strict=True):
+            with model.trace(prompt):
+                model.steer(2, vector, 0.5)
+                alone = model.logits
+            assert torch.allclose(logits, alone, atol=1e-3)
+            assert torch.allclose(edited(prompt).logits, alone, atol=1e-3)
+        tokens = edited.generate(prompts[0], max_new_tokens=4).run()
+        with model.generate(prompts[0], max_new_tokens=4) as tracer:
+            for _ in tracer.iter[:]:
+                model.steer(2, vector, 0.5)
+            assert torch.equal(tokens, tracer.result)
+        assert not torch.allclose(model(prompts[0]).logits, edited(prompts[0]).logits, atol=1e-3)
