@@ -286,6 +286,8 @@ class Ensemble:
         if not all(member.lasting for member in self.members):
             self.give_way(self.caller)
         self.ending = False
+        if self.error is not None:
+            raise self.error
         for invoke in self.invokes:
             invoke.bind()
 
