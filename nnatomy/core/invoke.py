@@ -297,6 +297,7 @@ class Ensemble:
         for seconds in itertools.chain((0.0, 0.05), itertools.repeat(PATIENCE_SECONDS)):
             left = [member for member in self.members if self.started and not member.done]
             if not left:
+                self.error = None
                 return
             for member in left:
                 member.wake()

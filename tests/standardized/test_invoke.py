@@ -155,3 +155,32 @@ def test_what_is_refused() -> None:
         with model.trace() as tracer:
             with tracer.invoke():
                 model.logits
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_routers_and_experts_see_the_blocks_own_tokens(model_type: str) -> None:
+    """They get (batch * seq, hidden): the tokens of all prompts in one axis."""
+    model = StandardizedTransformer(shared(model_type))
+    mlp = model.mlps[-1]
+    inside = [name for name in ("gate", "router", "experts") if name in mlp.module._modules]
+    assert len(inside) == 2
+
+    def read() -> list[Tensor]:
+        values = []
+        for name in inside:
+            values.append(mlp[name].input)
+            output = mlp[name].output
+            values += [output] if isinstance(output, Tensor) else [x for x in output if isinstance(x, Tensor)]
+        return values
+
+    with torch.no_grad():
+        with model.trace() as tracer:
+            blocks = [tracer.invoke(prompt, read) for prompt in (LONG, SHORT, [SHORT, LONG])]
+        for block, prompt in zip(blocks, (LONG, SHORT, [SHORT, LONG]), strict=True):
+            with model.trace(prompt):
+                alone = read()
+            assert len(block.value) == len(alone) >= 4
+            for mine, other in zip(block.value, alone, strict=True):
+                assert mine.shape == other.shape
+                if isinstance(prompt[0], int):  # a pair has padding of its own, whose values mean nothing
+                    assert close(mine.float(), other.float())
