@@ -23,7 +23,10 @@ class Block:
     Attributes:
         step: which step (see `points`) the block's questions mean.
         frame: the frame of its `with`.
+        alone: whether no other block shares its run.
     """
+
+    alone = True
 
     frame: FrameType | None = None
 
@@ -47,7 +50,7 @@ class Block:
         run, step = self.run, self.step
         here = run.here
         if here is not None and here.module is module and here.is_at(module, kind, call, step):
-            return self.view(here)
+            return here if self.alone else self.view(here)
         want = Want(module, kind, call, step, tap, name)
         if run.started:
             if run.error is not None:
@@ -56,18 +59,21 @@ class Block:
                 raise self._out_of_order(want)
             if not has_gate(module):
                 raise self._unseen(want)
-        self.wait(want)
+        if self.alone:
+            run.wait((want,))
+        else:
+            self.wait(want)
         if run.error is not None:
             raise run.error.with_traceback(run.traceback)
         here = run.here
-        if here is None or not here.is_at(module, kind, call, step):
+        if here is None or here.kind != kind or not (self.alone or here.is_at(module, kind, call, step)):
             others = here is not None and not here.is_at(module, here.kind, call, step)
             raise self._out_of_order(want) if others else self._not_reached(want)
         frame = sys._getframe(2)  # one is the accessor's
         while _is_ours(frame) and frame.f_back is not None:
             frame = frame.f_back
         run.last = (want, frame.f_code, frame.f_lasti)  # its line is looked up when it is needed
-        return self.view(here)
+        return here if self.alone else self.view(here)
 
     def wait(self, want: Want | None) -> None:
         """Let the forward pass run until it is at that point, cannot come to it, or (also with None) ends."""

@@ -41,6 +41,8 @@ class Member(Block):
         waits_for: the name that it waits for another block to bind, and where it does so.
     """
 
+    alone = False
+
     def __init__(self, ensemble: Ensemble, rows: Rows | None = None, line: str = "") -> None:
         super().__init__(ensemble.run)
         self.ensemble = ensemble

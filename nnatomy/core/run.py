@@ -256,7 +256,14 @@ class Run:
         if self.cancelled:
             raise Cancelled
         slot = Slot(module, kind, call, self.step, value)
-        while self.wants and (want := self._wanted(module, kind, call)) is not None:
+        while self.wants:
+            for want in self.wants:
+                # At its output a call is over, and a tap that has found nothing in it will find nothing.
+                here = want.module is module and (want.kind == kind or kind == "output")
+                if here and want.call == call and want.step == self.step:
+                    break
+            else:
+                break
             unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
             self._hand_over(slot)
             if unedited is not None:
@@ -267,15 +274,6 @@ class Run:
         if self._taps and not slot.skipped:
             self._enter_taps()
         return slot
-
-    def _wanted(self, module: Module, kind: str, call: int) -> Want | None:
-        """What somebody waits for here."""
-        for want in self.wants:
-            # At its output a call is over, and a tap that has found nothing in it will find nothing.
-            here = want.kind == kind or kind == "output"
-            if here and want.module is module and want.call == call and want.step == self.step:
-                return want
-        return None
 
     def end_step(self) -> None:
         """A call of the root is over: what was asked for in this step and has not come will not come."""
