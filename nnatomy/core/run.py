@@ -119,16 +119,18 @@ class Run:
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
-        self.watched_inputs = self.watched_outputs = ()
-        self._taps = []
+        inputs: tuple[Module, ...] = ()
+        outputs: tuple[Module, ...] = ()
+        taps: list[tuple[Module, str, Tap]] = []
         for want in self.wants:
-            module, kind = want.module, want.kind
+            module, kind, _, _, tap, _ = want
             if kind != "output":
-                self.watched_inputs = (*self.watched_inputs, module)
+                inputs += (module,)
             if kind != "input":
-                self.watched_outputs = (*self.watched_outputs, module)
-            if want.tap is not None:
-                self._taps.append((module, kind, want.tap))
+                outputs += (module,)
+            if tap is not None:
+                taps.append((module, kind, tap))
+        self.watched_inputs, self.watched_outputs, self._taps = inputs, outputs, taps
         for collector in self.collectors:
             if collector.kinds.keys() != {"output"}:
                 self.watched_inputs = collector.modules.union(self.watched_inputs)
