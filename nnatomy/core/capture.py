@@ -63,11 +63,12 @@ class Body:
         frame.f_trace = step
         sys.settrace(lambda *_: None)
 
-    def skipped(self) -> None:
-        """The body has been left: debuggers and coverage go on."""
+    def left(self, error: type[BaseException] | None) -> bool:
+        """The body has been left: debuggers and coverage go on. Returns whether it was by skipping it."""
         assert self._before is not None
         trace, self.frame.f_trace, self.frame.f_trace_opcodes = self._before
         sys.settrace(trace)
+        return error is SkipBodyError
 
     def run(self, names: Names) -> None:
         """Run it with those names."""

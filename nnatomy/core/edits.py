@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from nnatomy.core.block import frame_of_with
-from nnatomy.core.capture import Body, Names, SkipBodyError
+from nnatomy.core.capture import Body, Names
 
 View = TypeVar("View")
 
@@ -43,5 +43,4 @@ class EditBlock(Generic[View]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         assert self._body is not None
-        self._body.skipped()
-        return kind is SkipBodyError
+        return self._body.left(kind)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nnatomy.core.block import Block, OpenBlocks, frame_of_with, user_line
-from nnatomy.core.capture import Body, Names, SkipBodyError
+from nnatomy.core.capture import Body, Names
 from nnatomy.core.joining import Joining
 from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Collector, Slot, Want
@@ -49,7 +49,7 @@ class Member(Block):
         self.rows = rows
         self.line = line
         self.want: Want | None = None
-        self.waits_for: tuple[str, Member, str] | None = None
+        self.waits_for: tuple[str, Invoke, str] | None = None
         self.at_barrier: Barrier | None = None
         self.done = False
         #: Whether it stays in the background: the trace does not wait for its end.
@@ -63,8 +63,12 @@ class Member(Block):
         self._view: tuple[Slot, RowSlot] | None = None
 
     def wait(self, want: Want | None) -> None:
-        self.settle()
         self.want = want or Want(self.run.root, END, 0, 0, None, "the result")
+        self.halt()
+
+    def halt(self) -> None:
+        """Let all others go on until what this block waits for has come."""
+        self.settle()
         self.ensemble.give_way(self)
         if self.failure is not None:
             failure, self.failure = self.failure, None
@@ -149,12 +153,15 @@ class Ensemble:
         self.blocks = blocks
         self._joining = joining
         self.caller = Member(self, line=user_line())
-        self.members: list[Member] = []
         self.invokes: list[Invoke] = []
         self.started = False
         #: Whether the caller's block is over, and waits for the others.
         self.ending = False
         self.error: BaseException | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        return [invoke.member for invoke in self.invokes]
 
     def member_here(self) -> Member:
         """The block at work in this thread."""
@@ -196,7 +203,6 @@ class Ensemble:
             if not wants:
                 stuck = [member for member in everybody if member.waits_for or member.at_barrier]
                 if not stuck:
-                    self.caller.waits_for = None
                     return self.caller
                 stuck[0].failure = _deadlock(stuck)
                 stuck[0].waits_for = stuck[0].at_barrier = None
@@ -228,7 +234,7 @@ class Ensemble:
             return come
         if member.waits_for is not None:
             name, binder, _ = member.waits_for
-            if binder.done or self.names_of(binder).get(name, END) is not END:
+            if binder.member.done or name in binder.names:
                 member.waits_for = None
             return member.waits_for is None
         if member.at_barrier is not None:
@@ -236,9 +242,6 @@ class Ensemble:
         return member is not self.caller
 
     # Names.
-
-    def names_of(self, member: Member) -> dict[str, Any]:
-        return self.invokes[self.members.index(member)].names.own()
 
     def look_up(self, invoke: Invoke, name: str) -> Any:
         """What a name means in a block, that the block itself has not bound."""
@@ -250,15 +253,10 @@ class Ensemble:
             others = others + self.invokes[place + 1 :]
         for other in others:
             if other.body is not None and other.body.frame is body.frame and name in other.body.binds:
-                assert other.member is not None
-                if not other.member.done and name not in other.names.own():
-                    member.settle()
-                    member.waits_for = name, other.member, user_line()
-                    self.give_way(member)
-                    if member.failure is not None:
-                        failure, member.failure = member.failure, None
-                        raise failure
-                if name in other.names.own():
+                if not other.member.done and name not in other.names:
+                    member.waits_for = name, other, user_line()
+                    member.halt()
+                if name in other.names:
                     return other.names[name]
         if name in body.names:
             return body.names[name]
@@ -343,7 +341,6 @@ class Invoke:
                 "prompts together, has begun."
             )
         self.ensemble.invokes.append(self)
-        self.ensemble.members.append(self.member)
 
     def __enter__(self) -> Invoke:
         if self.function is not None:
@@ -359,8 +356,7 @@ class Invoke:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         assert self.body is not None
-        self.body.skipped()
-        return kind is SkipBodyError
+        return self.body.left(kind)
 
     def job(self) -> tuple[bool, Callable[[], None]]:
         """What its thread does."""
@@ -379,7 +375,6 @@ class Invoke:
             if ensemble.error is None:
                 ensemble.error = hide_our_frames(error)
         member.at_work.end()  # again: a Cancelled may have come just before it
-        following: Member | None = None
         try:
             member.settle()
             member.done = True
@@ -400,6 +395,7 @@ class Invoke:
                 self.body.run(self.names)
         finally:
             self.ensemble.blocks.remove(self.member, thread)
+            self.member.thread = 0  # which another block may have next
 
     def bind(self) -> None:
         """Bind in the user's frame what the block has bound."""
@@ -425,17 +421,13 @@ class Barrier:
                 other.at_barrier = None
             self._waiting = []
             return
-        member.settle()
         member.at_barrier = self
-        self._ensemble.give_way(member)
-        if member.failure is not None:
-            failure, member.failure = member.failure, None
-            raise failure
+        member.halt()
 
 
 def _deadlock(stuck: list[Member]) -> OutOfOrderError:
     waits = [
-        f"{member.waits_for[0]!r}, needed at {member.waits_for[2]}, is bound by the block at {member.waits_for[1].line}"
+        f"{member.waits_for[0]!r}, needed at {member.waits_for[2]}, is bound by the block at {member.waits_for[1].member.line}"
         if member.waits_for
         else f"the block at {member.line} stands at a barrier"
         for member in stuck

@@ -144,6 +144,15 @@ def test_an_own_name_is_ones_own() -> None:
     assert hidden.shape[0] == 2  # as if they had run one after the other
 
 
+def test_blocks_that_come_to_one_thread_one_after_the_other() -> None:
+    view = Traceable(net())
+    with view.trace() as tracer:
+        tracer.invoke(ONE, lambda: None)  # over at once: its thread is the next one's
+        two = tracer.invoke(TWO, lambda: tracer.result)
+    assert two.value.shape == (2, 3)
+    assert torch.equal(two.value, view.module(torch.cat([ONE, TWO]))[1:])
+
+
 def test_functions_in_place_of_bodies() -> None:
     view = Traceable(net())
     with view.trace() as tracer:
