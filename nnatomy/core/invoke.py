@@ -154,6 +154,8 @@ class Ensemble:
         self._joining = joining
         self.caller = Member(self, line=user_line())
         self.invokes: list[Invoke] = []
+        #: Those given with no function, whose `with` has not been entered yet.
+        self.without_block: list[Invoke] = []
         self.started = False
         #: Whether the caller's block is over, and waits for the others.
         self.ending = False
@@ -265,7 +267,17 @@ class Ensemble:
     # From the first question to the end.
 
     def start(self) -> None:
-        """All blocks are known: begin."""
+        """All blocks are known: begin.
+
+        Raises:
+            UsageError: if an invoke has no block.
+            InputError: if their inputs cannot be joined.
+        """
+        for invoke in self.without_block:
+            raise UsageError(
+                f"tracer.invoke(...) at {invoke.member.line} has no block: write `with tracer.invoke(...):`, or give "
+                "a function, tracer.invoke(prompt, function)."
+            )
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
             assert self._joining is not None
@@ -283,7 +295,7 @@ class Ensemble:
         """The caller's block is over: let the others come to their ends, and bind what they have bound."""
         self.caller.settle()
         self.ending = True
-        if not all(member.lasting for member in self.members):
+        if self.without_block or not all(member.lasting for member in self.members):
             self.give_way(self.caller)
         self.ending = False
         if self.error is not None:
@@ -333,6 +345,8 @@ class Invoke:
         self.member.lasting = lasting
         if function is not None:
             self._join()
+        else:
+            ensemble.without_block.append(self)
 
     def _join(self) -> None:
         if self.ensemble.started or self.ensemble.run.started:
@@ -347,6 +361,7 @@ class Invoke:
             raise UsageError(
                 "tracer.invoke(prompt, function) is no `with`: it has its block in the function."
             )
+        self.ensemble.without_block.remove(self)
         self.body = Body(frame_of_with())
         self._join()
         self.body.skip()

@@ -14,6 +14,7 @@ from nnatomy.core.joining import JoinTensors
 from nnatomy.core.scan import on_fake_tensors
 from nnatomy.core.trace import Trace
 from nnatomy.core.views import ModuleView
+from nnatomy.errors import UsageError
 
 
 class Traceable(ModuleView):
@@ -43,7 +44,7 @@ class Traceable(ModuleView):
         """Call the module, with the lasting edits, if there are any."""
         return self.trace(*args, **kwargs).run() if self.edits else self.module(*args, **kwargs)
 
-    def edit(self, edit: Callable[[], Any] | None = None) -> Any:
+    def edit(self, edit: Any = None) -> Any:
         """A view of the same module whose every trace, call and step of a generation makes this edit.
 
         The original is untouched, and so is the module, which carries nothing when it is not running. Edits
@@ -53,7 +54,13 @@ class Traceable(ModuleView):
             edit: a function without arguments that reads and assigns as a block does. None for a block:
                 `with model.edit() as edited: ...`, whose body is taken from the source (see `Trace.invoke`)
                 and has the names of its frame as they are now.
+
+        Raises:
+            UsageError: if `edit` cannot be called.
+            CaptureError: if the body cannot be had from the source.
         """
+        if edit is not None and not callable(edit):
+            raise UsageError(f"An edit is a function without arguments; got {edit!r}.")
         return EditBlock(self) if edit is None else with_edit(self, edit)
 
     def without_edits(self) -> Any:

@@ -8,7 +8,7 @@ from helpers import hooks, net, no_leaks, x
 
 from nnatomy import StandardizedTransformer
 from nnatomy.core import Traceable
-from nnatomy.errors import OutOfOrderError
+from nnatomy.errors import OutOfOrderError, UsageError
 
 
 def doubled(out):
@@ -72,6 +72,11 @@ def test_an_edit_as_a_block() -> None:
     with hooks((model.layers[1], "output", doubled)):
         expected = model(x())
     assert torch.equal(edited(x()), expected)
+
+
+def test_what_is_no_edit() -> None:
+    with pytest.raises(UsageError, match="An edit is a function without arguments; got 3"):
+        Traceable(net()).edit(3)
 
 
 def test_an_error_in_an_edit_arrives() -> None:

@@ -433,6 +433,9 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(UsageError, match="This trace has inputs of its own"):
         with view.trace(ONE) as tracer:
             tracer.invoke(TWO, lambda: None)
+    with pytest.raises(UsageError, match=f"test_invoke.py:{line_of('no block')} has no block: write `with"):
+        with view.trace() as tracer:
+            tracer.invoke(ONE)  # no block
     with pytest.raises(UsageError, match="is no `with`"):
         with view.trace() as tracer:
             with tracer.invoke(ONE, lambda: None):
