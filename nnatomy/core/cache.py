@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.points import Collector, Slot
+from nnatomy.core.points import Collector, Slot, versions
 from nnatomy.core.views import Inputs, ModuleView
 from nnatomy.errors import CacheError
 
@@ -65,8 +65,8 @@ class Cache(Collector):
     def take(self, slot: Slot) -> None:
         value, keep = (slot if self._view is None else self._view(slot)).value, self._keep
         kept = keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, keep, value)
-        versions = None if self._clone else _versions(kept)
-        self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, versions))
+        then = None if self._clone else versions(kept)
+        self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, then))
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if not self._copies and not tensor.is_inference():
@@ -91,8 +91,8 @@ class Cache(Collector):
             held = ", ".join(list(self)[:20]) or "nothing yet"
             raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
         calls: dict[tuple[int, int], CachedCall] = {}
-        for step, call, kind, value, versions in taken:
-            if versions is not None and _versions(value) != versions:
+        for step, call, kind, value, then in taken:
+            if then is not None and versions(value) != then:
                 raise CacheError(
                     f"A value of {path!r} was changed in place after it had been collected (by the model, or "
                     "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
@@ -150,10 +150,3 @@ class CachedCalls(list[CachedCall]):
                 f"cache[{self._path!r}][k].output (each has .step and .call)."
             )
         return self[0]
-
-
-def _versions(value: Any) -> Any:
-    """What tells that a tensor of `value` is changed in place: their version counters."""
-    if isinstance(value, Tensor):
-        return None if value.is_inference() else value._version
-    return [_versions(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 
 class Slot:
@@ -46,6 +47,13 @@ class Slot:
     def skip(self, value: Any) -> None:
         """Put `value` in the place of the module's output, and do not run the module."""
         self.skipped, self.instead = True, value
+
+
+def versions(value: Any) -> Any:
+    """What tells that a tensor in `value` is changed in place: version counters, which inference tensors lack."""
+    if isinstance(value, Tensor):
+        return None if value.is_inference() else value._version
+    return [versions(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 #: Makes the mode that finds a value inside a module's call. It is given the module and what to call

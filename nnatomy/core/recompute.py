@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from nnatomy.core.points import Slot
+from nnatomy.core.points import Slot, versions
 from nnatomy.errors import AssignmentError
 
 
@@ -35,20 +32,15 @@ class Unedited:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._value = slot.value
-        self._versions = _versions(slot.value)
+        self._versions = versions(slot.value)
 
     def check(self, name: str) -> None:
         """Raise AssignmentError if it has."""
         slot = self._slot
-        if slot.skipped or slot.value is not self._value or _versions(slot.value) != self._versions:
+        if slot.skipped or slot.value is not self._value or versions(slot.value) != self._versions:
             raise AssignmentError(
                 f"{name} was changed inside a part of the model that is under gradient checkpointing: "
                 "`backward` computes that part again, without the change, and would give gradients of "
                 "something else. Switch checkpointing off (model.gradient_checkpointing_disable()), or "
                 "trace under torch.no_grad()."
             )
-
-
-def _versions(value: Any) -> list[int]:
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.points import Slot
+from nnatomy.core.points import Slot, versions
 from nnatomy.errors import AssignmentError, RowsError
 
 
@@ -128,7 +128,7 @@ class RowSlot(Slot):
         if self._given is None:
             first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), 0)
             self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(leaves)]
-            self._versions = [_version(leaf) for leaf in self._given]
+            self._versions = [versions(leaf) if isinstance(leaf, Tensor) else None for leaf in self._given]
         return pytree.tree_unflatten(self._given, structure)
 
     @value.setter
@@ -163,7 +163,7 @@ class RowSlot(Slot):
         leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
         changed = False
         for i, (leaf, given, version) in enumerate(zip(leaves, self._given, self._versions, strict=True)):
-            if isinstance(given, Tensor) and _version(given) != version and not _shares(given, leaf):
+            if isinstance(given, Tensor) and versions(given) != version and not _shares(given, leaf):
                 leaves[i] = self._put(leaf, given)
                 changed = True
         if changed:
@@ -180,10 +180,6 @@ class RowSlot(Slot):
 
     def skip(self, value: Any) -> None:
         self.replace_output(value)
-
-
-def _version(leaf: Any) -> int:
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
 def _shares(view: Tensor, whole: Tensor) -> bool:
