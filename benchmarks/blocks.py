@@ -3,7 +3,7 @@
     python benchmarks/blocks.py [--json FILE] [--rounds N]
 
 A random model of GPT-2's size and a tokenizer made here; prompts of one length, so that nobody pads. Time as in
-`tracing.py`, three traces at a time. Memory as in `memory.py`.
+`tracing.py`, three traces at a time, each contender in a process of its own. Memory as in `memory.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import json
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from apart import Apart, serve
 from measuring import Rows, agree, hooked, measure, nnsight, versions
 from memory import peak, peak_elsewhere
 from torch import Tensor, nn
@@ -188,7 +190,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--memory", nargs=2, metavar=("ROW", "CONTENDER"), help="MB of one, in this process")
+    parser.add_argument("--together", action="store_true", help="all contenders in one process")
+    parser.add_argument("--serve", metavar="CONTENDER", help="answer `apart.py`")
     options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, {"": rows})
+        return
     if options.memory:
         row, contender = options.memory
         print(*peak(rows()[row][contender]))
@@ -197,9 +204,10 @@ def main() -> None:
     print(everything["versions"])
     print("\n| time | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | of the least |")
     print("|---" * 7 + "|")
-    table = rows()
+    table, apart = rows(), Apart()
     for row, contenders in table.items():
-        figures = everything[row] = measure(contenders, 3, options.rounds)
+        elsewhere = None if options.together else partial(apart.time, "", row, 3)
+        figures = everything[row] = measure(contenders, 3, options.rounds, elsewhere=elsewhere)
         least, nan = figures["least"], float("nan")
         sight, sight_least = figures.get("ours/nnsight", [nan] * 3), least.get("nnsight", nan)
         times = " | ".join(f"{figures.get(name, nan) / 1e3:.1f} ms" for name in ("ours", "hooks", "nnsight"))

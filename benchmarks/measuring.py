@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -14,6 +15,8 @@ import transformers
 from torch import nn
 
 try:
+    if os.environ.get("WITHOUT_NNSIGHT"):  # in a contender's own process
+        raise ImportError
     import nnsight
 except ImportError:
     nnsight = None
@@ -65,23 +68,29 @@ def agree(values: dict[str, Any]) -> bool:
     )
 
 
+def timed(run: Contender, repetitions: int) -> float:
+    """Microseconds a repetition."""
+    start = time.perf_counter()
+    for _ in range(repetitions):
+        run()
+    return (time.perf_counter() - start) / repetitions * 1e6
+
+
 def measure(
     contenders: dict[str, Contender],
     repetitions: int,
     rounds: int,
     same: Callable[[dict[str, Any]], bool] = agree,
+    elsewhere: Callable[[str], float] | None = None,
 ) -> dict[str, Any]:
     """Times in microseconds (medians; the least under "least"), and the ratios of ours to each other one, round
-    by round."""
+    by round. `elsewhere` times a contender, by name, in a process of its own."""
     if not same({name: run() for name, run in contenders.items()}):
         raise SystemExit("The contenders do not agree.")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            for _ in range(repetitions):
-                run()
-            times[name].append((time.perf_counter() - start) / repetitions * 1e6)
+            times[name].append(elsewhere(name) if elsewhere else timed(run, repetitions))
     figures: dict[str, Any] = {name: statistics.median(taken) for name, taken in times.items()}
     figures["least"] = {name: min(taken) for name, taken in times.items()}
     for other in contenders:

@@ -2,9 +2,9 @@
 
     python benchmarks/tracing.py [--json FILE]
 
-Each round runs every contender of a row once after the other, a batch of repetitions each; a row's figure is
-the median over the rounds of the time ratio within a round. Before a row is timed, the contenders' values are
-checked to agree.
+Each round runs every contender of a row once after the other, a batch of repetitions each, in a process of its own
+(`--together`: all in one); a row's figure is the median over the rounds of the time ratio within a round. Before a row
+is timed, the contenders' values are checked to agree.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from apart import Apart, serve
 from measuring import Rows, hooked, measure, nnsight, versions
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -243,27 +244,34 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--models", nargs="*", default=["mlp", "gpt2"], choices=["mlp", "gpt2"])
+    parser.add_argument("--together", action="store_true", help="all contenders in one process")
+    parser.add_argument("--serve", metavar="CONTENDER", help="answer `apart.py`")
     options = parser.parse_args()
-    everything: dict[str, Any] = {"versions": versions()}
-    print(everything["versions"])
     makers = {
         "mlp": (mlp_rows, 200, 15),
         "gpt2, 8 tokens": (partial(gpt2_rows, 8), 5, 15),
         "gpt2, 32 tokens": (partial(gpt2_rows, 32), 5, 15),
     }
-    with torch.no_grad():
-        for name, (make, repetitions, rounds) in makers.items():
-            if not name.startswith(tuple(options.models)):
-                continue
-            print(
-                f"\n| {name} | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | target |\n"
-                + "|---" * 7
-                + "|"
-            )
-            for row, contenders in make().items():
-                figures = measure(contenders, repetitions, rounds)
-                everything[f"{name}: {row}"] = figures
-                print(line(name.split(",")[0], row, figures), flush=True)
+    torch.set_grad_enabled(False)
+    if options.serve:
+        serve(options.serve, {name: make for name, (make, _, _) in makers.items()})
+        return
+    everything: dict[str, Any] = {"versions": versions()}
+    print(everything["versions"])
+    apart = Apart()
+    for name, (make, repetitions, rounds) in makers.items():
+        if not name.startswith(tuple(options.models)):
+            continue
+        print(
+            f"\n| {name} | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | target |\n"
+            + "|---" * 7
+            + "|"
+        )
+        for row, contenders in make().items():
+            elsewhere = None if options.together else partial(apart.time, name, row, repetitions)
+            figures = measure(contenders, repetitions, rounds, elsewhere=elsewhere)
+            everything[f"{name}: {row}"] = figures
+            print(line(name.split(",")[0], row, figures), flush=True)
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1))
 

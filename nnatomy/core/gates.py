@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from threading import Lock, get_ident
-from types import FrameType, MethodType
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 import torch
@@ -120,12 +121,19 @@ def remove_gates(modules: list[Module]) -> None:
 
 def is_gate(frame: FrameType) -> bool:
     """Whether a frame is that of a gate; its `self` is the module."""
-    return frame.f_code is inspect.unwrap(_call_impl).__code__
+    return frame.f_code is _code(_call_impl)
 
 
 def is_call(frame: FrameType) -> bool:
     """Whether a frame is that of PyTorch's own call of a module, gated or not; its `self` is the module."""
-    return frame.f_code is inspect.unwrap(Module._call_impl).__code__
+    return frame.f_code is _code(Module._call_impl)
+
+
+@lru_cache(maxsize=8)
+def _code(function: Callable[..., Any]) -> CodeType:
+    """The code of a function, whatever others have wrapped it in since."""
+    code: CodeType = inspect.unwrap(function).__code__
+    return code
 
 
 def gate_of(module: Module) -> FrameType | None:

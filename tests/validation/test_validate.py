@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from architectures import TYPES, build, shared
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nnatomy import StandardizedTransformer
@@ -117,30 +119,60 @@ def test_values_that_are_not_finite_are_found() -> None:
         StandardizedTransformer(hf)
 
 
-@pytest.mark.parametrize(
-    ("factor", "causal", "text"),
-    [
-        (1.2, True, "has rows that sum to more than 1, up to 1.2"),
-        (0.8, True, "has rows that sum to less than 1, down to 0.8, and no attention sink"),
-        (-1.0, True, "has entries below 0, down to -1"),
-        (1.0, False, "attends to later positions, with up to 0"),
-    ],
-)
-def test_a_pattern_that_is_no_causal_distribution_is_found(factor: float, causal: bool, text: str) -> None:
+@contextmanager
+def attending(to: Tensor, factor: float = 1.0) -> Iterator[None]:
+    """Models built with `attn_implementation="of_the_test"` attend to what (query, key) says; rows times a factor."""
+
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
-        scores = q @ k.mT * scaling
-        if causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:]).tril().bool(), -1e9)
-        pattern = scores.softmax(-1) * factor
+        pattern = (q @ k.mT * scaling).masked_fill(~to, -1e9).softmax(-1) * factor
         return (pattern @ v).transpose(1, 2), pattern
 
     AttentionInterface.register("of_the_test", attention)
     try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop("of_the_test")
+
+
+EVERYTHING = torch.ones(8, 8).bool()
+
+
+@pytest.mark.parametrize(
+    ("factor", "to", "text"),
+    [
+        (1.2, EVERYTHING.tril(), "has rows that sum to more than 1, up to 1.2"),
+        (0.8, EVERYTHING.tril(), "has rows that sum to less than 1, down to 0.8, and no attention sink"),
+        (-1.0, EVERYTHING.tril(), "has entries below 0, down to -1"),
+        (1.0, EVERYTHING, "attends to later positions, with up to 0"),
+    ],
+)
+def test_a_pattern_that_is_no_causal_distribution_is_found(factor: float, to: Tensor, text: str) -> None:
+    with attending(to, factor):
         hf = build("qwen3", num_key_value_heads=4, attn_implementation="of_the_test")
         with pytest.raises(ValidationError, match=rf"attention_probabilities\[0\]: {text}"):
             StandardizedTransformer(hf)
-    finally:
-        AttentionInterface._global_mapping.pop("of_the_test")
+
+
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [
+        (5, r"\[0\]: attends beyond its window, with up to 0\.\d+"),
+        (3, r"\[1\]: attends to less than its window"),
+    ],
+)
+def test_a_pattern_that_has_not_the_windows_of_the_config_is_found(width: int, text: str) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 2}
+    types = ["sliding_attention", "full_attention"]
+    options = {
+        "num_key_value_heads": 4,
+        "attn_implementation": "of_the_test",
+        "layer_types": types,
+        **windows,
+    }
+    with attending(EVERYTHING.tril().triu(1 - width)):
+        hf = build("qwen3", **options)
+        with pytest.raises(ValidationError, match=f"attention_probabilities{text}"):
+            StandardizedTransformer(hf)
 
 
 def test_a_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

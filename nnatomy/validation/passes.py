@@ -1,0 +1,79 @@
+"""The forward passes of the validation: the prompts, and the ways to run the model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from transformers import GenerationMixin
+
+from nnatomy.arch_configs import example_inputs, has_decoder, main_input
+from nnatomy.core import Collector, Trace
+from nnatomy.validation.names import MODULES
+from nnatomy.validation.report import Findings
+
+PROMPT_LENGTH = 8
+
+
+class Passes:
+    """A model, what it is run on, and what has been found.
+
+    Attributes:
+        inputs: two prompts, as the model takes them.
+        findings: where what does not hold is noted; `expect` notes it.
+        names: the names for what modules are given and give that the model has.
+        may_look_ahead: whether nobody says that it is causal, as what generates does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.findings = Findings()
+        self.expect = self.findings.expect
+        self.names = [name for name in MODULES if {*getattr(model, name).modules} != {None}]
+        generates = isinstance(model.steps_of, GenerationMixin)
+        self.may_look_ahead = not generates or getattr(model.config, "is_decoder", True) is False
+        #: Whether what is read, and no more, is one sequence of tokens.
+        self.reads_tokens = main_input(model.steps_of) == "input_ids" and not has_decoder(model.steps_of)
+        if self.reads_tokens:
+            vocab = min(model.dimensions.vocab_size or model._prompts.vocab_size, model._prompts.vocab_size)
+            ids = [(3 + 7 * i * max(1, vocab // 53)) % vocab for i in range(2 * PROMPT_LENGTH)]
+            self.inputs = model.prepare([ids[:PROMPT_LENGTH], ids[PROMPT_LENGTH:]])
+        else:
+            self.inputs = model.prepare(**example_inputs(model.steps_of, 2, PROMPT_LENGTH, model.device))
+
+    def plain(self, inputs: dict[str, Any]) -> Any:
+        """The last layer's output, with no trace."""
+        outputs: list[Any] = []
+
+        def stop(_module: Module, _args: Any, output: Any) -> None:
+            outputs.append(output)
+            raise _Stop
+
+        hook = self.model.layers[-1].module.register_forward_hook(stop)
+        try:
+            self.model.hf_model(**inputs)
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+        return outputs[0]
+
+    @contextmanager
+    def trace(self, collectors: Iterable[Collector]) -> Iterator[Trace]:
+        """A trace that these go along with."""
+        with self.model.trace(**self.inputs) as tracer:
+            tracer.block.run.collectors.extend(collectors)
+            tracer.block.run.watch()
+            yield tracer
+
+    def given(self, result: Any) -> Tensor:
+        """The logits, or what a model without a head gives in their place."""
+        logits: Tensor = result[0] if self.model._anatomy.lm_head is None else result.logits
+        return logits
+
+
+class _Stop(BaseException):
+    """Ends a plain forward pass."""

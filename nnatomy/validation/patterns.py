@@ -1,0 +1,47 @@
+"""An attention pattern: rows that are distributions, over the keys that the config lets each query see."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Module
+
+from nnatomy.arch_configs import text_config, visible_keys
+from nnatomy.validation.near import TOLERANCE
+from nnatomy.validation.passes import Passes
+
+
+def check_pattern(
+    passes: Passes, layer: int, attention: Module, pattern: Float[Tensor, "batch head query key"]
+) -> None:
+    """Note what does not hold of a layer's pattern."""
+    expect = partial(_expect, passes, layer)
+    rows = pattern.float().sum(-1)
+    slack = 10 * TOLERANCE[torch.bfloat16 if pattern.dtype == torch.bfloat16 else torch.float32]
+    expect(bool((pattern >= 0).all()), f"has entries below 0, down to {float(pattern.min()):.3g}")
+    expect(
+        bool((rows <= 1 + slack).all()), f"has rows that sum to more than 1, up to {float(rows.max()):.5g}"
+    )
+    if not any("sink" in parameter for parameter, _ in attention.named_parameters()):
+        least = f"has rows that sum to less than 1, down to {float(rows.min()):.5g}, and no attention sink"
+        expect(bool((rows >= 1 - slack).all()), least)
+    above = float(pattern.triu(1).abs().max())
+    if passes.may_look_ahead and not passes.model.causal:
+        return
+    expect(above == 0, f"attends to later positions, with up to {above:.3g}")
+    visible = visible_keys(
+        text_config(passes.model.steps_of), layer, passes.model.num_layers, pattern.shape[-1]
+    )
+    if visible is not None:
+        seen = (pattern != 0).any(0).any(0).cpu()
+        beyond = float(pattern.cpu()[:, :, ~visible].abs().max())
+        expect(not (seen & ~visible).any(), f"attends beyond its window, with up to {beyond:.3g}")
+        farthest = int(visible[-1].long().argmax())
+        expect(bool(seen[-1, farthest]), "attends to less than its window")
+
+
+def _expect(passes: Passes, layer: int, holds: bool, why: str) -> None:
+    passes.expect(holds, "attention_probabilities", layer, why)
