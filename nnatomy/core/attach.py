@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from nnatomy.core.gates import unseen
-from nnatomy.core.points import Collector, Slot, Tap
+from nnatomy.core.points import Collector, Slot, Tap, described
 from nnatomy.core.recompute import is_recomputed
 from nnatomy.errors import AssignmentError, UsageError
 
@@ -80,13 +80,8 @@ class Attachment(Collector):
         if self._how == "read":
             return
         if not isinstance(result, Tensor) or result.shape != given.shape:
-            is_ = (
-                f"of shape {tuple(result.shape)}"
-                if isinstance(result, Tensor)
-                else f"a {type(result).__name__}"
-            )
             raise AssignmentError(
-                f"{self}: {point.name} is of shape {tuple(given.shape)}; what the module returned is {is_}. For a "
+                f"{self}: {point.name} is {described(given)}; what the module returned is {described(result)}. For a "
                 "module whose output is not to go on through the model, attach it with how='read'."
             )
         if torch.is_grad_enabled() and is_recomputed():

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 from weakref import ref
 
 from torch.nn import Module
 
+from nnatomy.core.frames import frame_of_with, is_ours, line_of, user_frames, user_line
 from nnatomy.core.gates import has_gate
 from nnatomy.core.points import Slot, Tap, Want
 from nnatomy.core.run import Run
@@ -54,9 +55,9 @@ class Block:
             return here if self.alone else self.view(here)
         want = Want(module, kind, call, step, tap, name)
         if run.started:
-            if run.error is not None:
-                raise run.error.with_traceback(run.traceback)
             if run.has_passed(module, kind, call, step):
+                if run.error is not None:
+                    raise run.error.with_traceback(run.traceback)
                 raise self._out_of_order(want)
             if not has_gate(module):
                 raise self._unseen(want)
@@ -64,10 +65,10 @@ class Block:
             run.wait((want,))
         else:
             self.wait(want)
-        if run.error is not None:
-            raise run.error.with_traceback(run.traceback)
         here = run.here
         if here is None or here.kind != kind or not (self.alone or here.is_at(module, kind, call, step)):
+            if run.error is not None:
+                raise run.error.with_traceback(run.traceback)
             others = here is not None and not here.is_at(module, here.kind, call, step)
             raise self._out_of_order(want) if others else self._not_reached(want)
         frame = sys._getframe(2)  # one is the accessor's
@@ -129,8 +130,7 @@ class Block:
     def _out_of_order(self, want: Want) -> OutOfOrderError:
         last, line = "the start", "the trace's first line"
         if self.run.last is not None:
-            want_before, code, instruction = self.run.last
-            last, line = str(want_before), f"{code.co_filename}:{_line_of(code, instruction)}"
+            last, line = str(self.run.last[0]), line_of(*self.run.last[1:])
         if self.run.cancelled:
             return OutOfOrderError(
                 f"{want} was asked for at {user_line()}, after the forward pass had been stopped (it stood at "
@@ -226,41 +226,3 @@ class OpenBlocks:
         else:
             with self.example(self) as tracer:
                 yield tracer.block
-
-
-def frame_of_with() -> FrameType:
-    """The frame whose `with` enters a trace, also by way of `contextlib` or another `__enter__`."""
-    frames = user_frames()
-    this = next(frames)
-    for outer in frames:
-        by_contextlib = outer.f_globals.get("__name__") == "contextlib"  # `this` is a generator it made enter
-        if not by_contextlib and this.f_code.co_name not in ("__enter__", "enter_context"):
-            break
-        this = outer
-    return this
-
-
-def user_line() -> str:
-    """The file and line of the innermost frame that is not this library's."""
-    frame = next(user_frames())
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _line_of(code: CodeType, instruction: int) -> int | None:
-    return next((line for start, end, line in code.co_lines() if start <= instruction < end), None)
-
-
-def user_frames() -> Iterator[FrameType]:
-    """The frames of this thread from the innermost one that is not this library's outwards."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_ours(frame):
-        frame = frame.f_back
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def is_ours(frame: FrameType) -> bool:
-    """Whether a frame is this library's, or one of the run-time checks around it."""
-    name = frame.f_globals.get("__name__", "")
-    return name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")

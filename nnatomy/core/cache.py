@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
+from nnatomy.core.calls import Inputs
 from nnatomy.core.points import Collector, Slot, versions
-from nnatomy.core.views import Inputs, ModuleView
+from nnatomy.core.views import ModuleView
 from nnatomy.errors import CacheError
 
 
@@ -58,7 +59,6 @@ class Cache(Collector):
         self._dtype = dtype
         self._clone = clone
         self._view = view
-        self._copies = clone or device is not None or dtype is not None
         #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
@@ -69,12 +69,10 @@ class Cache(Collector):
         self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, then))
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        if not self._copies and not tensor.is_inference():
-            return tensor
         kept = tensor
         if self._device is not None or self._dtype is not None:
             dtype = self._dtype if tensor.is_floating_point() else None
-            kept = tensor.to(device=self._device, dtype=dtype, non_blocking=False)
+            kept = tensor.to(device=self._device, dtype=dtype)
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
         return kept

@@ -11,34 +11,35 @@ Only Linux can tell and say where a thread runs; elsewhere these functions leave
 from __future__ import annotations
 
 import ctypes
-from typing import TypeAlias
+import os
+from collections.abc import Callable, Collection
 
-Cores: TypeAlias = ctypes.Array[ctypes.c_ulong]
-
-_bits = ctypes.c_ulong * 16  # a bit for each of 1024 cores
-_size = ctypes.sizeof(_bits)
-
+_core_here: Callable[[], int] | None
 try:
-    _libc = ctypes.PyDLL(None)  # PyDLL: keeps the interpreter's lock, for calls this short
-    _here, _get, _set = _libc.sched_getcpu, _libc.sched_getaffinity, _libc.sched_setaffinity
-    _alone = [_bits.from_buffer_copy((1 << core).to_bytes(_size, "little")) for core in range(_size * 8)]
+    _core_here = ctypes.PyDLL(None).sched_getcpu  # PyDLL: keeps the interpreter's lock, for a call this short
+    _set = os.sched_setaffinity
 except (AttributeError, OSError, TypeError):
-    _alone = []
+    _core_here = None
 
 
-def cores_of_this_thread() -> Cores | None:
-    """Where this thread may run, for `run_on`. None if that cannot be known."""
-    cores = _bits()
-    return cores if _alone and _get(0, _size, cores) == 0 else None
+def cores_of_this_thread() -> Collection[int]:
+    """Where this thread may run, for `run_on`. Empty if that cannot be known."""
+    return os.sched_getaffinity(0) if _core_here else ()
 
 
 def bring_here(thread: int) -> None:
     """Move a sleeping thread (by its native identifier) to this one's core: it is woken next."""
-    if _alone and thread:
-        _set(thread, _size, _alone[_here()])
+    if thread and _core_here:
+        try:  # noqa: SIM105  `suppress` would take as long as the call
+            _set(thread, (_core_here(),))
+        except OSError:  # it is gone
+            pass
 
 
-def run_on(cores: Cores | None) -> None:
+def run_on(cores: Collection[int]) -> None:
     """Let this thread, just woken, run on any of these cores again."""
-    if cores is not None:
-        _set(0, _size, cores)
+    if cores:
+        try:  # noqa: SIM105  `suppress` would take as long as the call
+            _set(0, cores)
+        except OSError:  # they have been taken from the process
+            pass

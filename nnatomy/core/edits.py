@@ -6,8 +6,8 @@ import copy
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from nnatomy.core.block import frame_of_with
 from nnatomy.core.capture import Body, Names
+from nnatomy.core.frames import frame_of_with
 
 View = TypeVar("View")
 

@@ -39,7 +39,9 @@ class Slot:
 
     __slots__ = ("axes", "call", "fresh", "instead", "kind", "module", "skipped", "step", "value")
 
-    def __init__(self, module: Module, kind: str, call: int, step: int, value: Any) -> None:
+    def __init__(
+        self, module: Module, kind: str, call: int, step: int, value: Any, axes: Axes | None = None
+    ) -> None:
         self.module = module
         self.kind = kind
         self.call = call
@@ -47,7 +49,7 @@ class Slot:
         self.value = value
         self.skipped = False
         self.fresh: tuple[Tensor, ...] = ()
-        self.axes: Axes | None = None
+        self.axes = axes
 
     def is_at(self, module: Module, kind: str, call: int, step: int) -> bool:
         """Whether it is that point."""
@@ -63,6 +65,11 @@ def versions(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     return [versions(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def described(value: Any) -> str:
+    """What was given in the place of a tensor, for an error to say."""
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @runtime_checkable

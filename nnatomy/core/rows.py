@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.points import Slot, versions
+from nnatomy.core.points import Slot, described, versions
 from nnatomy.errors import AssignmentError, RowsError
 
 
@@ -87,9 +87,10 @@ class Rows(NamedTuple):
         """`whole` with these rows replaced, in a new tensor or in place."""
         old = self.of(whole)
         if not isinstance(mine, Tensor) or old is None or old.shape != mine.shape:
-            is_ = f"of shape {tuple(mine.shape)}" if isinstance(mine, Tensor) else f"a {type(mine).__name__}"
-            was = "one tensor for all prompts" if old is None else f"of shape {tuple(old.shape)}"
-            raise AssignmentError(f"This block's rows of the value are {was}; what was assigned is {is_}.")
+            was = "one tensor for all prompts" if old is None else described(old)
+            raise AssignmentError(
+                f"This block's rows of the value are {was}; what was assigned is {described(mine)}."
+            )
         if mine.dtype != whole.dtype or mine.device != whole.device:
             raise AssignmentError(
                 f"The value is {whole.dtype} on {whole.device}; what was assigned is {mine.dtype} on {mine.device}."

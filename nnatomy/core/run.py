@@ -7,7 +7,6 @@ block asks for the next one. This is the model's side; `block` is the user's, `p
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from collections.abc import Callable
@@ -22,11 +21,13 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from nnatomy.core.cores import bring_here, run_on
+from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
+from nnatomy.core.interrupts import Cancelled, Interruptible
 from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Axes, Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
-from nnatomy.core.worker import HELPERS_SECONDS, ThreadState, Worker, starting, wait_for
+from nnatomy.core.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
 from nnatomy.errors import OutsideTraceError
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
@@ -34,10 +35,6 @@ PATIENCE_SECONDS = 1.0
 
 #: How often a parked forward pass looks whether its block is still there.
 OWNER_SECONDS = 1.0
-
-
-class Cancelled(BaseException):
-    """Ends a forward pass nobody needs any more; seen by the model's code alone."""
 
 
 class Run:
@@ -78,8 +75,8 @@ class Run:
         #: The calls in flight, outermost first.
         self.stack: list[tuple[Module, int]] = []
         #: The modules at whose inputs, and at whose outputs, the forward pass has to stop and look.
-        self.watched_inputs: set[Module] | tuple[Module, ...] = ()
-        self.watched_outputs: set[Module] | tuple[Module, ...] = ()
+        self.watched_inputs: set[Module] = set()
+        self.watched_outputs: set[Module] = set()
         self.collectors: list[Collector] = []
         #: Those that put another value in the place of this one, before any block sees it, and modules that they bring.
         self.replacements: list[Collector] = []
@@ -133,26 +130,26 @@ class Run:
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
-        inputs: tuple[Module, ...] = ()
-        outputs: tuple[Module, ...] = ()
-        taps: list[tuple[Module, str, Tap]] = []
+        inputs: set[Module] = set()
+        outputs: set[Module] = set()
+        self._taps = []
         for want in self.wants:
-            module, kind, _, _, tap, _ = want
-            if kind != "output":
-                inputs += (module,)
-            if kind != "input":
-                outputs += (module,)
-            if tap is not None:
-                taps.append((module, kind, tap))
-        self.watched_inputs, self.watched_outputs, self._taps = inputs, outputs, taps
-        for collector in (*self.replacements, *self.collectors):
-            if collector.kinds.keys() != {"output"}:
-                self.watched_inputs = collector.modules.union(self.watched_inputs)
-            if "output" in collector.kinds:
-                self.watched_outputs = collector.modules.union(self.watched_outputs)
-            for kind, tap in collector.kinds.items():
-                if tap is not None:
-                    self._taps += [(module, kind, tap) for module in collector.modules]
+            if want.kind != "output":
+                inputs.add(want.module)
+            if want.kind != "input":
+                outputs.add(want.module)
+            if want.tap is not None:
+                self._taps.append((want.module, want.kind, want.tap))
+        if self.collectors or self.replacements:
+            for collector in (*self.replacements, *self.collectors):
+                if collector.kinds.keys() != {"output"}:
+                    inputs |= collector.modules
+                if "output" in collector.kinds:
+                    outputs |= collector.modules
+                for kind, tap in collector.kinds.items():
+                    if tap is not None:
+                        self._taps += [(module, kind, tap) for module in collector.modules]
+        self.watched_inputs, self.watched_outputs = inputs, outputs
 
     def call_instead(self, call: Callable[[], Any]) -> None:
         """Run this, and not what the run was made for; before it starts."""
@@ -294,8 +291,7 @@ class Run:
         """The forward pass is at a point of a watched module: let everybody look at it who waits for it."""
         if self.cancelled:
             raise Cancelled
-        slot = Slot(module, kind, call, self.step, value)
-        slot.axes = axes
+        slot = Slot(module, kind, call, self.step, value, axes)
         if self.replacements:
             self._replace(slot)
         while self.wants:
@@ -406,60 +402,3 @@ class _Visit(NamedTuple):
             return True
         run._tapped.add((module, self.call, kind))
         return False
-
-
-def hide_our_frames(error: BaseException) -> BaseException:
-    """Take the frames of `nnatomy.core`, which stand between every two modules, out of its traceback."""
-    chain: list[BaseException | None] = [error]
-    for one in chain:  # and of the errors it came of
-        if one is not None:
-            one.__traceback__ = _without_our_frames(one.__traceback__)
-            chain += [other for other in (one.__cause__, one.__context__) if other not in chain]
-    return error
-
-
-def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
-    kept = []
-    while traceback is not None:
-        if not traceback.tb_frame.f_globals.get("__name__", "").startswith("nnatomy.core."):
-            kept.append(traceback)
-        traceback = traceback.tb_next
-    if not kept:  # raised by ourselves, in a thread of ours
-        return None
-    for this, following in zip(kept, [*kept[1:], None], strict=True):
-        this.tb_next = following
-    return kept[0]
-
-
-class Interruptible:
-    """A part of a thread's work in which another thread can have Cancelled raised."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._thread = 0
-        self._lock = Lock()
-
-    def begin(self) -> None:
-        """Called by the thread: from here on."""
-        self._thread = get_ident()
-
-    def end(self) -> None:
-        """Called by the thread: until here."""
-        with self._lock:
-            self._thread = 0
-            if self.interrupted:
-                try:  # what has been sent and has not come yet comes here, and not later
-                    for _ in range(100):
-                        pass
-                except Cancelled:
-                    pass
-
-    def interrupt(self) -> None:
-        """Have Cancelled raised in the thread, wherever it is, if it is within."""
-        with self._lock:
-            if self._thread:
-                self.interrupted = True
-                # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
-                error = ctypes.py_object(Cancelled)
-                with starting:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), error)

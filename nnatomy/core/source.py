@@ -13,7 +13,7 @@ import ast
 import inspect
 import linecache
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from threading import get_ident
 from types import CodeType, FrameType
@@ -25,13 +25,14 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.block import is_ours
+from nnatomy.core.calls import Calls, Inputs, first_argument, with_first_argument
+from nnatomy.core.frames import frames, is_ours
 from nnatomy.core.gates import is_call, is_gate, runs
 from nnatomy.core.points import Collector, Slot, Visit
 from nnatomy.errors import NotReachedError
 
 if TYPE_CHECKING:
-    from nnatomy.core.views import Inputs, ModuleView
+    from nnatomy.core.views import ModuleView
 
 #: What the kinds of these points begin with.
 SOURCE = "source "
@@ -91,9 +92,9 @@ class Source:
         return Source(self._view, f"{self._name}.{name}" if self._name else name)
 
     @property
-    def calls(self) -> Times:
+    def calls(self) -> Calls[Source]:
         """The times that this call is made in one call of the module: `source.softmax.calls[1].output`."""
-        return Times(self._view, self._name)
+        return Calls(f"{self._view.path}.source.{self._name}", partial(Source, self._view, self._name))
 
     @property
     def inputs(self) -> Inputs:
@@ -107,14 +108,12 @@ class Source:
     @property
     def input(self) -> Any:
         """The first argument of the call. Can be assigned."""
-        args, kwargs = self.inputs
-        return args[0] if args else next(iter(kwargs.values()), None)
+        return first_argument(self.inputs)
 
     @input.setter
     def input(self, value: Any) -> None:
         slot = self._reach("input")
-        args, kwargs = slot.value
-        slot.value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+        slot.value = with_first_argument(slot.value, value)
 
     @property
     def output(self) -> Any:
@@ -166,19 +165,6 @@ class Source:
         return listing.calls
 
 
-class Times:
-    """The times that one call is made in one call of its module, by index."""
-
-    def __init__(self, view: ModuleView, name: str) -> None:
-        self._view = view
-        self._name = name
-
-    def __getitem__(self, time: int) -> Source:
-        if time < 0:
-            raise IndexError("How often a call is made is not known beforehand: count from the first, 0.")
-        return Source(self._view, self._name, time)
-
-
 class _Listing(Collector):
     """Every call that is made in the module."""
 
@@ -206,7 +192,7 @@ class SourceMode(TorchFunctionMode):
         self._visit = visit
         self._times: dict[str, int] = {}
         self._forward = forward_code(module)
-        gate = next((frame for frame in _frames() if is_gate(frame) or not is_ours(frame)), None)
+        gate = next((frame for frame in frames() if is_gate(frame) or not is_ours(frame)), None)
         self._from_the_start = gate is not None and gate.f_locals.get("self") is module
 
     def __torch_function__(
@@ -231,11 +217,11 @@ class SourceMode(TorchFunctionMode):
 
     def _places(self) -> list[Place]:
         """Where the forward, the helper that it called there, and so on to the torch function, are."""
-        frames = frames_from(self._forward)
-        inner = [*frames[1:], None]
+        outer = frames_from(self._forward)
+        inner = [*outer[1:], None]
         return [
             _place(frame.f_code, frame.f_lasti)
-            for frame, called in zip(frames, inner, strict=True)
+            for frame, called in zip(outer, inner, strict=True)
             if called is None or called.f_code.co_name not in _COMPREHENSIONS
         ]
 
@@ -254,26 +240,18 @@ def forward_code(module: Module) -> CodeType | None:
 
 def frames_from(forward: CodeType | None) -> list[FrameType]:
     """The frames of the model's own from that forward to the torch function that is being called, outermost first."""
-    frames: list[FrameType] = []
-    for frame in _frames():
+    found: list[FrameType] = []
+    for frame in frames():
         if is_call(frame):
             break
         is_forward = frame.f_code is forward
         name = frame.f_globals.get("__name__", "")
-        of_torch = name.startswith("torch.") and not name.startswith("torch.nn.modules.") and not frames
+        of_torch = name.startswith("torch.") and not name.startswith("torch.nn.modules.") and not found
         if is_forward or not (of_torch or name == "torch.nn.modules.module" or is_ours(frame)):
-            frames.append(frame)
+            found.append(frame)
         if is_forward:
             break
-    frames.reverse()
-    return frames
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    return found[::-1]
 
 
 class Place(NamedTuple):

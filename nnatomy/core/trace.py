@@ -15,7 +15,8 @@ from nnatomy.core.attach import Attachment
 from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.compat import mount_save
-from nnatomy.core.invoke import Barrier, Ensemble, Invoke
+from nnatomy.core.ensemble import Ensemble
+from nnatomy.core.invoke import Barrier, Invoke
 from nnatomy.core.joining import Joining
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView
@@ -79,8 +80,8 @@ class Trace:
             if isinstance(edit, Attachment):
                 run.replacements.append(edit.for_run())
                 run.guests.append(edit.module)
-                continue
-            Invoke(self._blocks_of_one_pass(), None, partial(self._edit_every_step, edit), lasting=True)
+            else:
+                Invoke(self._blocks_of_one_pass(), None, partial(self._edit_every_step, edit), lasting=True)
         return self
 
     def _owner(self) -> ref[Any]:
@@ -138,8 +139,8 @@ class Trace:
         """What the traced call returned.
 
         In the block, asking for it runs the forward pass to its end; in a block of `invoke`, it is that
-        block's rows. After the block it is there if
-        the forward pass has run to its end (`early_stop=False`, or the block asked for it).
+        block's rows. After the block it is there if the forward pass has run to its end (`early_stop=False`,
+        or the block asked for it).
         """
         if self._block is None and self._call is None:
             if not self._has_result:
@@ -259,21 +260,16 @@ class Steps:
         self._block = block
 
     def __getitem__(self, which: slice | int | Iterable[int]) -> Iterator[int]:
-        block = self._block
-
-        def steps() -> Iterator[int]:
-            outer = block.step
-            try:
-                begun = False
-                for step in _indices(which):
-                    if not block.reach_step(step, begun):
-                        return
-                    block.step, begun = step, True
-                    yield step
-            finally:
-                block.step = outer
-
-        return steps()
+        block, begun = self._block, False
+        outer = block.step
+        try:
+            for step in _indices(which):
+                if not block.reach_step(step, begun):
+                    return
+                block.step, begun = step, True
+                yield step
+        finally:
+            block.step = outer
 
     def __iter__(self) -> Iterator[int]:
         return self[:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, count
 from typing import Any
 
 from torch.nn import Module
@@ -112,7 +113,7 @@ class Traceable(ModuleView):
             >>> features.shape, torch.allclose(y, net(torch.ones(1, 4)), atol=1e-5)
             (torch.Size([1, 32]), True)
         """
-        if any(not isinstance(edit, Attachment) for edit in self.edits):
+        if len(self._attached) < len(self.edits):
             raise UsageError(
                 "This view has edits, and attached modules act before edits: attach first, model.attach(...).edit(...)."
             )
@@ -121,14 +122,15 @@ class Traceable(ModuleView):
         attachment = Attachment(name, where, where if takes is None else self._point(takes), module, how)
         return with_edit(self, attachment)
 
+    @property
+    def _attached(self) -> dict[str, Attachment]:
+        return {edit.name: edit for edit in self.edits if isinstance(edit, Attachment)}
+
     def _free_name(self, name: str | None, module: Module) -> str:
-        taken = {edit.name for edit in self.edits if isinstance(edit, Attachment)}.union(dir(self))
+        taken = dir(self)
         if name is None:
-            name = base = type(module).__name__.lower()
-            number = 0
-            while name in taken:
-                number += 1
-                name = f"{base}_{number}"
+            base = type(module).__name__.lower()
+            return next(one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken)
         if name in taken:
             raise UsageError(
                 f"attach(..., name={name!r}): the view has something of that name: give another."
@@ -147,13 +149,12 @@ class Traceable(ModuleView):
         return Point(point, module, kind, first_tensor, with_first_tensor)
 
     def _child(self, name: str) -> ModuleView:
-        for edit in self.edits:
-            if isinstance(edit, Attachment) and edit.name == name:
-                return ModuleView(self._blocks, edit.module, name)
+        if self.edits and name in self._attached:
+            return ModuleView(self._blocks, self._attached[name].module, name)
         return super()._child(name)
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *(edit.name for edit in self.edits if isinstance(edit, Attachment))]
+        return [*super().__dir__(), *self._attached]
 
     def session(self) -> AbstractContextManager[Any]:
         """`with model.session():` groups traces, as in nnsight. Values flow from one trace to the next without it."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch.nn import Module
 
 from nnatomy.core.block import Block, OpenBlocks
-from nnatomy.core.run import hide_our_frames
+from nnatomy.core.calls import Calls, Inputs, first_argument, with_first_argument
+from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.source import Source
 from nnatomy.errors import NoSuchModuleError
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ModuleView:
@@ -63,26 +63,20 @@ class ModuleView:
     @inputs.setter
     def inputs(self, value: Inputs) -> None:
         args, kwargs = value
-        self._block().reach(self.module, "input", f"{self.path}.inputs", self._call).value = (
-            tuple(args),
-            dict(kwargs),
-        )
+        slot = self._block().reach(self.module, "input", f"{self.path}.inputs", self._call)
+        slot.value = tuple(args), dict(kwargs)
 
     @property
     def input(self) -> Any:
         """The first positional argument of the module's call, or its first keyword argument if there
         is none. Assigning replaces that argument. Errors as `output`."""
-        args, kwargs = self._block().reach(self.module, "input", f"{self.path}.input", self._call).value
-        return args[0] if args else next(iter(kwargs.values()), None)
+        slot = self._block().reach(self.module, "input", f"{self.path}.input", self._call)
+        return first_argument(slot.value)
 
     @input.setter
     def input(self, value: Any) -> None:
         slot = self._block().reach(self.module, "input", f"{self.path}.input", self._call)
-        args, kwargs = slot.value
-        if args or not kwargs:
-            slot.value = ((value, *args[1:]), kwargs)
-        else:
-            slot.value = (args, {**kwargs, next(iter(kwargs)): value})
+        slot.value = with_first_argument(slot.value, value)
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this call: `value` is its output. Errors as `output`."""
@@ -90,9 +84,9 @@ class ModuleView:
         slot.skip(value)
 
     @property
-    def calls(self) -> Calls:
+    def calls(self) -> Calls[ModuleView]:
         """The calls of this module in one forward pass: `view.calls[1].output` is its second call's."""
-        return Calls(self)
+        return Calls(self.path, partial(ModuleView, self._blocks, self.module, self.path))
 
     @property
     def source(self) -> Source:
@@ -124,9 +118,12 @@ class ModuleView:
         names = list(self.module._modules)
         if isinstance(which, slice):
             return [self._child(name) for name in names[which]]
-        if not -len(names) <= which < len(names):
-            raise IndexError(f"{self.path or 'the model'} has {len(names)} children, so no [{which}].")
-        return self._child(names[which])
+        try:
+            name = names[which]
+        except IndexError:
+            children = f"{self.path or 'the model'} has {len(names)} children"
+            raise IndexError(f"{children}, so no [{which}].") from None
+        return self._child(name)
 
     def _child(self, name: str) -> ModuleView:
         child = self.module._modules.get(name)
@@ -180,18 +177,3 @@ class ModuleView:
 
     def __repr__(self) -> str:
         return f"<{self.path or 'root'}: {self.module!r}>"
-
-
-class Calls:
-    """The calls of one module in a forward pass, by index: `view.calls[1].output`."""
-
-    def __init__(self, view: ModuleView) -> None:
-        self._view = view
-
-    def __getitem__(self, call: int) -> ModuleView:
-        if call < 0:
-            raise IndexError(
-                f"{self._view.path}.calls[{call}]: how often a module is called is not known beforehand, so "
-                "calls count from the first, 0."
-            )
-        return ModuleView(self._view._blocks, self._view.module, self._view.path, call)

@@ -34,7 +34,7 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.block import is_ours
+from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
 from nnatomy.core.points import Axes, Visit
 

@@ -11,7 +11,7 @@ from helpers import Calls, net, no_leaks, our_frames, x
 from torch import nn
 
 from nnatomy.core import Traceable
-from nnatomy.core.run import hide_our_frames
+from nnatomy.core.frames import hide_our_frames
 from nnatomy.errors import (
     CacheError,
     NoSuchModuleError,

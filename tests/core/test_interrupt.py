@@ -18,7 +18,8 @@ from helpers import Calls, busy_threads, net, no_leaks, settles, x
 from torch import nn
 
 from nnatomy.core import Trace, Traceable, gates, worker
-from nnatomy.core.run import OWNER_SECONDS, Cancelled, Interruptible
+from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.core.run import OWNER_SECONDS
 
 
 def busy(self, _):

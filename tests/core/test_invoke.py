@@ -216,7 +216,7 @@ def test_a_debugger_or_coverage_goes_on() -> None:
     finally:
         sys.settrace(before)
     assert shape == (1, 4)
-    assert block.member.done
+    assert block.done
     assert {4, 5} <= set(lines)
 
 
@@ -663,7 +663,7 @@ def test_a_block_of_nothing() -> None:
             result = tracer.result
     with view.edit() as edited:
         ...
-    assert block.member.done
+    assert block.done
     assert torch.equal(result, view(torch.cat([ONE, TWO])))
     assert torch.equal(edited(TWO), view(TWO))
 

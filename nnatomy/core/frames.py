@@ -1,0 +1,72 @@
+"""Frames: whose code is at work in a thread, and at which line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import dropwhile
+from types import CodeType, FrameType, TracebackType
+
+
+def frames() -> Iterator[FrameType]:
+    """The frames of this thread from the caller's outwards."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Whether a frame is this library's, or one of the run-time checks around it."""
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
+
+
+def user_frames() -> Iterator[FrameType]:
+    """The frames of this thread from the innermost one that is not this library's outwards."""
+    return dropwhile(is_ours, frames())
+
+
+def user_line() -> str:
+    """The file and line of the innermost frame that is not this library's."""
+    frame = next(user_frames())
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def line_of(code: CodeType, instruction: int) -> str:
+    """The file and line of an instruction."""
+    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
+    return f"{code.co_filename}:{next(lines, None)}"
+
+
+def frame_of_with() -> FrameType:
+    """The frame whose `with` enters a trace, also by way of `contextlib` or another `__enter__`."""
+    outwards = user_frames()
+    this = next(outwards)
+    for outer in outwards:
+        by_contextlib = outer.f_globals.get("__name__") == "contextlib"  # `this` is a generator it made enter
+        if not by_contextlib and this.f_code.co_name not in ("__enter__", "enter_context"):
+            break
+        this = outer
+    return this
+
+
+def hide_our_frames(error: BaseException) -> BaseException:
+    """Take the frames of `nnatomy.core`, which stand between every two modules, out of its traceback."""
+    chain: list[BaseException | None] = [error]
+    for one in chain:  # and of the errors it came of
+        if one is not None:
+            one.__traceback__ = _without_our_frames(one.__traceback__)
+            chain += [other for other in (one.__cause__, one.__context__) if other not in chain]
+    return error
+
+
+def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
+    kept = []
+    while traceback is not None:
+        if not traceback.tb_frame.f_globals.get("__name__", "").startswith("nnatomy.core."):
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    for this, following in zip(kept, [*kept[1:], None], strict=False):
+        this.tb_next = following
+    return kept[0] if kept else None  # None: raised by ourselves, in a thread of ours

@@ -1,0 +1,96 @@
+"""The standard names that take a layer: an accessor for each."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from torch.nn import Module
+
+from nnatomy.core import ModuleView
+from nnatomy.core.attach import Point
+from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.attention import AttentionMode
+from nnatomy.standardized.contributions import ATTENTIONS, MID, MIXERS, MLPS
+from nnatomy.standardized.neurons import NEURONS
+from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.routers import EXPERTS, LOGITS, WEIGHTS
+from nnatomy.standardized.shown import Sums
+
+
+class Names(Parts):
+    """A model with its accessors."""
+
+    #: Of an encoder-decoder's encoder; the plain names are the decoder's.
+    encoder_layers_input: LayerAccessor
+    encoder_layers_output: LayerAccessor
+    encoder_attentions_input: LayerAccessor
+    encoder_attentions_output: LayerAccessor
+    encoder_mlps_input: LayerAccessor
+    encoder_mlps_output: LayerAccessor
+    encoder_queries: LayerAccessor
+    encoder_keys: LayerAccessor
+    encoder_values: LayerAccessor
+    encoder_attention_scores: LayerAccessor
+    encoder_attention_probabilities: LayerAccessor
+    encoder_heads_output: LayerAccessor
+
+    def _make_accessors(self) -> None:
+        anatomy, blocks = self._anatomy, self._blocks
+        parts: dict[str, tuple[Module | None, ...]]
+        parts = {"layers": anatomy.layers, "attentions": anatomy.attentions, "mlps": anatomy.mlps}
+        absent = {"attentions": anatomy.absent["attention"], "mlps": anatomy.absent["mlp"]}
+
+        def accessor(part: str, side: str) -> LayerAccessor:
+            return LayerAccessor(f"{part}_{side}", parts[part], blocks, side, absent=absent.get(part, ()))
+
+        parts["mixers"] = tuple(one[0] if len(one) == 1 else None for one in anatomy.mixers)
+        absent["mixers"] = tuple(
+            f"it has several token mixers ({kinds})" if several else "it mixes no tokens"
+            for several, kinds in zip(anatomy.mixers, anatomy.kinds, strict=True)
+        )
+        self.layers_input = accessor("layers", "input")
+        self.layers_output = accessor("layers", "output")
+        self.attentions_input = accessor("attentions", "input")
+        self.attentions_output = accessor("attentions", "output")
+        self.mlps_input = accessor("mlps", "input")
+        self.mlps_output = accessor("mlps", "output")
+        self.mixers_output = accessor("mixers", "output")
+        self._sums = Sums(anatomy, blocks, self.hidden_size)
+        self.layers_mid = self._sums.accessors[MID]
+        self.attentions_contribution = self._sums.accessors[ATTENTIONS]
+        self.mixers_contribution = self._sums.accessors[MIXERS]
+        self.mlps_contribution = self._sums.accessors[MLPS]
+        self.neurons = self._sums.accessors[NEURONS]
+        self.routers_logits = self._sums.accessors[LOGITS]
+        self.routers_weights = self._sums.accessors[WEIGHTS]
+        self.routers_experts = self._sums.accessors[EXPERTS]
+        tap = partial(AttentionMode, self.dimensions.num_heads)
+
+        def inside(name: str) -> LayerAccessor:
+            return LayerAccessor(
+                name,
+                anatomy.attentions,
+                blocks,
+                name,
+                get=lambda value: value,
+                put=lambda _, new: new,
+                tap=tap,
+                absent=absent["attentions"],
+                unreached="A fused attention kernel never holds it: load the model with "
+                "attn_implementation='sdpa' or 'eager'.",
+            )
+
+        self.queries = inside("queries")
+        self.keys = inside("keys")
+        self.values = inside("values")
+        self.attention_scores = inside("attention_scores")
+        self.attention_probabilities = inside("attention_probabilities")
+        self.heads_output = inside("heads_output")
+
+    def _point(self, point: str | ModuleView) -> Point:
+        match = re.fullmatch(r"(\w+)\[(-?\d+)\]", point) if isinstance(point, str) else None
+        accessor = getattr(self, match[1], None) if match else None
+        if match is None or not isinstance(accessor, LayerAccessor):
+            return super()._point(point)
+        return accessor.point(int(match[2]))

@@ -1,0 +1,96 @@
+"""Running a model: calls, traces, generations, on prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from nnatomy.core import Trace
+from nnatomy.standardized.joined_prompts import JoinPrompts
+from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.prompt_trace import PromptTrace
+
+
+class Running(Parts):
+    """A model that runs on prompts."""
+
+    def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
+        """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
+        inputs = self.prepare(prompts, **kwargs)
+        return self.trace(**inputs).run() if self.edits else self.hf_model(**inputs)
+
+    def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """The arguments that `prompts` (see `trace`) give to the model's forward.
+
+        Returns:
+            `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded.
+        """
+        return self._prompts.prepare(prompts, kwargs, self.device)
+
+    def trace(  # type: ignore[override]
+        self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
+    ) -> Trace:
+        """Trace one forward pass: `with model.trace(prompts) as tracer: ...`.
+
+        Without prompts, for several blocks with prompts of their own on one pass: see `Trace.invoke`.
+
+        Args:
+            prompts: a string; a chat (a list of dicts with role and content); token ids (a list or 1-D
+                tensor); a list of these; a 2-D tensor of ids; or a dict with `input_ids`. Batches are
+                padded on the left, so that `[:, -1]` is each prompt's last token.
+            early_stop: cancel the forward pass when the block ends. With PEFT's `adapter_names`, give False: it
+                takes back what they put on the model only if the call returns.
+            **kwargs: go to the model's forward.
+
+        Raises:
+            InputError: if there is nothing to run, or the prompts cannot be run on this model.
+        """
+        return self._trace(lambda inputs: partial(self.hf_model, **inputs), prompts, early_stop, kwargs)
+
+    def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
+
+        In `for step in tracer.iter[:]:` names mean that step's forward pass. With the KV cache, step 0
+        sees the prompt, and each later one the newest token alone. `tracer.result` is what the model's
+        `generate` returns; `model.generate(...).run()` generates with no block.
+
+        Args:
+            prompts, early_stop: as in `trace`.
+            **kwargs: go to the model's `generate`.
+        """
+
+        started = "decoder_input_ids" in {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
+
+        def call(inputs: dict[str, Any]) -> Callable[[], Any]:
+            inputs.pop("position_ids", None)  # generate makes its own, for every step
+            if not started:
+                inputs.pop("decoder_input_ids", None)
+            if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
+                inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
+            return partial(self.hf_model.generate, **inputs)
+
+        return self._trace(call, prompts, early_stop, kwargs)
+
+    def _trace(
+        self,
+        call: Callable[[dict[str, Any]], Callable[[], Any]],
+        prompts: Any,
+        early_stop: bool,
+        kwargs: dict[str, Any],
+    ) -> Trace:
+        if prompts is not None or self._prompts.read(kwargs):
+            return PromptTrace(self, call(self.prepare(prompts, **kwargs)), early_stop=early_stop)
+        joining = JoinPrompts(
+            self.hf_model,
+            self.prepare,
+            lambda inputs: call({**inputs, **kwargs}),
+            self._prompts,
+        )
+        return PromptTrace(self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
+
+    def scan(  # type: ignore[override]
+        self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
+    ) -> Trace:
+        """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
+        return super().scan(early_stop=early_stop, **self.prepare(prompts, **kwargs))

@@ -1,0 +1,127 @@
+"""Values that belong to no layer: prompts, embeddings, logits; and the head, from the stream to the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nnatomy.errors import InputError, NotReachedError
+from nnatomy.standardized.accessors import check_fits
+from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
+
+
+class Values(Parts):
+    """The names of a trace that take no layer."""
+
+    @property
+    def input_ids(self) -> Int[Tensor, "batch seq"]:
+        """The token ids of the prompts, padded on the left (of the newest tokens, in a later step)."""
+        return self._root_input("input_ids")
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch seq"]:
+        """1 for the prompts' tokens, 0 for padding; in a later step of a generation those of the earlier ones too."""
+        arguments, length = self._root_inputs("attention_mask")
+        tokens = tokens_of(arguments)
+        if arguments.get("attention_mask") is not None or tokens is None:
+            return self._root_input("attention_mask")
+        return torch.ones(
+            len(tokens), length, dtype=torch.long, device=tokens.device
+        )  # generate leaves it out then
+
+    @property
+    def input_size(self) -> torch.Size:
+        """(batch, seq)."""
+        return self.input_ids.shape
+
+    def _root_input(self, name: str) -> Any:
+        arguments, _ = self._root_inputs(name)
+        value = arguments.get(name)
+        if value is None:
+            given = ", ".join(key for key, one in arguments.items() if one is not None)
+            raise NotReachedError(f"The model was called without {name}; it was given {given}.")
+        return value
+
+    def _root_inputs(self, name: str) -> tuple[dict[str, Any], int]:
+        """The arguments of the model's forward in this step, and how many positions there are with the earlier steps'."""
+        block = self._blocks.current(name)
+        recorded = next((c for c in block.run.collectors if isinstance(c, RootInputs)), None)
+        if recorded is None or recorded.slot is None or block.step != recorded.slot.step:
+            slot = block.reach(self.steps_of, "input", name)
+        else:
+            slot = block.peek(recorded.slot)
+        arguments = slot.value[1]
+        first = 0 if recorded is None else recorded.length  # 0 where the first step is just being asked
+        return arguments, (first or positions_in(arguments)) + slot.step
+
+    @property
+    def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
+        """What the token embedding gives, before positions; can be assigned."""
+        self._check_refused("token_embeddings")
+        return self.embed_tokens.output
+
+    @token_embeddings.setter
+    def token_embeddings(self, value: Tensor) -> None:
+        self._check_refused("token_embeddings")
+        slot = self._blocks.current("token_embeddings").reach(
+            self._anatomy.embed_tokens, "output", "token_embeddings"
+        )
+        check_fits("token_embeddings", slot.value, value)
+        slot.value = value
+
+    @property
+    def logits(self) -> Float[Tensor, "batch seq vocab"]:
+        """The model's logits, after all caps and scales; can be assigned."""
+        self._check_refused("logits")
+        return self._blocks.current("logits").reach(self.steps_of, "output", "logits").value.logits
+
+    @logits.setter
+    def logits(self, value: Tensor) -> None:
+        self._check_refused("logits")
+        slot = self._blocks.current("logits").reach(self.steps_of, "output", "logits")
+        check_fits("logits", slot.value.logits, value)
+        slot.value.logits = value
+
+    @property
+    def next_token_probs(self) -> Float[Tensor, "batch vocab"]:
+        """The probabilities of the token after each prompt."""
+        return self.logits[:, -1].softmax(-1)
+
+    def project_on_vocab(self, hidden_state: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """The logits that the model would give, were `hidden_state` the last layer's output.
+
+        Exact: with the final norm, and every cap, scale and projection of the model's own.
+        """
+        if hidden_state.shape[-1] != self.hidden_size:
+            raise InputError(
+                f"project_on_vocab takes hidden states of width {self.hidden_size}; "
+                f"got {tuple(hidden_state.shape)}."
+            )
+        return self._head(hidden_state)
+
+    def get_topk_closest_tokens(
+        self, hidden_state: Float[Tensor, "*rows hidden"], k: int = 5
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """The `k` most probable tokens of `project_on_vocab(hidden_state)`, with their probabilities.
+
+        Args:
+            hidden_state: of (hidden), or of (rows, hidden) for a list of results.
+        """
+        if hidden_state.ndim not in (1, 2):
+            raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")
+        if self.tokenizer is None:
+            raise InputError(
+                "Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer)."
+            )
+        top = self.project_on_vocab(hidden_state).softmax(-1).topk(k, dim=-1)
+        rows = [
+            dict(zip(self.tokenizer.convert_ids_to_tokens(ids), probs, strict=True))
+            for ids, probs in zip(
+                top.indices.reshape(-1, k).tolist(), top.values.reshape(-1, k).tolist(), strict=True
+            )
+        ]
+        return rows[0] if hidden_state.ndim == 1 else rows
