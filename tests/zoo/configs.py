@@ -129,6 +129,15 @@ _PLE = {
 }
 _AUDIO = {"num_codebooks": 1}
 
+
+def _mrope(*section: int, **more: Any) -> dict[str, Any]:
+    """Positions of three axes, of which these parts of half a head are turned by each."""
+    return {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [*section], **more}}}
+
+
+#: Where an image begins and ends.
+_MARKS = {"vision_start_token_id": 8, "vision_end_token_id": 9}
+
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -155,11 +164,16 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gemma4_assistant": {"text_config": _NO_EXTRAS},
     "got_ocr2": {"vision_config": {"output_channels": 8, "image_size": 64}},
+    "glmga": _mrope(1, 1, 2),
+    "glm4v": _mrope(1, 1, 2),
+    "glm4v_moe": _mrope(1, 1, 2, partial_rotary_factor=1.0),
+    "glm_ocr": _mrope(1, 1, 2),
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "helium": {"head_dim": 8},
+    "hunyuan_vl": _mrope(2, 3, 3),
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
     "jamba": {
@@ -176,11 +190,13 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"scale_emb": 3, "dim_model_base": 16},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2, "index_topk_blocks": 2},
+    "mistral4": {"head_dim": 14},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "mpt": {"attn_config": {"softmax_scale": 0.2, "qk_ln": True}},
     "musicgen": {"decoder": _AUDIO},
     "musicgen_melody": {"decoder": _AUDIO},
     "opt": {"word_embed_proj_dim": 16},
+    "paddleocr_vl": _mrope(2, 3, 3),
     "phi4_multimodal": {
         "audio_config": {
             "num_blocks": 1,
@@ -190,6 +206,9 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
+    "qwen2_5_omni_thinker": _mrope(1, 1, 2) | _MARKS,
+    "qwen2_5_vl": _mrope(1, 1, 2),
+    "qwen3_omni_moe_thinker": _MARKS,
     "qwen4_exp": {"text_config": _QSA | _PLE},
     "qwen4_exp_text": _QSA | _PLE,
     "reformer": {
