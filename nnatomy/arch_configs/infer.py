@@ -81,20 +81,17 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
     with _hooks(model.modules(), after=note):
         _run(model)
     best = layers or []
+    found: list[tuple[bool, int, list[Module]]] = []
     for container in () if best else model.modules():
         if len(container._modules) < 2 or not all(name.isdigit() for name in container._modules):
             continue
         layers = [child for child in container._modules.values() if child in seen]
-        if has_decoder(model) and layers and not _is_decoders(seen[layers[0]][0][0]):
+        if has_decoder(model) and layers and not _is_of_prompts(seen[layers[0]][0][0]):
             continue
         hands_on = all(seen[a][-1][1] == seen[b][0][0] for a, b in itertools.pairwise(layers))
-        if (
-            len(layers) > 1
-            and hands_on
-            and seen[layers[0]][0][0]
-            and _size(container) > sum(map(_size, best))
-        ):
-            best = layers
+        if len(layers) > 1 and hands_on and (given := seen[layers[0]][0][0]):
+            found.append((_is_of_prompts(given), _size(container), layers))
+    best = best or max(found, key=lambda one: one[:2], default=(False, 0, best))[2]
     if not best:
         raise CannotInfer("no list of modules hands hidden states from one to the next")
     last = seen[best[-1]][-1][1]
@@ -371,8 +368,8 @@ def _print_of(tensor: Tensor | None) -> Any:
     return tuple(tensor.shape), exact.sum().item(), exact.square().sum().item(), exact.flatten()[:3].tolist()
 
 
-def _is_decoders(given: Any) -> bool:
-    """Whether a layer was given what is the decoder's, by its print."""
+def _is_of_prompts(given: Any) -> bool:
+    """Whether a layer was given what is of the tokens' positions (not an encoder's, an image's), by its print."""
     return given is not None and given[0][:2] == (BATCH, SEQ)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from transformers import GenerationMixin
 
 from nnatomy.arch_configs.config import ArchConfig
@@ -180,6 +180,10 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None]:
                 ends.append(getattr(model, getter, lambda: None)())
         except NotImplementedError:  # Transformers does not know either
             ends.append(None)
+    if isinstance(
+        ends[1], Embedding
+    ):  # what an encoder says, that shares its embedding with the decoder's head
+        ends[1] = None
     if not all(isinstance(end, Module) for end in ends):
         try:
             found = find_ends(model)

@@ -21,6 +21,7 @@ from nnatomy.arch_configs import (
     has_decoder,
     input_device,
     main_input,
+    needed,
     resolve,
     takes,
     text_config,
@@ -148,6 +149,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             takes(causal, "position_ids"),
             main_input(causal),
             decoder_start(causal) if has_decoder(causal) else None,
+            needed(causal),
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(

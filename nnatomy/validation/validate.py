@@ -36,7 +36,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import GenerationMixin
 
-from nnatomy.arch_configs import example_inputs, has_decoder, main_input, text_config
+from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input, text_config
 from nnatomy.core import Collector, Slot, Trace
 from nnatomy.errors import InputError, ValidationError
 from nnatomy.validation.algebra import Algebra
@@ -102,7 +102,7 @@ class _Validation:
         if self.reads_tokens:
             vocab = min(model.dimensions.vocab_size or model._prompts.vocab_size, model._prompts.vocab_size)
             ids = [(3 + 7 * i * max(1, vocab // 53)) % vocab for i in range(2 * PROMPT_LENGTH)]
-            self.inputs = model.prepare([ids[:PROMPT_LENGTH], ids[PROMPT_LENGTH:]])
+            self.inputs = self._prepare([ids[:PROMPT_LENGTH], ids[PROMPT_LENGTH:]])
         else:
             self.inputs = model.prepare(**example_inputs(model.steps_of, 2, PROMPT_LENGTH, model.device))
         self.norm = model._anatomy.ln_final
@@ -123,6 +123,11 @@ class _Validation:
         self.names = [
             name for name in MODULES if any(module is not None for module in getattr(model, name).modules)
         ]
+
+    def _prepare(self, prompts: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        """The arguments for prompts of token ids, with what the model has to be given beside."""
+        seq = max(map(len, prompts))
+        return self.model.prepare(prompts, **beside_tokens(self.model.steps_of, len(prompts), seq), **kwargs)
 
     def run(self) -> Findings:
         plain = self._plain(self.inputs)
@@ -480,7 +485,7 @@ class _Validation:
 
         def last(prompts: list[list[int]]) -> Tensor:
             more = {} if decoder is None else {"decoder_input_ids": decoder[-len(prompts) :]}
-            return get(self._plain(model.prepare(prompts, **more)))[-1]
+            return get(self._plain(self._prepare(prompts, **more)))[-1]
 
         alone = clean[1, :short] if decoder is None else last([ids[1][:short]])
 

@@ -128,6 +128,7 @@ _PLE = {
     "heads_per_ngram": 2,
 }
 _AUDIO = {"num_codebooks": 1}
+_IMAGE = {"image_size": 16, "patch_size": 4}
 
 
 def _mrope(*section: int, **more: Any) -> dict[str, Any]:
@@ -141,6 +142,8 @@ _MARKS = {"vision_start_token_id": 8, "vision_end_token_id": 9}
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blip": {"vision_config": _IMAGE},
+    "blip-2": {"vision_config": _IMAGE},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
     "cohere_compass_text": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}},
     "deepseek_v4": {
@@ -155,6 +158,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": _DOTS3,
     "electra": {"embedding_size": 16},
+    "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 1.5]},
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
@@ -174,8 +178,11 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "helium": {"head_dim": 8},
     "hunyuan_vl": _mrope(2, 3, 3),
+    "idefics": {"vision_config": _IMAGE | {"embed_dim": 32}},
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
+    "instructblip": {"vision_config": _IMAGE},
+    "instructblipvideo": {"vision_config": _IMAGE},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -206,6 +213,20 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
+    "pix2struct": {
+        "text_config": {"d_kv": 8},
+        "vision_config": {"d_kv": 8, "patch_embed_hidden_size": 12, "seq_len": 16},
+    },
+    "pp_formulanet": {
+        "vision_config": {
+            "image_size": 64,
+            "output_channels": 8,
+            "post_conv_in_channels": 8,
+            "post_conv_mid_channels": 8,
+            "post_conv_out_channels": 16,
+            "decoder_hidden_size": 32,
+        }
+    },
     "qwen2_5_omni_thinker": _mrope(1, 1, 2) | _MARKS,
     "qwen2_5_vl": _mrope(1, 1, 2),
     "qwen3_omni_moe_thinker": _MARKS,
@@ -229,6 +250,10 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "roformer": {"embedding_size": 16},
     "rwkv": {"rescale_every": 2},
+    "vision-encoder-decoder": {
+        "encoder": _IMAGE,
+        "decoder": {"add_cross_attention": True},
+    },
     "xlm": {"causal": True},
     "xlnet": {"d_head": 8, "attn_type": "bi"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
