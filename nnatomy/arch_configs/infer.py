@@ -82,18 +82,23 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
         _run(model)
     best = layers or []
     found: list[tuple[bool, int, list[Module]]] = []
+    others: list[str] = []
     for container in () if best else model.modules():
         if len(container._modules) < 2 or not all(name.isdigit() for name in container._modules):
             continue
         layers = [child for child in container._modules.values() if child in seen]
-        if has_decoder(model) and layers and not _is_of_prompts(seen[layers[0]][0][0]):
-            continue
         hands_on = all(seen[a][-1][1] == seen[b][0][0] for a, b in itertools.pairwise(layers))
         if len(layers) > 1 and hands_on and (given := seen[layers[0]][0][0]):
-            found.append((_is_of_prompts(given), _size(container), layers))
+            if has_decoder(model) and not _is_of_prompts(given):
+                others.append(str(given[0]))
+            else:
+                found.append((_is_of_prompts(given), _size(container), layers))
     best = best or max(found, key=lambda one: one[:2], default=(False, 0, best))[2]
     if not best:
-        raise CannotInfer("no list of modules hands hidden states from one to the next")
+        rest = f": there are lists that hand on {', '.join(others)}, where (batch, seq, hidden) is ({BATCH}, {SEQ}, hidden)"
+        raise CannotInfer(
+            f"no list of modules hands hidden states from one to the next{rest if others else ''}"
+        )
     last = seen[best[-1]][-1][1]
     inside = {module for layer in best for module in layer.modules()}
     norms = [

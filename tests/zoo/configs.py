@@ -172,6 +172,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "glm4v": _mrope(1, 1, 2),
     "glm4v_moe": _mrope(1, 1, 2, partial_rotary_factor=1.0),
     "glm_ocr": _mrope(1, 1, 2),
+    "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
