@@ -25,6 +25,7 @@ class Anatomy:
     Attributes:
         attentions, mlps: None where the layer has none, for the reason in `absent["attention"]` or `absent["mlp"]`.
         mixers: the token mixers, in the order in which they run; `kinds` names them.
+        cross_attentions: None where the layer has none, or several.
         ln_final: None where nothing but the unembedding's own transform follows the last layer.
         embed_tokens: the model itself or what embeds patches, where it takes no tokens.
         lm_head: None where the model gives no logits.
@@ -36,6 +37,7 @@ class Anatomy:
     attentions: tuple[Module | None, ...]
     mlps: tuple[Module | None, ...]
     mixers: tuple[tuple[Module, ...], ...]
+    cross_attentions: tuple[Module | None, ...]
     kinds: tuple[str, ...]
     absent: dict[str, tuple[str, ...]]
     ln_final: Module | None
@@ -102,12 +104,18 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
         attentions=tuple(part.attention for part in parts),
         mlps=tuple(part.mlp for part in parts),
         mixers=tuple(tuple(part.mixers) for part in parts),
+        cross_attentions=tuple(_cross_attention(part) for part in parts),
         kinds=tuple(" + ".join(part.kinds) or "none" for part in parts),
         absent={what: tuple(part.absent.get(what, "") for part in parts) for what in ABSENT},
         ln_final=ln_final if config.ln_final is None else _module(model, config.ln_final),
         lm_head=lm_head,
         inferred=inferred,
     )
+
+
+def _cross_attention(part: LayerParts) -> Module | None:
+    crossing = [m for m, kind in zip(part.mixers, part.kinds, strict=True) if kind == "cross-attention"]
+    return crossing[0] if len(crossing) == 1 else None
 
 
 def _infer(

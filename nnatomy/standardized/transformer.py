@@ -71,6 +71,8 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
     | `attention_scores` | what goes into the softmax: (batch, head, query, key) |
     | `attention_probabilities` | what multiplies the values: (batch, head, query, key) |
     | `heads_output` | what each head gives, before gates and projection: (batch, seq, head, value_dim) |
+    | `cross_attentions_input`, `cross_attentions_output` | of a decoder's attention to its encoder: (batch, seq, hidden) |
+    | `cross_attention_probabilities` | what it attends to: (batch, head, query, key), with a key for each position of the encoder |
 
     `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `embed_tokens`, `ln_final` and `lm_head` are views
     of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.
@@ -222,16 +224,15 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         self.routers_experts = self._sums.accessors[EXPERTS]
         tap = partial(AttentionMode, self.dimensions.num_heads)
 
-        def inside(name: str) -> LayerAccessor:
+        def inside(name: str, kind: str = "", **places: Any) -> LayerAccessor:
             return LayerAccessor(
                 name,
-                anatomy.attentions,
-                blocks,
-                name,
+                blocks=blocks,
+                kind=kind or name,
                 get=lambda value: value,
                 put=lambda _, new: new,
                 tap=tap,
-                absent=absent["attentions"],
+                **(places or {"modules": anatomy.attentions, "absent": absent["attentions"]}),
                 unreached="A fused attention kernel never holds it: load the model with "
                 "attn_implementation='sdpa' or 'eager'.",
             )
@@ -242,6 +243,19 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         self.attention_scores = inside("attention_scores")
         self.attention_probabilities = inside("attention_probabilities")
         self.heads_output = inside("heads_output")
+        crossing = anatomy.cross_attentions if any(anatomy.cross_attentions) else ()
+        places: dict[str, Any] = {
+            "modules": crossing,
+            "absent": ("it has no one cross-attention",) * len(crossing),
+            "none": "no layer attends to an encoder",
+        }
+        self.cross_attentions_input, self.cross_attentions_output = (
+            LayerAccessor(f"cross_attentions_{side}", blocks=blocks, kind=side, **places)
+            for side in ("input", "output")
+        )
+        self.cross_attention_probabilities = inside(
+            "cross_attention_probabilities", "attention_probabilities", **places
+        )
 
     # What it is.
 

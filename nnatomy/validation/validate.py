@@ -18,6 +18,8 @@ Five forward passes of two short prompts:
 5. padded: the prompts' first tokens again, padded on the left, to the last layer's output, which is as it was. This is
    a pass of its own because the others go the way of most prompts, on which no mask is laid.
 
+Where a decoder attends to an encoder, there is one more pass (see `cross`).
+
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.
 """
@@ -40,6 +42,7 @@ from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, mai
 from nnatomy.core import Collector, Slot, Trace
 from nnatomy.errors import InputError, ValidationError
 from nnatomy.validation.algebra import Algebra
+from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.names import MODULES
 from nnatomy.validation.neurons import Neurons
@@ -120,7 +123,8 @@ class _Validation:
         self.internals = Internals(
             model, self.findings, max(TOLERANCE.get(dtype or torch.float32, 1e-4), 1e-4)
         )
-        self.names = [
+        self.cross = CrossAttentions(model, self.findings, 10 * self.internals._tolerance)
+        self.names = self.cross.names + [
             name for name in MODULES if any(module is not None for module in getattr(model, name).modules)
         ]
 
@@ -137,6 +141,7 @@ class _Validation:
         self._refuse()
         if not self.findings.failures:  # what does not read right cannot be written back
             self._write(seen)
+            self._write_cross(seen)
             self._refuse()
             self._algebra(seen)
             if not self.findings.failures:
@@ -196,7 +201,7 @@ class _Validation:
         ends = {self.norm, model._anatomy.lm_head, model.steps_of, model._anatomy.embed_tokens} - {None}
         seen = _Seen(modules | ends, {"input": None, "output": None})
         internals = self.internals
-        taps = _Seen(internals.modules, internals.kinds)
+        taps = _Seen(internals.modules | self.cross.parts, internals.kinds)
         finder = model._sums.finder()
         with self._trace([seen, taps, finder]) as tracer:
             model._sums.watch_all(tracer.block)
@@ -222,7 +227,8 @@ class _Validation:
             if module is not None:
                 self._pattern(i, module, taps.of(module, patterns.kind))
                 internals.read(module, partial(taps.of, module), self.seq)
-        for accessor in internals.accessors.values():
+        self.cross.read(taps.of, self.seq)
+        for accessor in (*internals.accessors.values(), model.cross_attention_probabilities):
             accessor.changed_later = taps.changed_later(accessor.kind)
         seen.calls.update(taps.calls)
         last, get = model._anatomy.layers[-1], model.layers_output.get
@@ -375,6 +381,12 @@ class _Validation:
                         self._is_back(last, "the final norm its input", now, clean)
             else:
                 self._is_back(last, "the logits", self._given(tracer.result), self.logits)
+
+    def _write_cross(self, seen: _Seen) -> None:
+        if self.cross.parts:
+            change = partial(self.cross.change, seen=seen.only)
+            with self._trace([_Each(self.cross.modules, self.cross.kinds, change)]) as tracer:
+                tracer.result  # noqa: B018
 
     def _is_back(self, layer: int, what: str, now: Tensor, clean: Tensor) -> None:
         off = _distance(now, clean)
