@@ -15,7 +15,7 @@ from nnatomy.arch_configs.infer import CannotInfer, LayerParts, find_ends, find_
 from nnatomy.errors import UnknownArchitectureError
 
 #: What a layer may lack, for a reason.
-ABSENT = ("attention", "mlp")
+ABSENT = ("attention", "mlp", "layer")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Anatomy:
     ln_final: Module | None
     lm_head: Module | None
     inferred: bool
+
+    @property
+    def ran(self) -> tuple[Module, ...]:
+        """The layers that run on text alone."""
+        return tuple(layer for layer, why in zip(self.layers, self.absent["layer"], strict=True) if not why)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
 
 
 def _cross_attention(part: LayerParts) -> Module | None:
-    crossing = [m for m, kind in zip(part.mixers, part.kinds, strict=True) if kind == "cross-attention"]
+    pairs = zip(part.mixers, part.kinds, strict=False)  # what is not known has a kind, and no mixers
+    crossing = [mixer for mixer, kind in pairs if kind == "cross-attention"]
     return crossing[0] if len(crossing) == 1 else None
 
 

@@ -87,9 +87,9 @@ class Head:
 
     def _probe(self) -> None:
         with torch.no_grad(), self._root.trace(**self._inputs(1), use_cache=False) as tracer:
-            cache = tracer.cache(self._anatomy.layers)
-        paths = self._root.paths(self._anatomy.layers)
-        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.layers})
+            cache = tracer.cache(self._anatomy.ran)
+        paths = self._root.paths(self._anatomy.ran)
+        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.ran})
 
 
 class _SkipLayers(Collector):

@@ -195,16 +195,18 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
     def _make_accessors(self) -> None:
         anatomy, blocks = self._anatomy, self._blocks
         parts: dict[str, tuple[Module | None, ...]]
-        parts = {"layers": anatomy.layers, "attentions": anatomy.attentions, "mlps": anatomy.mlps}
-        absent = {"attentions": anatomy.absent["attention"], "mlps": anatomy.absent["mlp"]}
+        idle = anatomy.absent["layer"]
+        ran = tuple(None if why else layer for layer, why in zip(anatomy.layers, idle, strict=True))
+        parts = {"layers": ran, "attentions": anatomy.attentions, "mlps": anatomy.mlps}
+        absent = {"layers": idle, "attentions": anatomy.absent["attention"], "mlps": anatomy.absent["mlp"]}
 
         def accessor(part: str, side: str) -> LayerAccessor:
             return LayerAccessor(f"{part}_{side}", parts[part], blocks, side, absent=absent.get(part, ()))
 
         parts["mixers"] = tuple(one[0] if len(one) == 1 else None for one in anatomy.mixers)
         absent["mixers"] = tuple(
-            f"it has several token mixers ({kinds})" if several else "it mixes no tokens"
-            for several, kinds in zip(anatomy.mixers, anatomy.kinds, strict=True)
+            f"it has several token mixers ({kinds})" if several else why or "it mixes no tokens"
+            for several, kinds, why in zip(anatomy.mixers, anatomy.kinds, idle, strict=True)
         )
         self.layers_input = accessor("layers", "input")
         self.layers_output = accessor("layers", "output")
@@ -566,7 +568,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         if skip_with is None:
             skip_with = self.layers_input[first]
         for i in range(first, last + 1):
-            layer = self._anatomy.layers[i]
+            layer = self._anatomy.layers[self._checked(i)]
             form = self._head.in_form(layer, skip_with)
             self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}").skip(form)
 

@@ -256,11 +256,13 @@ class _Validation:
     def _hands_on(self, seen: _Seen) -> None:
         """Each layer is given what the one before gives."""
         outputs, inputs = self.model.layers_output, self.model.layers_input
-        for i, (before, after) in enumerate(pairwise(self.model._anatomy.layers)):
-            if not self._failed(outputs.name, i) and not self._failed(inputs.name, i + 1):
+        layers = self.model._anatomy.layers
+        for before, after in pairwise(self.model._anatomy.ran):
+            i, j = layers.index(before), layers.index(after)
+            if not self._failed(outputs.name, i) and not self._failed(inputs.name, j):
                 gives = outputs.get(seen.only(before, outputs.kind))
                 given = inputs.get(seen.only(after, inputs.kind))
-                what = f"is not layers_input[{i + 1}], off by {_distance(gives, given):.1e} (relative)"
+                what = f"is not layers_input[{j}], off by {_distance(gives, given):.1e} (relative)"
                 self.expect(torch.equal(gives, given), outputs.name, i, what, 0.0)
 
     def _values(
@@ -527,7 +529,7 @@ class _Validation:
         if model.layers_output.modules[-1] is None:
             head.refused = "it takes what the last layer gives, and there is no layers_output[-1]"
             return
-        head.learn_forms({module: seen.only(module, "output") for module in model._anatomy.layers})
+        head.learn_forms({module: seen.only(module, "output") for module in model._anatomy.ran})
         last = model.layers_output.get(seen.only(model.layers_output.modules[-1], "output"))
         norm = [] if self.norm is None else seen.first_tensors(self.norm)
         chain = [last, *norm, *seen.first_tensors(model._anatomy.lm_head), self.logits]
