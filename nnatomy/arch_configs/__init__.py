@@ -1,10 +1,12 @@
 """The naming of each architecture: from a Hugging Face model to its standard modules."""
 
 from nnatomy.arch_configs.config import ArchConfig as ArchConfig
+from nnatomy.arch_configs.example import beside_tokens as beside_tokens
 from nnatomy.arch_configs.example import example_inputs as example_inputs
 from nnatomy.arch_configs.example import has_decoder as has_decoder
 from nnatomy.arch_configs.example import input_device as input_device
 from nnatomy.arch_configs.example import main_input as main_input
+from nnatomy.arch_configs.example import needed as needed
 from nnatomy.arch_configs.example import takes as takes
 from nnatomy.arch_configs.example import text_config as text_config
 from nnatomy.arch_configs.families import FAMILIES as FAMILIES

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy.arch_configs.families import NEEDED, SEVERAL_IMAGES
+
+_OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
+
 
 def main_input(model: Module) -> str:
     """What the model reads: "input_ids", "pixel_values", "input_features", "input_values", ..."""
-    return "input_ids" if takes(model, "input_ids") else str(getattr(model, "main_input_name", "input_ids"))
+    if takes(model, "input_ids") and not has_decoder(model):
+        return "input_ids"
+    return str(getattr(model, "main_input_name", "input_ids"))
+
+
+def needed(model: Module) -> tuple[str, ...]:
+    """What the model has to be given beside tokens, as its forward's signature or the table of families says."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    required = (
+        one.name for one in arguments if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+    )
+    names = (main_input(model), *required, *NEEDED.get(type(model).__name__, ()))
+    return tuple(name for name in dict.fromkeys(names) if name not in _OF_TOKENS)
 
 
 def takes(model: Module, name: str) -> bool:
@@ -50,30 +67,59 @@ def example_inputs(model: Module, batch: int, seq: int, device: torch.device) ->
 
     An encoder is given three tokens more than the decoder, so that what is the encoder's shows.
     """
-    if main_input(model) != "input_ids":
-        inputs = {main_input(model): _signal(model, batch).to(device)}
-    else:
+    read = seq + 3 * has_decoder(model)
+    inputs = beside_tokens(model, batch, read)
+    if main_input(model) == "input_ids":
         vocab = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        inputs = {"input_ids": example_ids(vocab, batch, seq + 3 * has_decoder(model)).to(device)}
+        inputs["input_ids"] = example_ids(vocab, batch, read)
     if has_decoder(model):
         ids = example_ids(int(text_config(model).vocab_size), batch, seq)
-        inputs["decoder_input_ids"] = ids.flip(0, 1).to(device)
-    return inputs
+        inputs["decoder_input_ids"] = ids.flip(0, 1)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _signal(model: Module, batch: int) -> Tensor:
-    """Images or sound, as the config says how large: noise."""
+def beside_tokens(model: Module, batch: int, seq: int) -> dict[str, Tensor]:
+    """What the model has to be given beside tokens, for `batch` prompts of `seq` positions: noise, as large as the config says.
+
+    Where prompts of tokens differ, it is the same for each.
+    """
     config: Any = model.config
-    config = getattr(config, "encoder", None) or getattr(config, "vision_config", None) or config
-    if main_input(model) == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
-        shape: tuple[int, ...] = (batch, *frames, getattr(config, "num_channels", 3), *size)
-    elif main_input(model) == "input_features" and hasattr(config, "num_mel_bins"):
-        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
-    elif main_input(model) == "input_features":
-        shape = (batch, 32, getattr(config, "input_feat_per_channel", 80))
-    else:
-        shape = (batch, 4000)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    vision = getattr(config, "encoder", None) or getattr(config, "vision_config", None) or config
+    size = getattr(vision, "image_size", None) or 224
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    frames = (vision.num_frames,) if hasattr(vision, "num_frames") else ()
+    frames = (1,) if type(model).__name__ in SEVERAL_IMAGES else frames
+    shapes = {
+        "pixel_values": (*frames, getattr(vision, "num_channels", 3), *size),
+        "input_features": _spectrum(config, seq),
+    }
+    shares = {  # numbers from 0 to 1
+        "image_attention_mask": (seq, 1),
+        "flattened_patches": (7, 2 + getattr(vision, "patch_embed_hidden_size", 0)),  # 2: row and column
+        "bbox": (seq, 4),
+    }
+    made: dict[str, Tensor] = {}
+    for name in needed(model):
+        rows = batch if name == main_input(model) else 1
+        if name == "qformer_input_ids":
+            made[name] = example_ids(int(config.qformer_config.vocab_size), 1, 5)
+        elif name in shares:
+            shape = (rows, *shares[name])
+            made[name] = (torch.arange(math.prod(shape)) * 0.618).frac().view(shape)
+        elif name in shapes or name == main_input(model):
+            shape = (rows, *shapes.get(name, (4000,)))
+            made[name] = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    dtype = getattr(model, "dtype", torch.float32)
+    return {
+        name: value.expand(batch, *value.shape[1:]).to(dtype if value.is_floating_point() else value.dtype)
+        for name, value in made.items()
+    }
+
+
+def _spectrum(config: Any, seq: int) -> tuple[int, int]:
+    """The shape of one prompt's sound."""
+    if hasattr(config, "audio_length_per_tok"):  # as many tokens as there is sound for
+        return config.audio_config.num_mel_bins, seq * config.audio_length_per_tok
+    if hasattr(config, "num_mel_bins"):
+        return config.num_mel_bins, 2 * config.max_source_positions
+    return 32, getattr(config, "input_feat_per_channel", 80)

@@ -79,4 +79,17 @@ FAMILIES: tuple[ArchConfig, ...] = (
     ),
     # What a forward pass does not show: the stream is halved between some of the layers.
     ArchConfig(layers="rwkv.blocks", classes=("RwkvForCausalLM",)),
+    # Nor that cross-attentions of a list of their own run between the layers.
+    ArchConfig(layers="model.layers", classes=("IdeficsForVisionText2Text",)),
 )
+
+#: What a class has to be given beside tokens, though the signature of its forward does not say so.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "IdeficsForVisionText2Text": ("pixel_values", "image_attention_mask"),
+    "UdopForConditionalGeneration": ("bbox",),
+    "UdopStack": ("bbox",),
+    "VoxtralRealtimeForConditionalGeneration": ("input_features",),
+}
+
+#: Classes with several images for one prompt: (batch, image, channel, height, width).
+SEVERAL_IMAGES = frozenset(("IdeficsForVisionText2Text", "InstructBlipVideoForConditionalGeneration"))

@@ -57,7 +57,7 @@ class LayerParts:
 
     Attributes:
         mixers: its token mixers, in the order in which they run; `kinds` names them.
-        absent: why there is no attention, or no MLP.
+        absent: why there is no attention, or no MLP, or nothing at all of the layer.
     """
 
     mixers: list[Module] = field(default_factory=list)
@@ -81,23 +81,27 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
     with _hooks(model.modules(), after=note):
         _run(model)
     best = layers or []
+    found: list[tuple[bool, int, list[Module]]] = []
+    others: list[str] = []
     for container in () if best else model.modules():
         if len(container._modules) < 2 or not all(name.isdigit() for name in container._modules):
             continue
-        layers = [child for child in container._modules.values() if child in seen]
-        if has_decoder(model) and layers and not _is_decoders(seen[layers[0]][0][0]):
-            continue
+        every = [child for child in container._modules.values() if child is not None]
+        layers = [child for child in every if child in seen]
+        every = every[: every.index(layers[-1]) + 1] if layers else []  # one between may be left out (Mllama)
         hands_on = all(seen[a][-1][1] == seen[b][0][0] for a, b in itertools.pairwise(layers))
-        if (
-            len(layers) > 1
-            and hands_on
-            and seen[layers[0]][0][0]
-            and _size(container) > sum(map(_size, best))
-        ):
-            best = layers
+        if len(layers) > 1 and hands_on and (given := seen[layers[0]][0][0]):
+            if has_decoder(model) and not _is_of_prompts(given):
+                others.append(str(given[0]))
+            else:
+                found.append((_is_of_prompts(given), _size(container), every))
+    best = best or max(found, key=lambda one: one[:2], default=(False, 0, best))[2]
     if not best:
-        raise CannotInfer("no list of modules hands hidden states from one to the next")
-    last = seen[best[-1]][-1][1]
+        rest = f": there are lists that hand on {', '.join(others)}, where (batch, seq, hidden) is ({BATCH}, {SEQ}, hidden)"
+        raise CannotInfer(
+            f"no list of modules hands hidden states from one to the next{rest if others else ''}"
+        )
+    last = seen[[layer for layer in best if layer in seen][-1]][-1][1]
     inside = {module for layer in best for module in layer.modules()}
     norms = [
         module
@@ -160,6 +164,7 @@ class _Probe:
         self._stack: list[tuple[Module, bool]] = []
         self._time = 0
         self._width = 0
+        self._ran: set[Module] = set()
         self._odd: set[Module] = set()  # layers whose hidden states are not (batch, seq, *)
         self._other: list[Tensor] = []  # what a layer is given beside the stream, of other positions
         self._cross: set[Module] = set()  # modules that are given it
@@ -182,6 +187,7 @@ class _Probe:
             _run(model)
 
     def _perturb(self, layer: Module, args: Any, kwargs: Any) -> Any:
+        self._ran.add(layer)
         hidden = _hidden((args, kwargs))
         if hidden is not None and hidden.ndim == 3:
             self._seq = self._seq or hidden.shape[1]
@@ -233,6 +239,11 @@ class _Probe:
 
     def parts(self, layer: Module) -> LayerParts:
         parts = LayerParts()
+        if layer not in self._ran:
+            parts.kinds = ["not run"]
+            why = "it does not run on text alone"
+            parts.absent = {"attention": why, "mlp": why, "layer": why}
+            return parts
         if layer in self._odd:
             parts.kinds = ["unknown"]
             why = "what it consists of does not show, as its hidden states are not of (batch, seq, hidden)"
@@ -371,8 +382,8 @@ def _print_of(tensor: Tensor | None) -> Any:
     return tuple(tensor.shape), exact.sum().item(), exact.square().sum().item(), exact.flatten()[:3].tolist()
 
 
-def _is_decoders(given: Any) -> bool:
-    """Whether a layer was given what is the decoder's, by its print."""
+def _is_of_prompts(given: Any) -> bool:
+    """Whether a layer was given what is of the tokens' positions (not an encoder's, an image's), by its print."""
     return given is not None and given[0][:2] == (BATCH, SEQ)
 
 

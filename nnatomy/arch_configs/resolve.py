@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from transformers import GenerationMixin
 
 from nnatomy.arch_configs.config import ArchConfig
@@ -15,7 +15,7 @@ from nnatomy.arch_configs.infer import CannotInfer, LayerParts, find_ends, find_
 from nnatomy.errors import UnknownArchitectureError
 
 #: What a layer may lack, for a reason.
-ABSENT = ("attention", "mlp")
+ABSENT = ("attention", "mlp", "layer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Anatomy:
     Attributes:
         attentions, mlps: None where the layer has none, for the reason in `absent["attention"]` or `absent["mlp"]`.
         mixers: the token mixers, in the order in which they run; `kinds` names them.
+        cross_attentions: None where the layer has none, or several.
         ln_final: None where nothing but the unembedding's own transform follows the last layer.
         embed_tokens: the model itself or what embeds patches, where it takes no tokens.
         lm_head: None where the model gives no logits.
@@ -36,11 +37,17 @@ class Anatomy:
     attentions: tuple[Module | None, ...]
     mlps: tuple[Module | None, ...]
     mixers: tuple[tuple[Module, ...], ...]
+    cross_attentions: tuple[Module | None, ...]
     kinds: tuple[str, ...]
     absent: dict[str, tuple[str, ...]]
     ln_final: Module | None
     lm_head: Module | None
     inferred: bool
+
+    @property
+    def ran(self) -> tuple[Module, ...]:
+        """The layers that run on text alone."""
+        return tuple(layer for layer, why in zip(self.layers, self.absent["layer"], strict=True) if not why)
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,19 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
         attentions=tuple(part.attention for part in parts),
         mlps=tuple(part.mlp for part in parts),
         mixers=tuple(tuple(part.mixers) for part in parts),
+        cross_attentions=tuple(_cross_attention(part) for part in parts),
         kinds=tuple(" + ".join(part.kinds) or "none" for part in parts),
         absent={what: tuple(part.absent.get(what, "") for part in parts) for what in ABSENT},
         ln_final=ln_final if config.ln_final is None else _module(model, config.ln_final),
         lm_head=lm_head,
         inferred=inferred,
     )
+
+
+def _cross_attention(part: LayerParts) -> Module | None:
+    pairs = zip(part.mixers, part.kinds, strict=False)  # what is not known has a kind, and no mixers
+    crossing = [mixer for mixer, kind in pairs if kind == "cross-attention"]
+    return crossing[0] if len(crossing) == 1 else None
 
 
 def _infer(
@@ -180,6 +194,10 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None]:
                 ends.append(getattr(model, getter, lambda: None)())
         except NotImplementedError:  # Transformers does not know either
             ends.append(None)
+    if isinstance(
+        ends[1], Embedding
+    ):  # what an encoder says, that shares its embedding with the decoder's head
+        ends[1] = None
     if not all(isinstance(end, Module) for end in ends):
         try:
             found = find_ends(model)

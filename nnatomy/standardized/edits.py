@@ -34,7 +34,7 @@ class Edits(Names):
         if skip_with is None:
             skip_with = self.layers_input[first]
         for i in range(first, last + 1):
-            layer = self._anatomy.layers[i]
+            layer = self._anatomy.layers[self._checked(i)]
             form = self._head.in_form(layer, skip_with)
             self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}").skip(form)
 

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map_only
 
-from nnatomy.arch_configs import Anatomy, example_inputs, has_decoder, input_device
+from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device
 from nnatomy.core import Collector, Slot, Traceable
 from nnatomy.errors import NotInThisModelError
-from nnatomy.standardized.accessors import output_of, with_output
+from nnatomy.standardized.accessors import with_output
 
 NO_HEAD = "the model has no head, and gives no logits: load its class with one, if there is one"
 Hidden = Float[Tensor, "*rows hidden"]
@@ -66,12 +67,12 @@ class Head:
         device = input_device(self._anatomy.embed_tokens)
         ids = torch.zeros((rows, 1), dtype=torch.long, device=device)
         if not has_decoder(self._root.module):
-            return {"input_ids": ids}
+            others = beside_tokens(self._root.module, rows, 1)
+            return {"input_ids": ids, **{name: value.to(device) for name, value in others.items()}}
         encoder: Any = self._root.module.get_encoder()  # type: ignore[operator]
         with torch.no_grad():
             given = encoder(**example_inputs(encoder, 1, 3, device))
-        states = output_of(given)
-        states = with_output(given, states.new_zeros((rows, *states.shape[1:])))
+        states = tree_map_only(Tensor, lambda value: value.new_zeros((rows, *value.shape[1:])), given)
         return {"decoder_input_ids": ids, "encoder_outputs": states}
 
     def learn_forms(self, forms: dict[Module, Any]) -> None:
@@ -86,9 +87,9 @@ class Head:
 
     def _probe(self) -> None:
         with torch.no_grad(), self._root.trace(**self._inputs(1), use_cache=False) as tracer:
-            cache = tracer.cache(self._anatomy.layers)
-        paths = self._root.paths(self._anatomy.layers)
-        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.layers})
+            cache = tracer.cache(self._anatomy.ran)
+        paths = self._root.paths(self._anatomy.ran)
+        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.ran})
 
 
 class _SkipLayers(Collector):

@@ -29,6 +29,7 @@ class Prompts:
         takes_positions: whether the model's forward takes `position_ids`.
         main_input: what the model reads: "input_ids", or "pixel_values" and the like, which are given by that name.
         decoder_start: of an encoder-decoder, the token that its decoder begins with.
+        needed: what the model has to be given beside tokens.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Prompts:
         takes_positions: bool,
         main_input: str = "input_ids",
         decoder_start: int | None = None,
+        needed: tuple[str, ...] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
@@ -48,6 +50,7 @@ class Prompts:
         self.takes_positions = takes_positions
         self.main_input = main_input
         self.decoder_start = decoder_start
+        self.needed = needed
         #: Why prompts of unequal length cannot be in one batch.
         self.no_padding = ""
 
@@ -75,6 +78,11 @@ class Prompts:
             what = "a string, token ids, or a dict with input_ids"
             what = what if self.main_input == "input_ids" else f"{self.main_input}=..."
             raise InputError(f"There is no prompt: give {what}.")
+        missing = [name for name in self.needed if given.get(name) is None]
+        if missing and given.get("encoder_outputs") is None:
+            raise InputError(
+                f"The model reads {' and '.join(missing)} beside tokens: give {'=..., '.join(missing)}=..., a row for each prompt."
+            )
         if given.get("input_ids") is None:
             return _to(self._with_decoder(given), device)
         ids, mask = self._ids_and_mask(given["input_ids"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from typing import Any
 
 from torch.nn import Module
 
@@ -38,16 +39,18 @@ class Names(Parts):
     def _make_accessors(self) -> None:
         anatomy, blocks = self._anatomy, self._blocks
         parts: dict[str, tuple[Module | None, ...]]
-        parts = {"layers": anatomy.layers, "attentions": anatomy.attentions, "mlps": anatomy.mlps}
-        absent = {"attentions": anatomy.absent["attention"], "mlps": anatomy.absent["mlp"]}
+        idle = anatomy.absent["layer"]
+        ran = tuple(None if why else layer for layer, why in zip(anatomy.layers, idle, strict=True))
+        parts = {"layers": ran, "attentions": anatomy.attentions, "mlps": anatomy.mlps}
+        absent = {"layers": idle, "attentions": anatomy.absent["attention"], "mlps": anatomy.absent["mlp"]}
 
         def accessor(part: str, side: str) -> LayerAccessor:
             return LayerAccessor(f"{part}_{side}", parts[part], blocks, side, absent=absent.get(part, ()))
 
         parts["mixers"] = tuple(one[0] if len(one) == 1 else None for one in anatomy.mixers)
         absent["mixers"] = tuple(
-            f"it has several token mixers ({kinds})" if several else "it mixes no tokens"
-            for several, kinds in zip(anatomy.mixers, anatomy.kinds, strict=True)
+            f"it has several token mixers ({kinds})" if several else why or "it mixes no tokens"
+            for several, kinds, why in zip(anatomy.mixers, anatomy.kinds, idle, strict=True)
         )
         self.layers_input = accessor("layers", "input")
         self.layers_output = accessor("layers", "output")
@@ -67,16 +70,15 @@ class Names(Parts):
         self.routers_experts = self._sums.accessors[EXPERTS]
         tap = partial(AttentionMode, self.dimensions.num_heads)
 
-        def inside(name: str) -> LayerAccessor:
+        def inside(name: str, kind: str = "", **places: Any) -> LayerAccessor:
             return LayerAccessor(
                 name,
-                anatomy.attentions,
-                blocks,
-                name,
+                blocks=blocks,
+                kind=kind or name,
                 get=lambda value: value,
                 put=lambda _, new: new,
                 tap=tap,
-                absent=absent["attentions"],
+                **(places or {"modules": anatomy.attentions, "absent": absent["attentions"]}),
                 unreached="A fused attention kernel never holds it: load the model with "
                 "attn_implementation='sdpa' or 'eager'.",
             )
@@ -87,6 +89,19 @@ class Names(Parts):
         self.attention_scores = inside("attention_scores")
         self.attention_probabilities = inside("attention_probabilities")
         self.heads_output = inside("heads_output")
+        crossing = anatomy.cross_attentions if any(anatomy.cross_attentions) else ()
+        places: dict[str, Any] = {
+            "modules": crossing,
+            "absent": ("it has no one cross-attention",) * len(crossing),
+            "none": "no layer attends to an encoder",
+        }
+        self.cross_attentions_input, self.cross_attentions_output = (
+            LayerAccessor(f"cross_attentions_{side}", blocks=blocks, kind=side, **places)
+            for side in ("input", "output")
+        )
+        self.cross_attention_probabilities = inside(
+            "cross_attention_probabilities", "attention_probabilities", **places
+        )
 
     def _point(self, point: str | ModuleView) -> Point:
         match = re.fullmatch(r"(\w+)\[(-?\d+)\]", point) if isinstance(point, str) else None

@@ -79,7 +79,8 @@ class Sums:
         """This is what was found."""
         self.layers = finder.found
         for i, layer in enumerate(self.anatomy.layers):
-            sums = self.layers.get(layer) or LayerSums(absent=dict.fromkeys(NAMES, "it is never called"))
+            why = self.anatomy.absent["layer"][i] or "it is never called"
+            sums = self.layers.get(layer) or LayerSums(absent=dict.fromkeys(NAMES, why))
             for name, why in sums.absent.items():
                 self.accessors[name].refuse(i, why)
         # One point, where both are one operand: then it does not matter which is asked for first.

@@ -16,6 +16,7 @@ from nnatomy.arch_configs import (
     example_inputs,
     has_decoder,
     main_input,
+    needed,
     resolve,
     takes,
     text_config,
@@ -57,6 +58,8 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
     | `attention_scores` | what goes into the softmax: (batch, head, query, key) |
     | `attention_probabilities` | what multiplies the values: (batch, head, query, key) |
     | `heads_output` | what each head gives, before gates and projection: (batch, seq, head, value_dim) |
+    | `cross_attentions_input`, `cross_attentions_output` | of a decoder's attention to its encoder: (batch, seq, hidden) |
+    | `cross_attention_probabilities` | what it attends to: (batch, head, query, key), with a key for each position of the encoder |
 
     `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `embed_tokens`, `ln_final` and `lm_head` are views
     of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.
@@ -135,6 +138,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             takes(causal, "position_ids"),
             main_input(causal),
             decoder_start(causal) if has_decoder(causal) else None,
+            needed(causal),
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(

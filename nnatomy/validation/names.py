@@ -17,4 +17,6 @@ SUMS = ("layers_mid", "attentions_contribution", "mlps_contribution", "mixers_co
 #: The inside of an attention, in the order in which one call has it.
 INTERNALS = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
 ROUTERS = ("routers_logits", "routers_experts", "routers_weights")
+#: Of the layers of a decoder that attend to an encoder; in the report where there is one.
+CROSS = ("cross_attentions_input", "cross_attentions_output", "cross_attention_probabilities")
 NAMES = (*MODULES, *SUMS, *INTERNALS, "neurons", *ROUTERS)

@@ -24,7 +24,7 @@ def check_padding(passes: Passes, reading: Reading) -> None:
 
     def last(prompts: list[list[int]]) -> Tensor:
         more = {} if decoder is None else {"decoder_input_ids": decoder[-len(prompts) :]}
-        output: Tensor = get(passes.plain(model.prepare(prompts, **more)))
+        output: Tensor = get(passes.plain(passes.prepare(prompts, **more)))
         return output[-1]
 
     alone = clean[1, :SHORT] if decoder is None else last([ids[1][:SHORT]])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationMixin
 
-from nnatomy.arch_configs import example_inputs, has_decoder, main_input
+from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input
 from nnatomy.core import Collector, Trace
 from nnatomy.validation.names import MODULES
 from nnatomy.validation.report import Findings
@@ -40,9 +40,15 @@ class Passes:
         if self.reads_tokens:
             vocab = min(model.dimensions.vocab_size or model._prompts.vocab_size, model._prompts.vocab_size)
             ids = [(3 + 7 * i * max(1, vocab // 53)) % vocab for i in range(2 * PROMPT_LENGTH)]
-            self.inputs = model.prepare([ids[:PROMPT_LENGTH], ids[PROMPT_LENGTH:]])
+            self.inputs = self.prepare([ids[:PROMPT_LENGTH], ids[PROMPT_LENGTH:]])
         else:
             self.inputs = model.prepare(**example_inputs(model.steps_of, 2, PROMPT_LENGTH, model.device))
+
+    def prepare(self, prompts: list[list[int]], **kwargs: Any) -> dict[str, Any]:
+        """The arguments for prompts of token ids, with what the model has to be given beside."""
+        beside = beside_tokens(self.model.steps_of, len(prompts), max(map(len, prompts)))
+        arguments: dict[str, Any] = self.model.prepare(prompts, **beside, **kwargs)
+        return arguments
 
     def plain(self, inputs: dict[str, Any]) -> Any:
         """The last layer's output, with no trace."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.validation.collectors import Seen
+from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import distance
 from nnatomy.validation.passes import PROMPT_LENGTH, Passes
@@ -26,18 +27,19 @@ class Reading:
         found: by layer, what `standardized.shown` has found in it, by name.
     """
 
-    def __init__(self, passes: Passes, internals: Internals) -> None:
-        self._passes, self._internals = passes, internals
+    def __init__(self, passes: Passes, internals: Internals, cross: CrossAttentions) -> None:
+        self._passes, self._internals, self._cross = passes, internals, cross
         self.model, self.expect = passes.model, passes.expect
         anatomy = self.model._anatomy
-        modules = {module for name in passes.names for module in getattr(self.model, name).modules}
+        self._names = [*cross.names, *passes.names]
+        modules = {module for name in self._names for module in getattr(self.model, name).modules}
         ends = {anatomy.ln_final, anatomy.lm_head, self.model.steps_of, anatomy.embed_tokens}
         self.seen = Seen((modules | ends) - {None}, {"input": None, "output": None})
 
     def run(self, plain: Any) -> None:
         """Read all there is; `plain` is the last layer's output without a trace."""
         model, seen = self.model, self.seen
-        taps = Seen(self._internals.modules, self._internals.kinds)
+        taps = Seen(self._internals.modules | self._cross.parts, self._internals.kinds)
         finder = model._sums.finder()
         with self._passes.trace([seen, taps, finder]) as tracer:
             model._sums.watch_all(tracer.block)
@@ -48,7 +50,7 @@ class Reading:
         what = f"{type(model.steps_of).__name__} is called {calls} times, not once"
         self.expect(calls == 1, "logits", None, what)
         self.seq = self._seq()
-        for name in self._passes.names:
+        for name in self._names:
             self._check(name)
         self._check_attentions(taps)
         seen.calls.update(taps.calls)
@@ -83,7 +85,8 @@ class Reading:
                 if pattern is not None:
                     check_pattern(self._passes, i, module, pattern)
                 self._internals.read(module, partial(taps.of, module), self.seq)
-        for accessor in self._internals.accessors.values():
+        self._cross.read(taps.of, self.seq)
+        for accessor in (*self._internals.accessors.values(), self.model.cross_attention_probabilities):
             accessor.changed_later = taps.changed_later(accessor.kind)
 
     def _value(
@@ -125,11 +128,13 @@ class Reading:
     def _check_handed_on(self) -> None:
         """Each layer is given what the one before gives."""
         outputs, inputs = self.model.layers_output, self.model.layers_input
-        for i, (before, after) in enumerate(pairwise(self.model._anatomy.layers)):
-            if not self._failed(outputs.name, i) and not self._failed(inputs.name, i + 1):
+        layers = self.model._anatomy.layers
+        for before, after in pairwise(self.model._anatomy.ran):
+            i, j = layers.index(before), layers.index(after)
+            if not self._failed(outputs.name, i) and not self._failed(inputs.name, j):
                 gives = outputs.get(self.seen.only(before, outputs.kind))
                 given = inputs.get(self.seen.only(after, inputs.kind))
-                what = f"is not layers_input[{i + 1}], off by {distance(gives, given):.1e} (relative)"
+                what = f"is not layers_input[{j}], off by {distance(gives, given):.1e} (relative)"
                 self.expect(torch.equal(gives, given), outputs.name, i, what, 0.0)
 
     def _failed(self, name: str, layer: int) -> bool:

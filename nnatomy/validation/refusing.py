@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnatomy.arch_configs.fields import unknown_fields
-from nnatomy.validation.names import NAMES
+from nnatomy.validation.names import CROSS, NAMES
 from nnatomy.validation.report import Findings, Place, Report, Row, Status
 
 #: What belongs to no layer.
@@ -44,7 +44,8 @@ def report_of(model: Any, findings: Findings | None, status: Status = "verified"
     """Every name on every layer: what has failed, what is refused, and the rest, of that status."""
     failures, errors = ({}, {}) if findings is None else (findings.failures, findings.errors)
     refused: dict[Place, str] = {}
-    for name in NAMES:
+    names = (*NAMES, *(name for name in CROSS if len(getattr(model, name))))
+    for name in names:
         for why, layers in getattr(model, name).refusals().items():
             refused.update({(name, layer): why for layer in layers})
     if model._head.refused:
@@ -55,7 +56,7 @@ def report_of(model: Any, findings: Findings | None, status: Status = "verified"
         refused["padding", None] = model._prompts.no_padding
     refused |= {(name, None): why for name, why in model._refused.items()}
     unknown = ", ".join(f"{name}={value!r}" for name, value in unknown_fields(model.config).items())
-    places: list[Place] = [(name, layer) for name in NAMES for layer in range(model.num_layers)]
+    places: list[Place] = [(name, layer) for name in names for layer in range(model.num_layers)]
     rows = []
     for place in [*places, *((name, None) for name in WHOLE)]:
         if place in failures:

@@ -32,8 +32,8 @@ class Routers(Collector):
 
     def __init__(self, model: Any, outputs: dict[Module, Tensor]) -> None:
         self.accessors = {name: getattr(model, name) for name in NAMES}
-        self._layers = dict(enumerate(model._anatomy.layers))
         self._clean = {layer: dict(sums.values) for layer, sums in model._sums.layers.items()}
+        self._layers = {i: one for i, one in enumerate(model._anatomy.layers) if one in self._clean}
         for i in self._layers:
             self._read(i)
         self._layers = {i: layer for i, layer in self._layers.items() if self._has(i)}

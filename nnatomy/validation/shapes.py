@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy.arch_configs import beside_tokens, has_decoder, main_input
 from nnatomy.core import Collector, Slot
 from nnatomy.errors import ValidationError
 from nnatomy.validation.names import INTERNALS, MODULES
@@ -29,7 +30,13 @@ def validate_shapes(model: Any) -> Report:
     """
     names = [*MODULES, *INTERNALS]
     shapes = _Shapes(model, names)
-    with model.scan([[0] * SEQ] * BATCH) as tracer:
+    prompts = [[0] * SEQ] * BATCH
+    inputs: dict[str, Any] = dict(beside_tokens(model.steps_of, BATCH, SEQ))
+    if main_input(model.steps_of) == "input_ids":
+        inputs["input_ids"] = prompts
+    if has_decoder(model.steps_of):
+        inputs["decoder_input_ids"] = prompts
+    with model.scan(**inputs) as tracer:
         tracer.block.run.collectors.append(shapes)
         tracer.block.run.watch()
         tracer.result  # noqa: B018

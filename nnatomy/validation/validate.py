@@ -19,6 +19,8 @@ Five forward passes of two short prompts:
 5. padded: the prompts' first tokens again, padded on the left, to the last layer's output, which is as it was. This is
    a pass of its own because the others go the way of most prompts, on which no mask is laid.
 
+Where a decoder attends to an encoder, there is one more pass (see `cross`).
+
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.
 """
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +38,8 @@ from torch.nn import Module
 
 from nnatomy.errors import InputError, ValidationError
 from nnatomy.validation.algebra import Algebra
+from nnatomy.validation.collectors import Each
+from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import TOLERANCE, distance, is_same
 from nnatomy.validation.neurons import Neurons
@@ -92,13 +97,15 @@ def _check(model: Any) -> Findings:
     # A softmax is taken in float32 at most.
     tolerance = max(TOLERANCE.get(next(matrices, torch.float32), 1e-4), 1e-4)
     internals = Internals(model, findings, tolerance)
-    reading = Reading(passes, internals)
+    cross = CrossAttentions(model, findings, 10 * tolerance)
+    reading = Reading(passes, internals, cross)
     reading.run(passes.plain(passes.inputs))
     check_parts(passes)
     check_ends(passes, reading)
     _refuse(passes)
     if not findings.failures:  # what does not read right cannot be written back
         Writing(passes, internals, reading).run()
+        _write_cross(passes, cross, reading)
         _refuse(passes)
         _check_algebra(passes, reading)
         if not findings.failures:
@@ -118,6 +125,13 @@ def _refuse(passes: Passes) -> None:
             refused = model._anatomy.inferred and refuse(model, place, f"none that passes validation: {why}")
         if refused:
             del failures[place]
+
+
+def _write_cross(passes: Passes, cross: CrossAttentions, reading: Reading) -> None:
+    if cross.parts:
+        change = partial(cross.change, seen=reading.seen.only)
+        with passes.trace([Each(cross.modules, cross.kinds, change)]) as tracer:
+            tracer.result  # noqa: B018
 
 
 def _check_algebra(passes: Passes, reading: Reading) -> None:
@@ -141,7 +155,7 @@ def _check_head(passes: Passes, reading: Reading) -> None:
     if model.layers_output.modules[-1] is None:
         head.refused = "it takes what the last layer gives, and there is no layers_output[-1]"
         return
-    head.learn_forms({module: seen.only(module, "output") for module in anatomy.layers})
+    head.learn_forms({module: seen.only(module, "output") for module in anatomy.ran})
     last = model.layers_output.get(seen.only(model.layers_output.modules[-1], "output"))
     norm = [] if anatomy.ln_final is None else seen.first_tensors(anatomy.ln_final)
     chain = [last, *norm, *seen.first_tensors(anatomy.lm_head), reading.logits]

@@ -11,6 +11,7 @@ from reference import hooked
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
+from nnatomy.errors import NotInThisModelError
 
 _IMAGE = {"image_size": 16, "patch_size": 4}
 #: Class -> type, changes to its config.
@@ -69,3 +70,40 @@ def test_layers_with_an_image_are_what_hooks_see(name: str) -> None:
             logits = model.logits
         assert torch.equal(logits, plain)
         assert all(torch.equal(value, seen[accessor, i]) for i, value in enumerate(values))
+
+
+def test_a_layer_that_text_leaves_out_keeps_its_number() -> None:
+    """Mllama's layer 1 is for images alone: without one, what layer 0 gives is what layer 2 is given."""
+    hf = zoo.build_class("MllamaForConditionalGeneration", "mllama")
+    model, ids = StandardizedTransformer(hf), zoo.ids(hf)
+    layers = hf.model.language_model.layers
+    assert [view.module for view in model.layers] == [*layers]
+    assert model.layer_kinds == ("attention", "not run", "attention", "attention")
+    assert model.validation["layers", None].status == "verified"
+    seen = hooked(hf, lambda: hf(input_ids=ids), {i: (layers[i], "output") for i in (0, 2, 3)})
+    with torch.no_grad(), model.trace(ids):
+        values = {0: model.layers_output[0], 2: model.layers_output[2], 3: model.layers_output[3]}
+        logits = model.logits
+    assert all(torch.equal(value, seen[i]) for i, value in values.items())
+    with torch.no_grad():
+        torch.testing.assert_close(model.project_on_vocab(values[3]), logits)
+        torch.testing.assert_close(model._head.long_way(values[3]), logits, rtol=1e-4, atol=1e-4)
+    for name in ("layers_input", "attentions_output", "layers_mid", "mixers_output", "routers_logits"):
+        with pytest.raises(NotInThisModelError, match=rf"{name}\[1\]: .* it does not run on text alone"):
+            getattr(model, name).module(1)
+    with pytest.raises(NotInThisModelError, match="it does not run on text alone"), model.trace(ids):
+        model.skip_layers(0, 2)
+
+
+def test_with_an_image_it_runs_under_its_own_name() -> None:
+    hf = zoo.build_class("MllamaForConditionalGeneration", "mllama")
+    model, ids = StandardizedTransformer(hf), zoo.ids(hf)
+    states = torch.randn((2, 7, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = hf(input_ids=ids, cross_attention_states=states).logits
+        with model.trace(ids, cross_attention_states=states):
+            given = model.layers[1].output
+            then = model.layers_input[2]
+            logits = model.logits
+    assert torch.equal(given, then)
+    assert torch.equal(logits, plain)

@@ -128,10 +128,22 @@ _PLE = {
     "heads_per_ngram": 2,
 }
 _AUDIO = {"num_codebooks": 1}
+_IMAGE = {"image_size": 16, "patch_size": 4}
+
+
+def _mrope(*section: int, **more: Any) -> dict[str, Any]:
+    """Positions of three axes, of which these parts of half a head are turned by each."""
+    return {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [*section], **more}}}
+
+
+#: Where an image begins and ends.
+_MARKS = {"vision_start_token_id": 8, "vision_end_token_id": 9}
 
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blip": {"vision_config": _IMAGE},
+    "blip-2": {"vision_config": _IMAGE},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
     "cohere_compass_text": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}},
     "deepseek_v4": {
@@ -146,6 +158,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": _DOTS3,
     "electra": {"embedding_size": 16},
+    "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 1.5]},
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
@@ -155,13 +168,22 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gemma4_assistant": {"text_config": _NO_EXTRAS},
     "got_ocr2": {"vision_config": {"output_channels": 8, "image_size": 64}},
+    "glmga": _mrope(1, 1, 2),
+    "glm4v": _mrope(1, 1, 2),
+    "glm4v_moe": _mrope(1, 1, 2, partial_rotary_factor=1.0),
+    "glm_ocr": _mrope(1, 1, 2),
+    "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "helium": {"head_dim": 8},
+    "hunyuan_vl": _mrope(2, 3, 3),
+    "idefics": {"vision_config": _IMAGE | {"embed_dim": 32}},
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
+    "instructblip": {"vision_config": _IMAGE},
+    "instructblipvideo": {"vision_config": _IMAGE},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -176,11 +198,13 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"scale_emb": 3, "dim_model_base": 16},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2, "index_topk_blocks": 2},
+    "mistral4": {"head_dim": 14},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "mpt": {"attn_config": {"softmax_scale": 0.2, "qk_ln": True}},
     "musicgen": {"decoder": _AUDIO},
     "musicgen_melody": {"decoder": _AUDIO},
     "opt": {"word_embed_proj_dim": 16},
+    "paddleocr_vl": _mrope(2, 3, 3),
     "phi4_multimodal": {
         "audio_config": {
             "num_blocks": 1,
@@ -190,6 +214,23 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
+    "pix2struct": {
+        "text_config": {"d_kv": 8},
+        "vision_config": {"d_kv": 8, "patch_embed_hidden_size": 12, "seq_len": 16},
+    },
+    "pp_formulanet": {
+        "vision_config": {
+            "image_size": 64,
+            "output_channels": 8,
+            "post_conv_in_channels": 8,
+            "post_conv_mid_channels": 8,
+            "post_conv_out_channels": 16,
+            "decoder_hidden_size": 32,
+        }
+    },
+    "qwen2_5_omni_thinker": _mrope(1, 1, 2) | _MARKS,
+    "qwen2_5_vl": _mrope(1, 1, 2),
+    "qwen3_omni_moe_thinker": _MARKS,
     "qwen4_exp": {"text_config": _QSA | _PLE},
     "qwen4_exp_text": _QSA | _PLE,
     "reformer": {
@@ -210,6 +251,10 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "roformer": {"embedding_size": 16},
     "rwkv": {"rescale_every": 2},
+    "vision-encoder-decoder": {
+        "encoder": _IMAGE,
+        "decoder": {"add_cross_attention": True},
+    },
     "xlm": {"causal": True},
     "xlnet": {"d_head": 8, "attn_type": "bi"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},

@@ -44,6 +44,22 @@ WITHOUT_GRADIENT = (
     *("z_L_init",),  # hrm_text's, which replaces it at once
 )
 
+#: Other classes that nnatomy refuses: the reason, and what the error says.
+REFUSED_CLASSES: dict[str, tuple[str, str]] = {
+    "FSMTForConditionalGeneration": (
+        "its layers hand on (seq, batch, hidden)",
+        r"there are lists that hand on \(8, 2, 32\), \(5, 2, 32\), where .* is \(2, 5, hidden\)",
+    ),
+    "PI0ForConditionalGeneration": (
+        "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
+        "no attribute 'vocab_size'",
+    ),
+    "ProphetNetForConditionalGeneration": (
+        "its decoder's layers have the streams of two tokens to come behind that of the prompt",
+        r"there are lists that hand on \(2, 8, 32\), \(2, 15, 32\), where .* is \(2, 5, hidden\)",
+    ),
+}
+
 #: Types that run and that nnatomy refuses: the reason, and what the error says.
 REFUSED: dict[str, tuple[str, str]] = {
     "blt": ("it is three language models in one, of bytes and of patches", "has no hidden_size"),

@@ -35,8 +35,8 @@ def row(name: str) -> str:
         return f"{start} not tried: no tiny config yet (too large) | |"
     try:
         model = StandardizedTransformer(hf)
-    except (ModelError, AttributeError) as error:
-        return f"{start} refused: {type(error).__name__} | |"
+    except ModelError:
+        return f"{start} refused: {zoo.REFUSED_CLASSES[name][0]} | |"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds).items())
     encoder = len(model.encoder_layers_output)
     return f"{start} {kinds} | {f'{encoder} layers' if encoder else ''} |"

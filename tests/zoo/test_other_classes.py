@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import zoo
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import UnknownArchitectureError
 from zoo import other_classes
 
 
@@ -26,9 +29,14 @@ def test_the_table_is_of_all_classes() -> None:
         not in (
             "LEDForConditionalGeneration",  # pads to a window and says so
             "BigBirdPegasusForConditionalGeneration",  # as that
-            "LongT5ForConditionalGeneration",  # scores in blocks, of five axes: `by_head` says four, which the suite checks
         )
     ],
 )
 def test_a_row_is_current(name: str) -> None:
     assert other_classes.row(name) == rows()[name], "python tests/zoo/other_classes.py"
+
+
+@pytest.mark.parametrize("name", zoo.REFUSED_CLASSES)
+def test_what_is_refused_says_why(name: str) -> None:
+    with pytest.raises(UnknownArchitectureError, match=zoo.REFUSED_CLASSES[name][1]):
+        StandardizedTransformer(zoo.build_class(name, other_classes.CLASSES[name]))

@@ -1,0 +1,165 @@
+"""What a decoder's layers read of the encoder, against plain hooks and the models' own returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from reference import edited, hooked
+from torch import Tensor, nn
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import AssignmentError, NotInThisModelError
+
+#: Class -> type; its layers, their cross-attention, and that one's value and output projections, by hand.
+CLASSES: dict[str, tuple[str, str, str, str, str]] = {
+    "T5ForConditionalGeneration": ("t5", "decoder.block", "layer.1.EncDecAttention", "v", "o"),
+    "BartForConditionalGeneration": ("bart", "model.decoder.layers", "encoder_attn", "v_proj", "out_proj"),
+    "WhisperForConditionalGeneration": (
+        "whisper",
+        "model.decoder.layers",
+        "encoder_attn",
+        "v_proj",
+        "out_proj",
+    ),
+}
+
+
+def build(name: str, **changes: Any) -> nn.Module:
+    if name.startswith("Whisper"):
+        changes |= {"num_mel_bins": 8, "max_source_positions": 12}
+    return zoo.build_class(name, CLASSES[name][0], **changes)
+
+
+def inputs_of(hf: nn.Module) -> dict[str, Tensor]:
+    decoder = {"decoder_input_ids": zoo.ids(hf, seq=6, seed=1)}
+    if hf.main_input_name == "input_ids":
+        return {"input_ids": zoo.ids(hf, seq=9), **decoder}
+    return {"input_features": torch.randn((2, 8, 24), generator=torch.Generator().manual_seed(0)), **decoder}
+
+
+def crossing(name: str, hf: nn.Module) -> list[nn.Module]:
+    return [layer.get_submodule(CLASSES[name][2]) for layer in hf.get_submodule(CLASSES[name][1])]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_input_and_output_are_what_hooks_see(name: str) -> None:
+    hf = build(name)
+    model, inputs, modules = StandardizedTransformer(hf), inputs_of(hf), crossing(name, hf)
+    points = {(side, i): (module, side) for i, module in enumerate(modules) for side in ("input", "output")}
+    seen = hooked(hf, lambda: hf(**inputs), points)
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+    for side in ("input", "output"):
+        accessor = getattr(model, f"cross_attentions_{side}")
+        assert list(accessor.modules) == modules
+        with torch.no_grad(), model.trace(**inputs):
+            values = accessor[:]
+            logits = model.logits
+        assert torch.equal(logits, plain)
+        assert all(torch.equal(value, seen[side, i]) for i, value in enumerate(values))
+    change = lambda hidden: 0.5 * hidden + torch.linspace(-1, 1, hidden.shape[-1])  # noqa: E731
+    expected = edited(lambda: hf(**inputs).logits, modules[1], "output", change)
+    with torch.no_grad(), model.trace(**inputs):
+        model.cross_attentions_output[1] = change(model.cross_attentions_output[1])
+        logits = model.logits
+    assert torch.equal(logits, expected)
+    assert not torch.allclose(logits, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_patterns_are_those_that_the_model_returns(name: str, implementation: str) -> None:
+    hf = build(name, attn_implementation=implementation)
+    model, inputs = StandardizedTransformer(hf), inputs_of(hf)
+    eager = build(name, attn_implementation="eager")
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        own = eager(**inputs, output_attentions=True).cross_attentions
+        with model.trace(**inputs):
+            patterns = model.cross_attention_probabilities[:]
+            logits = model.logits
+    assert torch.equal(logits, plain)
+    assert len(own) == len(patterns) == model.num_layers
+    for one, other in zip(patterns, own, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.shape[-1] != 6, "the encoder's positions are not the decoder's"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_pattern_on_one_key_gives_that_keys_value(name: str, implementation: str) -> None:
+    hf = build(name, attn_implementation=implementation)
+    model, inputs = StandardizedTransformer(hf), inputs_of(hf)
+    module = crossing(name, hf)[1]
+    value, output = (module.get_submodule(path) for path in CLASSES[name][3:])
+    with torch.no_grad():
+        states = hf(**inputs).encoder_last_hidden_state
+        expected = output(value(states[:, 2:3])).expand(-1, 6, -1)
+        with model.trace(**inputs):
+            pattern = torch.zeros_like(model.cross_attention_probabilities[1])
+            pattern[..., 2] = 1
+            model.cross_attention_probabilities[1] = pattern
+            given = model.cross_attentions_output[1]
+            changed = model.logits
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+        with_output = edited(lambda: hf(**inputs).logits, module, "output", lambda out: expected.to(out))
+    torch.testing.assert_close(changed, with_output, rtol=1e-3, atol=1e-3)
+
+
+def test_in_each_step_of_a_generation() -> None:
+    hf = build("BartForConditionalGeneration")
+    model, shapes = StandardizedTransformer(hf), []
+    with torch.no_grad(), model.generate(zoo.ids(hf, seq=9), max_new_tokens=3, min_new_tokens=3) as tracer:
+        for _ in tracer.iter[:]:
+            shapes.append(tuple(model.cross_attention_probabilities[2].shape))
+    assert len(shapes) == 3
+    assert {shape[2:] for shape in shapes} == {(1, 9)}
+
+
+def test_each_is_in_the_report_where_there_is_one() -> None:
+    model = StandardizedTransformer(build("T5ForConditionalGeneration"))
+    for name in ("cross_attentions_input", "cross_attentions_output", "cross_attention_probabilities"):
+        assert [model.validation[name, i].status for i in range(4)] == ["verified"] * 4
+    other = StandardizedTransformer("demo:gpt2")
+    assert not any(row.name.startswith("cross") for row in other.validation)
+    with pytest.raises(
+        NotInThisModelError, match="cross_attentions_output: there is none: no layer attends to an encoder"
+    ):
+        other.cross_attentions_output.module(0)
+
+
+def test_one_that_does_nothing_is_refused() -> None:
+    hf = build("BartForConditionalGeneration")
+    nn.init.zeros_(crossing("BartForConditionalGeneration", hf)[2].out_proj.weight)
+    model = StandardizedTransformer(hf)
+    with pytest.raises(
+        NotInThisModelError,
+        match=r"cross_attention_probabilities\[2\]: .* writing it changes no attention",
+    ):
+        model.cross_attention_probabilities.module(2)
+    assert model.cross_attention_probabilities.module(1) is not None
+
+
+def test_one_whose_output_is_dropped_is_refused() -> None:
+    hf = build("BartForConditionalGeneration")
+    nn.init.zeros_(
+        hf.model.decoder.layers[3].encoder_attn_layer_norm.weight
+    )  # it gives its bias, whatever it is given
+    model = StandardizedTransformer(hf)
+    with pytest.raises(
+        NotInThisModelError, match=r"cross_attentions_output\[3\]: .* writing it changes no layer output"
+    ):
+        model.cross_attentions_output.module(3)
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    hf = build("T5ForConditionalGeneration")
+    model = StandardizedTransformer(hf)
+    with pytest.raises(
+        AssignmentError, match=r"cross_attention_probabilities\[0\] is torch.float32 of shape"
+    ):
+        with model.trace(**inputs_of(hf)):
+            model.cross_attention_probabilities[0] = torch.ones(2, 4, 6, 6)
