@@ -27,6 +27,9 @@ Cells = Bool[Tensor, "cell head seq"]
 #: How far two runs of one prompt may be apart that rounding sets apart, where that is more than by the dtype.
 _CLOSE = 1e-4
 
+#: What models' code raises where something that it relies on is not there.
+NOT_THERE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 class Axes(NamedTuple):
     """The axes of an accessor's value: of positions (queries' positions, where there are two), and of heads."""
@@ -154,7 +157,7 @@ class PatchedRuns:
         nothing = torch.zeros_like(cells[:1])
         try:
             found = self._run(layers, torch.cat([nothing, cells]), skip=True)
-        except Exception:  # noqa: BLE001  the model's own, of what a skipped layer has not left; or raised again without skipping
+        except NOT_THERE:  # what a skipped layer has not left; anything else is raised again without skipping
             return None
         return found[1:] if is_close(found[0], self.base_end) else None
 

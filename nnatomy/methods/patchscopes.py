@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
-from nnatomy.methods.ends import end_logits, ends
+from nnatomy.methods.patched_rows import PatchedRows, of_rows
 from nnatomy.methods.positions import from_end, positions_from_end
 from nnatomy.methods.prompts import plain
 from nnatomy.methods.target_prompts import TargetPrompt, TargetPromptBatch, repeat_prompt
@@ -42,7 +42,9 @@ def patchscope_lens(
     Patchscopes (Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations of
     Language Models", section 3): the stream after layer l at position i of the source prompt S in the source
     model M is mapped by f and takes the place of the stream after layer l* at position i* of the target prompt T in the
-    target model M*. All layers are rows of one batch.
+    target model M*. All layers are rows of one batch. Where the model has a KV cache they have the positions from i* on alone,
+    and go on from the keys and values of those before, if a check shows that this gives what whole prompts give: see the log of
+    `nnatomy.methods.patched_rows`.
 
     Args:
         nn_model: the target model M*.
@@ -98,13 +100,12 @@ def patchscope_lens(
         )
     inputs, columns = _prepared(nn_model, targets)
     rows = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(count))
-    probs = []
-    for i, one in _batches(rows, batch_size, progress):
-        with nn_model.trace(**_take(inputs, one)):
-            _put(nn_model.layers_output, into[i], columns[one], states[i, one])
-            end = ends(nn_model)
-        probs.append(end_logits(nn_model, end).softmax(-1).cpu())
-    return torch.cat(probs).unflatten(0, (len(chosen), count)).transpose(0, 1)
+
+    def put(i: Tensor, one: Tensor) -> None:
+        _put(nn_model.layers_output, torch.where(i < 0, i, into[i]), columns[one], states[i, one])
+
+    probs = PatchedRows(nn_model, inputs, columns, put).probs(rows, batch_size, progress)
+    return probs.unflatten(0, (len(chosen), count)).transpose(0, 1)
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def patchscope_generate(
     rows = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(count))
     found: dict[int, Tensor] = {}
     for i, one in _batches(rows, count * max(1, max_batch_size // count), progress):
-        with nn_model.generate(**_take(inputs, one), max_new_tokens=max_length, **kwargs) as tracer:
+        with nn_model.generate(**of_rows(inputs, one), max_new_tokens=max_length, **kwargs) as tracer:
             _put(nn_model.layers_output, into[i], columns[one], states[i, one])
             tokens = tracer.result
         written = [names[layer] for layer in i[::count]]
@@ -210,16 +211,15 @@ def patch_object_attn_lens(
             "all, or one each."
         )
     rows = torch.cartesian_prod(torch.arange(nn_model.num_layers), torch.arange(count))
-    probs = []
-    for first, one in _batches(rows, batch_size, progress):
-        with nn_model.trace(**_take(inputs, one)):
-            for layer, state in states.items():
-                here = (first <= layer) & (layer < first + num_patches)
-                at = torch.where(here, layer, -1)  # -1: nowhere
-                _put(accessor, at, columns[one], state.expand(count, -1)[one])
-            end = ends(nn_model)
-        probs.append(end_logits(nn_model, end).softmax(-1).cpu())
-    return torch.cat(probs).unflatten(0, (nn_model.num_layers, count)).transpose(0, 1)
+
+    def put(first: Tensor, one: Tensor) -> None:
+        for layer, state in states.items():
+            here = (first >= 0) & (first <= layer) & (layer < first + num_patches)
+            at = torch.where(here, layer, -1)  # -1: nowhere
+            _put(accessor, at, columns[one], state.expand(count, -1)[one])
+
+    probs = PatchedRows(nn_model, inputs, columns, put).probs(rows, batch_size, progress)
+    return probs.unflatten(0, (nn_model.num_layers, count)).transpose(0, 1)
 
 
 def _indices(model: StandardizedTransformer, layers: Layers) -> list[int]:
@@ -271,10 +271,6 @@ def _prepared(
     inputs = model.prepare(plain(targets.prompts))
     mask, index = inputs["attention_mask"].cpu(), targets.index_to_patch.tolist()
     return inputs, torch.cat([from_end(mask[i], [where], i) for i, where in enumerate(index)])
-
-
-def _take(inputs: dict[str, Any], rows: Int[Tensor, " row"]) -> dict[str, Any]:
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _batches(rows: Int[Tensor, "row 2"], size: int, progress: bool) -> Iterator[Tensor]:
