@@ -8,7 +8,7 @@ from typing import Any
 #: What such a field has in its name.
 _NAMED = re.compile("multiplier|scale|scaling|cap|clip|alpha|beta|limit|temperature|window")
 
-#: Those of all causal language models of Transformers 5.17 to 5.23, and of its generation.
+#: Those of all causal language models of Transformers 5.17 to 5.23, and of its generation; then some of T5, Blip, Idefics.
 KNOWN = frozenset(
     """
     altup_coef_clip altup_correct_scale attention_in_multiplier attention_multiplier
@@ -28,6 +28,8 @@ KNOWN = frozenset(
     sliding_window sliding_window_pattern sliding_window_size ssm_in_multiplier ssm_multipliers
     ssm_out_multiplier swiglu_alpha swiglu_limit temperature time_step_limit time_step_scale
     use_sliding_window w_init_variance_scale window_size
+
+    alpha_initializer alpha_type logit_scale_init_value scale_decoder_outputs
     """.split()  # noqa: SIM905 (a table)
 )
 

@@ -70,8 +70,15 @@ class JoinPrompts(Joining):
     def _padded(self, inputs: dict[str, Any], seq: int) -> dict[str, Any]:
         now = inputs["attention_mask"].shape[1]
         padding = {"input_ids": self._prompts.pad_token_id}
+
+        def is_of_positions(
+            name: str, value: Any
+        ) -> bool:  # an image may have as many channels as a prompt tokens
+            is_mask = isinstance(value, Tensor) and not value.is_floating_point()
+            return is_mask or name in ("inputs_embeds", "attention_mask")
+
         return {
-            name: _to_length(value, now, seq, padding.get(name, 0)) if isinstance(value, Tensor) else value
+            name: _to_length(value, now, seq, padding.get(name, 0)) if is_of_positions(name, value) else value
             for name, value in inputs.items()
             if name != "position_ids"
         }

@@ -184,3 +184,19 @@ def test_positions_of_three_axes_are_padded() -> None:
         alone = hf(input_ids=ids[1:, :5]).logits
         both = model([ids[0].tolist(), ids[1, :5].tolist()]).logits
     torch.testing.assert_close(both[1:, -5:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_with_an_image_each() -> None:
+    """One prompt has as many tokens as an image channels."""
+    hf = build("Blip2ForConditionalGeneration", num_query_tokens=2, image_token_index=3)
+    model, image = StandardizedTransformer(hf), beside("Blip2ForConditionalGeneration", hf)["pixel_values"]
+    prompts = [3, 3, 22], [3, 3, 24, 25, 26]
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(prompts[0], pixel_values=image[:1]):
+            one = model.logits
+        with tracer.invoke(prompts[1], pixel_values=image[1:]):
+            other = model.logits
+    for logits, prompt, own in zip((one, other), prompts, image, strict=True):
+        with torch.no_grad():
+            alone = hf(input_ids=torch.tensor([prompt]), pixel_values=own[None]).logits
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
