@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+#: How many tokens, padding counted, a forward pass has at most where no number of prompts is given (but one prompt).
+TOKENS = 1024
 
-def by_length(inputs: Mapping[str, Any], size: int) -> Iterator[tuple[Int[Tensor, " part"], dict[str, Any]]]:
-    """`size` prompts at a time, the longest first, without what is padding to the left of all of them.
+
+def batches(lengths: Sequence[int], size: int | None) -> Iterator[list[int]]:
+    """The indices of prompts of similar length, the longest first: `size` at a time, or of `TOKENS` tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(1, size or TOKENS // lengths[order[start]])
+        yield order[start : start + count]
+        start += count
+
+
+def by_length(
+    inputs: Mapping[str, Any], size: int | None
+) -> Iterator[tuple[Int[Tensor, " part"], dict[str, Any]]]:
+    """A batch in such parts, without what is padding to the left of all of them.
 
     Positions counted from the end stay what they are.
 
     Args:
         inputs: what `model.prepare` gives. It stays whole unless every tensor is of (batch, seq, ...).
+        size: as in `batches`.
 
     Yields:
         Which prompts these are, and their inputs.
@@ -27,7 +43,8 @@ def by_length(inputs: Mapping[str, Any], size: int) -> Iterator[tuple[Int[Tensor
         count = len(inputs["inputs_embeds"] if mask is None else mask)
         yield torch.arange(count), dict(inputs)
         return
-    for rows in mask.sum(1).argsort(descending=True, stable=True).cpu().split(size):
+    for part in batches(mask.sum(1).tolist(), size):
+        rows = torch.tensor(part)
         first = int(mask[rows].any(0).nonzero()[0])
         yield (
             rows,

@@ -35,7 +35,7 @@ def collect_activations(
     points: Points = ...,
     *,
     positions: Positions = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     dtype: torch.dtype | None = ...,
     device: torch.device | str = ...,
     folder: None = ...,
@@ -51,7 +51,7 @@ def collect_activations(
     points: Points = ...,
     *,
     positions: Positions = ...,
-    batch_size: int = ...,
+    batch_size: int | None = ...,
     dtype: torch.dtype | None = ...,
     device: torch.device | str = ...,
     folder: str | Path,
@@ -67,7 +67,7 @@ def collect_activations(
     points: Points = "layers_output",
     *,
     positions: Positions = "last",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     folder: str | Path | None = None,
@@ -87,7 +87,7 @@ def collect_activations(
         points: names (all their layers), or by name the layers: `{"layers_output": [6], "mlps_output": None}`.
         positions: "last", "all", an index or several into each prompt's own tokens (negative: from its end), or a
             function from a prompt's token ids to such indices.
-        batch_size: how many prompts a forward pass has.
+        batch_size: how many prompts a forward pass has; by default as many as have 1024 tokens, but one at least.
         dtype: convert to this; the model's own if None.
         device: where the values go, at once.
         folder: write them there, in shards, and return an `ActivationStore`. A run that was stopped, even killed, is

@@ -25,6 +25,8 @@ _OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "logits": lambda logits: logits,
     "log_probs": lambda logits: logits.log_softmax(-1),
 }
+#: How many rows go through the head at once.
+_ROWS = 96
 
 
 @torch.no_grad()
@@ -36,7 +38,7 @@ def logit_lens(
     output: Literal["probs", "logits", "log_probs"] = "probs",
     return_inv_logits: bool = False,
     lens: Lens | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Values | tuple[Values, Values]:
     """The next-token probabilities read off after each layer.
 
@@ -54,7 +56,7 @@ def logit_lens(
             all that follows it in the model's head (so caps and scales apply, and a bias keeps its sign). It shows what
             the state speaks against.
         lens: what each layer's stream goes through before the head, such as a `TunedLens`.
-        batch_size: how many prompts, of similar length, run at once.
+        batch_size: how many prompts, of similar length, run at once; by default such that they have 1024 tokens at most.
 
     Returns:
         (prompt, layer, vocab) for one position, (prompt, layer, position, vocab) for several, and for "all" a list with
@@ -72,23 +74,25 @@ def logit_lens(
         >>> probs.shape[:2], [model.tokenizer.decode(i) for i in probs[:, -1].argmax(-1)]
         (torch.Size([2, 8]), [' Paris', ' Tokyo'])
     """
-    if output not in _OUTPUTS:
+    convert = _OUTPUTS.get(output)
+    if convert is None:
         raise InputError(f"output={output!r}: it is one of {', '.join(map(repr, _OUTPUTS))}.")
-    inputs = model.prepare(plain(prompts))
+    inputs = {**model.prepare(plain(prompts)), "use_cache": False}
     where = positions_from_end(inputs, positions)
+    states = [torch.empty(0)] * len(where)
+    for some, part in by_length(inputs, batch_size):
+        chosen = [where[i] for i in some]
+        each = _states(model, part, chosen).split([len(one) for one in chosen])
+        for i, values in zip(some.tolist(), each, strict=True):
+            states[i] = values
     heads: list[Callable[[Tensor], Tensor]] = [model.project_on_vocab]
     if return_inv_logits:
         heads.append(partial(inverse_logits, model))
-    results = [[torch.empty(0)] * len(where) for _ in heads]
-    for some, part in by_length(inputs, batch_size):
-        chosen = [where[i] for i in some]
-        hidden = _states(model, part, chosen)
-        hidden = hidden if lens is None else lens(hidden)
-        for head, found in zip(heads, results, strict=True):
-            each = _OUTPUTS[output](head(hidden)).cpu().split([len(one) for one in chosen])
-            for i, values in zip(some.tolist(), each, strict=True):
-                found[i] = values.transpose(0, 1)
-    first, *second = (_joined(found, positions) for found in results)
+    hidden = torch.cat(states)
+    found = [
+        _through(lambda h, head=head: convert(head(h if lens is None else lens(h))), hidden) for head in heads
+    ]
+    first, *second = (_by_prompt(values, positions, list(map(len, where))) for values in found)
     return (first, second[0]) if second else first
 
 
@@ -103,10 +107,29 @@ def _states(
     return torch.stack(stream, dim=1)
 
 
-def _joined(values: list[Tensor], positions: str | int | Sequence[int]) -> Values:
+def _through(
+    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "token layer hidden"]
+) -> Float[Tensor, "token layer vocab"]:
+    """`head` of a few tokens at a time: first touching new memory takes longer than the product that fills it."""
+    parts = hidden.split(max(1, _ROWS // hidden.shape[1]))
+    found, end = torch.empty(0), 0
+    for part in parts:
+        values = head(part)
+        if not end:
+            found = torch.empty((len(hidden), *values.shape[1:]), dtype=values.dtype)
+        found[end : end + len(part)] = values
+        end += len(part)
+    return found
+
+
+def _by_prompt(
+    values: Float[Tensor, "token layer vocab"], positions: str | int | Sequence[int], lengths: list[int]
+) -> Values:
     if positions == "all":
+        return [one.transpose(0, 1) for one in values.split(lengths)]
+    if isinstance(positions, (str, int)):
         return values
-    return torch.stack([one[:, 0] if isinstance(positions, (str, int)) else one for one in values])
+    return values.unflatten(0, (len(lengths), len(positions))).transpose(1, 2)
 
 
 def inverse_logits(

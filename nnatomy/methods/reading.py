@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnatomy.methods.activations import Activations, Key
+from nnatomy.methods.by_length import TOKENS, batches
 from nnatomy.standardized import LayerAccessor, StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
 
@@ -37,7 +38,7 @@ class Reader:
 
     model: StandardizedTransformer
     wanted: Wanted
-    batch_size: int
+    batch_size: int | None
     dtype: torch.dtype | None
     device: torch.device | str
 
@@ -67,40 +68,39 @@ class Reader:
             chosen = value[rows.to(value.device), columns.to(value.device)]
             return chosen.to(self.device, self.dtype)
 
-        with self.model.trace([prompt.ids for prompt in batch]):
+        with self.model.trace([prompt.ids for prompt in batch], use_cache=False):
             found = read_together(self.wanted, keep)
         return list(chain.from_iterable(found))
 
-    def padding_shows(self, prompts: Sequence[Tokens]) -> bool:
-        """Whether the values of some prompts are others together than alone.
+    def padding_shows(self, longest: Tokens, shorter: Sequence[Tokens]) -> bool:
+        """Whether the values of shorter prompts are others beside the longest than alone.
 
         Recurrent mixers and convolutions run over the padding, and some models take positions or masks of their own
         from it. What is less than a thousandth, or four times what the model's dtype resolves, is rounding.
         """
         dtype: Any = self.model.steps_of.dtype
         tolerance = max(1e-3, 4 * torch.finfo(dtype).eps)
-        together = [
-            values.split([len(prompt.positions) for prompt in prompts]) for values in self.run(prompts)
-        ]
-        return any(
-            float((padded[i] - alone).norm()) > tolerance * float(alone.norm())
-            for i, prompt in enumerate(prompts[1:], 1)
-            for padded, alone in zip(together, self.run([prompt]), strict=True)
-        )
+        count = max(1, (self.batch_size or TOKENS // len(longest.ids)) - 1)
+        for start in range(0, len(shorter), count):
+            some = [longest, *shorter[start : start + count]]
+            together = [values.split([len(one.positions) for one in some]) for values in self.run(some)]
+            for i, prompt in enumerate(some[1:], 1):
+                for padded, alone in zip(together, self.run([prompt]), strict=True):
+                    if float((padded[i] - alone).norm()) > tolerance * float(alone.norm()):
+                        return True
+        return False
 
     def _batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
         """The indices of the prompts of each batch: the longest first, of one length where padding shows."""
-
-        def length(i: int) -> int:
-            return len(prompts[i].ids)
-
-        order = sorted(range(len(prompts)), key=length, reverse=True)
-        groups = [list(group) for _, group in groupby(order, length)]
-        shorter = groups[:0:-1]
-        if shorter and self.model.takes_padding:
-            probes = [groups[0], *shorter[:: -(-len(shorter) // _PROBES)]]
-            if not self.padding_shows([prompts[group[0]] for group in probes]):
-                groups = [order]
-        for group in groups:
-            for start in range(0, len(group), self.batch_size):
-                yield group[start : start + self.batch_size]
+        lengths = [len(prompt.ids) for prompt in prompts]
+        of_length: dict[int, list[int]] = {}
+        for i in sorted(range(len(prompts)), key=lambda i: -lengths[i]):
+            of_length.setdefault(lengths[i], []).append(i)
+        longest, *shorter = (prompts[group[0]] for group in of_length.values())
+        probes = shorter[:: -max(1, -(-len(shorter) // _PROBES))]
+        if self.batch_size == 1 or (self.model.takes_padding and not self.padding_shows(longest, probes)):
+            yield from batches(lengths, self.batch_size)
+            return
+        for group in of_length.values():
+            for part in batches([lengths[i] for i in group], self.batch_size):
+                yield [group[i] for i in part]

@@ -80,7 +80,7 @@ class SteeringVector:
         layers: Sequence[int] | None = None,
         point: str = "layers_output",
         positions: Positions = "last",
-        batch_size: int = 16,
+        batch_size: int | None = None,
         progress: bool = True,
     ) -> SteeringVector:
         """From prompts that have something, and prompts that have not.

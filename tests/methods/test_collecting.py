@@ -19,6 +19,7 @@ from architectures import PLACES, prompt_ids, shared
 from reference import hooked
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import Cache
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
@@ -115,19 +116,49 @@ def test_positions_are_counted_in_each_prompt(positions: Any, of: Any) -> None:
         close(acts.of_prompt(i)["layers_output", 1], alone(shared("gpt2"), layers, ids)[1][of(len(ids))])
 
 
-def test_similar_lengths_share_a_batch_and_no_later_layer_runs() -> None:
-    shapes, late = [], []
-    first, _, third = shared("gpt2").transformer.h
+def shapes_run(prompts: Any, batch_size: int | None) -> list[tuple[int, ...]]:
+    """(batch, seq) of each forward pass."""
+    shapes: list[tuple[int, ...]] = []
+    first = shared("gpt2").transformer.h[0]
+    handle = first.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    collect(MODEL, prompts, {"layers_output": [1]}, batch_size=batch_size)
+    handle.remove()
+    return shapes
+
+
+def test_similar_lengths_share_a_batch() -> None:
+    shapes = shapes_run(PROMPTS, 3)
+    # whether padding shows: two shorter ones beside the longest, each of them alone
+    assert shapes[:8] == [(3, 9), (1, 1), (1, 2), (3, 9), (1, 3), (1, 5), (2, 9), (1, 7)]
+    assert shapes[8:] == [(3, 9), (3, 5), (1, 1)]
+    assert shapes_run(PROMPTS, 1) == [(1, length) for length in (9, 9, 7, 5, 3, 2, 1)]
+
+
+def test_by_default_a_pass_has_1024_tokens_at_most() -> None:
+    shapes = shapes_run([[20] * length for length in [3] * 300 + [9] * 130], None)
+    assert shapes == [(2, 9), (1, 3), (113, 9), (113, 9), (204, 3)]
+
+
+def test_no_later_layer_runs_and_nothing_is_cached() -> None:
+    late: list[int] = []
+    caches: list[Any] = []
+    _, second, third = shared("gpt2").transformer.h
     handles = [
-        first.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2]))),
+        second.register_forward_pre_hook(
+            lambda _, args, kwargs: caches.extend(
+                one for one in (*args, *kwargs.values()) if isinstance(one, Cache)
+            ),
+            with_kwargs=True,
+        ),
         third.register_forward_pre_hook(lambda *_: late.append(1)),
     ]
     collect(MODEL, PROMPTS, {"layers_output": [1], "layers_input": [0]}, batch_size=3)
+    assert (late, caches) == ([], [])
+    shared("gpt2")(torch.tensor([PROMPTS[0]]))
     for handle in handles:
         handle.remove()
-    assert shapes[:6] == [(6, 9), (1, 1), (1, 2), (1, 3), (1, 5), (1, 7)]  # these tell whether padding shows
-    assert shapes[6:] == [(3, 9), (3, 5), (1, 1)]
-    assert late == []
+    assert late
+    assert caches  # the hooks see what they are to see
 
 
 @torch.no_grad()
