@@ -617,7 +617,7 @@ met: Counter[str] = Counter()
 def run_often(check: Callable[[], None], *kinds: str) -> None:
     met.clear()
     check()
-    assert all(met[kind] > 30 for kind in kinds), met
+    assert all(met[kind] > 10 for kind in kinds), met  # the rarest come 25 to 60 times, as chance has it
 
 
 often = partial(settings, deadline=None, suppress_health_check=list(HealthCheck))
