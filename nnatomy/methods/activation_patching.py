@@ -155,11 +155,9 @@ def activation_patching(
         >>> found.normalized.argmax(-1).tolist()  # the position that matters, by layer: first the country, then the last
         [3, 3, 4, 4, 4, 4]
     """
-    if mode not in ("denoising", "noising"):
-        raise InputError(f"mode={mode!r}: give 'denoising' or 'noising'.")
     pairs = Pairs.of(model, clean, corrupted)
     where = layers_of(model, point, layers)
-    base, source = (pairs.corrupted, pairs.clean) if mode == "denoising" else (pairs.clean, pairs.corrupted)
+    base, source = pairs.of_mode(mode)
     runs = PatchedRuns(model, base, source, point, where)
     if positions is None:
         positions = "each" if heads is None else "all"

@@ -42,6 +42,12 @@ class Pairs:
                 )
         return cls(ids, others, is_single(clean) and is_single(corrupted))
 
+    def of_mode(self, mode: str) -> tuple[list[list[int]], list[list[int]]]:
+        """What is patched, and where from: "denoising" patches the corrupted prompts, "noising" the clean ones."""
+        if mode not in ("denoising", "noising"):
+            raise InputError(f"mode={mode!r}: give 'denoising' or 'noising'.")
+        return (self.corrupted, self.clean) if mode == "denoising" else (self.clean, self.corrupted)
+
     @property
     def lengths(self) -> list[int]:
         """How many tokens each pair has."""

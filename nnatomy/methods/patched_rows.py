@@ -62,12 +62,13 @@ class PatchedRows:
             rows: what is put in, and into which prompt.
             size: how many rows run at once.
         """
-        probs = []
+        found = []
         with tqdm(total=len(rows), desc="Patching", disable=not progress) as bar:
             for end in self._ends(rows, size):
-                probs.append(end_logits(self._model, end).softmax(-1).cpu())
+                found.append(end)
                 bar.update(len(end))
-        return torch.cat(probs)
+        # Only now, when the keys and values are gone: logits are large.
+        return torch.cat([end_logits(self._model, end).softmax(-1).cpu() for end in found])
 
     def _ends(self, rows: Tensor, size: int) -> Iterator[Tensor]:
         """What `ends` gives of the rows, part by part."""
@@ -108,7 +109,7 @@ class PatchedRows:
         with self._model.trace(**inputs):
             self._put(*rows.T)
             end = ends(self._model)
-        return end
+        return end.clone()  # without the other positions
 
     def _whole(self, rows: Tensor) -> dict[str, Any]:
         """The arguments of the model's forward for these rows."""

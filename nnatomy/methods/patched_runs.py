@@ -163,25 +163,22 @@ class PatchedRuns:
 
     def _run(self, layers: list[int], cells: Cells, *, skip: bool) -> Tensor:
         model, count = self.model, len(cells)
-        inputs = {name: self._repeat(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
         with model.trace(inputs, use_cache=False):
             if self._noise is not None:
-                self._add_noise(self._repeat(self._noise, count))
+                self._add_noise(repeated(self._noise, count))
             if skip and self._after:
-                given = self._patched(layers[0], self._repeat(self._outputs[layers[0]], count), cells)
+                given = self._patched(layers[0], repeated(self._outputs[layers[0]], count), cells)
                 model.skip_layers(0, layers[0], given)
                 layers = layers[1:]
             elif skip:
-                stream = self._repeat(self._streams[layers[0]], count)
+                stream = repeated(self._streams[layers[0]], count)
                 model.skip_layers(0, layers[0] - 1, stream)
                 model.layers_input[layers[0]] = stream
             for layer in layers:
                 self.accessor[layer] = self._patched(layer, self.accessor[layer], cells)
             end = ends(model)
         return end.unflatten(0, (count, self.batch))
-
-    def _repeat(self, tensor: Tensor, count: int) -> Tensor:
-        return tensor.expand(count, *tensor.shape).flatten(0, 1)
 
     def _patched(self, layer: int, value: Tensor, cells: Cells) -> Tensor:
         """`value` with the source's put in at the cells."""
@@ -192,6 +189,11 @@ class PatchedRuns:
             shape[self.axes.head + 1] = cells.shape[1]
             cells = cells.mT if self.axes.head > self.axes.seq else cells
         return torch.where(cells.reshape(shape).to(value.device), self.values[layer], own).flatten(0, 1)
+
+
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """All of its rows so many times, one after the other."""
+    return tensor.expand(count, *tensor.shape).flatten(0, 1)
 
 
 def is_close(one: Tensor, other: Tensor) -> bool:

@@ -21,7 +21,7 @@ from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods.activation_patching import TOKENS, measured
 from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs
-from nnatomy.methods.patched_runs import axes_of, is_close, layers_with
+from nnatomy.methods.patched_runs import axes_of, is_close, layers_with, repeated
 from nnatomy.standardized import StandardizedTransformer
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")
@@ -118,12 +118,10 @@ def path_patching(
         >>> found.effect.shape
         torch.Size([6])
     """
-    if mode not in ("denoising", "noising"):
-        raise InputError(f"mode={mode!r}: give 'denoising' or 'noising'.")
     pairs = Pairs.of(model, clean, corrupted)
     names = (sender,) if isinstance(sender, str) else tuple(sender)
     to = (receivers,) if isinstance(receivers, str) else tuple(receivers)
-    base, source = (pairs.corrupted, pairs.clean) if mode == "denoising" else (pairs.clean, pairs.corrupted)
+    base, source = pairs.of_mode(mode)
     senders = [_part(model, name, _SENDERS) for name in names]
     ends = [_part(model, name, _RECEIVERS) for name in to if name != "logits"]
     if not senders or not to:
@@ -226,7 +224,7 @@ class _Paths:
 
     def _changes_by_heads(self, layer: int, which: list[int]) -> Sequence[Tensor]:
         model, count = self.model, len(which)
-        inputs = {name: self._repeat(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
         sent = self._sent["heads_output", layer][: self.batch]
         with model.trace(inputs, use_cache=False):
             heads = model.heads_output[layer].clone()
@@ -235,7 +233,7 @@ class _Paths:
                 rows[:, :, head] = sent[:, :, head]
             model.heads_output[layer] = heads
             contribution = model.mixers_contribution[layer]
-        return (contribution - self._repeat(self._mixers[layer], count)).split(self.batch)
+        return (contribution - repeated(self._mixers[layer], count)).split(self.batch)
 
     def only_at(self, columns: list[int]) -> None:
         """Leave the senders as they are elsewhere."""
@@ -247,7 +245,7 @@ class _Paths:
     def logits(self, which: list[int]) -> Float[Tensor, "sender batch vocab"]:
         """The logits at the last position, with the paths of each of these senders patched."""
         model, count = self.model, len(which)
-        inputs = {name: self._repeat(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
         heard = self._hear(inputs, which) if self.receivers else {}
         change = torch.cat([self.changes[i].to(model.device) for i in which])
         with model.trace(inputs, use_cache=False):
@@ -289,6 +287,3 @@ class _Paths:
         value = value.clone()
         value[:, heads] = heard[:, heads]
         return value
-
-    def _repeat(self, tensor: Tensor, count: int) -> Tensor:
-        return tensor.expand(count, *tensor.shape).flatten(0, 1)
