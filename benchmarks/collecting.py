@@ -3,15 +3,15 @@
     python benchmarks/collecting.py [--json FILE] [--rounds N]
 
 A random Llama of GPT-2's size, whose values padding does not change, so that everybody's can be compared; prompts of 4 to 64
-numbered words. ours: `collect_activations`. hooks: batch by batch in the given order, the whole forward pass. nnsight:
-the same, stopped after the layer; nnterp: its `collect_token_activations_batched`. The floor is the layers up to that one
+numbered words, all lengths as often, or of up to 512, most of them short. ours: `collect_activations`, at most 1024 tokens a pass.
+hooks: 16 prompts a pass in the given order, the whole forward pass. nnsight: the same, stopped after the layer; nnterp: its
+`collect_token_activations_batched`, 16 prompts a pass. The floor is the layers up to that one
 on as many tokens as the prompts have. The rest is as in `tables.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from llama import llama, run_unpadded, wrapped
 from measuring import nnsight, nnterp
 from tables import Task, main
 from torch import Tensor
-from words import make_prompts, make_tokenizer
+from words import make_long_tailed, make_prompts, make_tokenizer
 
 from nnatomy import StandardizedTransformer
 from nnatomy.methods import collect_activations
@@ -27,15 +27,15 @@ from nnatomy.methods import collect_activations
 LAYER, BATCH = 6, 16
 
 
-def task(count: int) -> Task:
+def task(prompts: list[str]) -> Task:
     """Each contender gives (prompt, hidden)."""
-    hf, tokenizer, prompts = llama(), make_tokenizer(), make_prompts(count, 4, 64)
-    batches = [prompts[start : start + BATCH] for start in range(0, count, BATCH)]
+    hf, tokenizer = llama(), make_tokenizer()
+    batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
     model = StandardizedTransformer(hf, tokenizer)
 
     def ours() -> Tensor:
         points = {"layers_output": [LAYER]}
-        found = collect_activations(model, prompts, points, batch_size=BATCH, progress=False)
+        found = collect_activations(model, prompts, points, progress=False)
         return found["layers_output", LAYER]
 
     def hooks() -> Tensor:
@@ -76,4 +76,12 @@ def task(count: int) -> Task:
 
 
 if __name__ == "__main__":
-    main(__doc__, {"2000 prompts": partial(task, 2000), "64 prompts": partial(task, 64)}, rounds=3)
+    main(
+        __doc__,
+        {
+            "2000 prompts of 4 to 64": lambda: task(make_prompts(2000, 4, 64)),
+            "2000 prompts with a long tail": lambda: task(make_long_tailed(2000, 4, 512)),
+            "64 prompts of 4 to 64": lambda: task(make_prompts(64, 4, 64)),
+        },
+        rounds=3,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nnatomy.errors import InputError
-from nnatomy.methods.activations import Activations, Key
+from nnatomy.methods.activations import Activations, Key, plot_norms
 from nnatomy.standardized import StandardizedTransformer
 
 _INDEX = "index.json"
@@ -96,6 +96,11 @@ class ActivationStore(Dataset[Any]):
     def load(self) -> Activations:
         """All of them, in memory."""
         return Activations.joined(list(self.shards()))
+
+    def plot(self) -> Any:
+        """Curves (a plotly Figure) of the rows' norms by layer, as `Activations.plot`; read shard by shard."""
+        shards = [part.norms() for part in self.shards()]
+        return plot_norms({key: torch.cat([norms[key] for norms in shards]) for key in self.keys})
 
     @cached_property
     def _offsets(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 #: A standard name and a layer.
@@ -62,16 +62,11 @@ class Activations:
             >>> [curve.name for curve in figure.data], figure.data[0].x
             (['layers_output: median', 'layers_output: largest'], (2.0, 4.0))
         """
-        from nnatomy.plots import curves
+        return plot_norms(self.norms())
 
-        layers = sorted({layer for _, layer in self.tensors})
-        ys: dict[str, list[float]] = {}
-        for name in dict.fromkeys(name for name, _ in self.tensors):
-            values = [self.tensors.get((name, layer)) for layer in layers]
-            norms = [None if one is None else one.flatten(1).float().norm(dim=-1) for one in values]
-            for what, of in (("median", torch.median), ("largest", torch.max)):
-                ys[f"{name}: {what}"] = [torch.nan if one is None else float(of(one)) for one in norms]
-        return curves(layers, ys, title="Norms of the rows", x_title="layer", y_title="norm")
+    def norms(self) -> dict[Key, Float[Tensor, " row"]]:
+        """Of each name and layer, the norm of every row."""
+        return {key: tensor.flatten(1).float().norm(dim=-1) for key, tensor in self.tensors.items()}
 
     @staticmethod
     def joined(parts: Sequence[Activations]) -> Activations:
@@ -82,3 +77,16 @@ class Activations:
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             torch.cat([part.token_ids for part in parts]),
         )
+
+
+def plot_norms(norms: dict[Key, Float[Tensor, " row"]]) -> Any:
+    """See `Activations.plot`."""
+    from nnatomy.plots import curves
+
+    layers = sorted({layer for _, layer in norms})
+    ys: dict[str, list[float]] = {}
+    for name in dict.fromkeys(name for name, _ in norms):
+        values = [norms.get((name, layer)) for layer in layers]
+        for what, of in (("median", torch.median), ("largest", torch.max)):
+            ys[f"{name}: {what}"] = [torch.nan if one is None else float(of(one)) for one in values]
+    return curves(layers, ys, title="Norms of the rows", x_title="layer", y_title="norm")

@@ -85,13 +85,11 @@ def logit_lens(
         each = _states(model, part, chosen).split([len(one) for one in chosen])
         for i, values in zip(some.tolist(), each, strict=True):
             states[i] = values
+    hidden = torch.cat(states)
     heads: list[Callable[[Tensor], Tensor]] = [model.project_on_vocab]
     if return_inv_logits:
         heads.append(partial(inverse_logits, model))
-    hidden = torch.cat(states)
-    found = [
-        _through(lambda h, head=head: convert(head(h if lens is None else lens(h))), hidden) for head in heads
-    ]
+    found = [_through(lens, head, convert, hidden) for head in heads]
     first, *second = (_by_prompt(values, positions, list(map(len, where))) for values in found)
     return (first, second[0]) if second else first
 
@@ -108,17 +106,20 @@ def _states(
 
 
 def _through(
-    head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "token layer hidden"]
+    lens: Lens | None,
+    head: Callable[[Tensor], Tensor],
+    convert: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "token layer hidden"],
 ) -> Float[Tensor, "token layer vocab"]:
-    """`head` of a few tokens at a time: first touching new memory takes longer than the product that fills it."""
-    parts = hidden.split(max(1, _ROWS // hidden.shape[1]))
-    found, end = torch.empty(0), 0
-    for part in parts:
-        values = head(part)
-        if not end:
+    """A few tokens at a time: to touch so much memory for the first time takes as long as the product that fills it."""
+    found, start = torch.empty(0), 0
+    for part in hidden.split(max(1, _ROWS // hidden.shape[1])):
+        values = convert(head(part if lens is None else lens(part)))
+        if start == 0:
             found = torch.empty((len(hidden), *values.shape[1:]), dtype=values.dtype)
-        found[end : end + len(part)] = values
-        end += len(part)
+        found[start : start + len(part)] = values
+        start += len(part)
+        del values
     return found
 
 

@@ -51,7 +51,13 @@ class Head:
         """The final norm, then the unembedding."""
         assert self._anatomy.ln_final is not None
         assert self._anatomy.lm_head is not None
-        return self._anatomy.lm_head(self._anatomy.ln_final(hidden))
+        normed = self._anatomy.ln_final(hidden)
+        rows = normed.reshape(-1, normed.shape[-1])
+        if not 8 <= len(rows) < 16 or rows.device.type != "cpu":
+            return self._anatomy.lm_head(normed)
+        # MKL multiplies 16 rows by a large matrix in half the time of 12.
+        logits = self._anatomy.lm_head(torch.nn.functional.pad(rows, (0, 0, 0, 16 - len(rows))))
+        return logits[: len(rows)].reshape(*hidden.shape[:-1], -1)
 
     def long_way(self, hidden: Hidden) -> Logits:
         """The model's forward with its layers skipped, each row a prompt of one token."""

@@ -313,6 +313,18 @@ def test_a_store_gives_back_what_was_collected(tmp_path: Path) -> None:
     ]
 
 
+def test_a_store_is_drawn_as_what_is_in_memory_is(tmp_path: Path) -> None:
+    store = into(tmp_path)
+    names = [("layers_output", 0), ("layers_output", 2)]
+    norms = [store.load()[key].norm(dim=-1) for key in names]
+    median, largest, *_ = store.plot().data
+    assert median.x == largest.x == (0.0, 1.0, 2.0)
+    assert median.name == "layers_output: median"
+    assert [median.y[0], median.y[2]] == pytest.approx([float(one.median()) for one in norms])
+    assert [largest.y[0], largest.y[2]] == pytest.approx([float(one.max()) for one in norms])
+    assert [curve.y for curve in store.load().plot().data[:2]] == [median.y, largest.y]
+
+
 def test_a_store_feeds_a_data_loader(tmp_path: Path) -> None:
     memory = collect(MODEL, PROMPTS, POINTS, batch_size=2)["layers_output", 2]
     into(tmp_path, positions="last", dtype=torch.bfloat16)
