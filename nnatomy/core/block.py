@@ -117,7 +117,7 @@ class Block:
             self.wait(Want(run.root, "input", 0, step, None, f"step {step}"))
             if run.error is not None:
                 raise run.error.with_traceback(run.traceback)
-        if run.has_result and not run.step and not run.entered.get(run.root):
+        if run.has_result and run.only_within:
             raise NotReachedError(
                 f"There are no steps: {type(run.root).__name__} itself is not called in this generation, but a module within "
                 "it. Generate with that one."

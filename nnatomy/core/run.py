@@ -72,6 +72,8 @@ class Run:
         self.step = 0
         #: How often each module has been called in this step.
         self.entered: dict[Module, int] = {}
+        #: Whether modules within the root were called, and the root itself never.
+        self.only_within = False
         #: The calls in flight, outermost first.
         self.stack: list[tuple[Module, int]] = []
         #: The modules at whose inputs, and at whose outputs, the forward pass has to stop and look.
@@ -266,6 +268,7 @@ class Run:
             self._in_model.end()  # again: a Cancelled may have come just before it
             remove_gates(gated)
             del runs[self._ident]
+            self.only_within = bool(self.entered) and not self.step and self.root not in self.entered
             self.entered.clear()
             self.stack.clear()
             self.modes.clear()

@@ -35,8 +35,9 @@ def row(name: str) -> str:
         return f"{start} not tried: no tiny config yet (too large) | |"
     try:
         model = StandardizedTransformer(hf)
-    except ModelError:
-        return f"{start} refused: {zoo.REFUSED_CLASSES[name][0]} | |"
+    except (ModelError, AttributeError) as error:
+        why, *_ = zoo.REFUSED_CLASSES.get(name, (type(error).__name__,))
+        return f"{start} refused: {why} | |"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds).items())
     encoder = len(model.encoder_layers_output)
     return f"{start} {kinds} | {f'{encoder} layers' if encoder else ''} |"

@@ -36,6 +36,10 @@ def test_a_row_is_current(name: str) -> None:
     assert other_classes.row(name) == rows()[name], "python tests/zoo/other_classes.py"
 
 
+def test_what_is_refused_is_in_the_table_of_reasons() -> None:
+    assert {name for name, line in rows().items() if "| refused: " in line} == zoo.REFUSED_CLASSES.keys()
+
+
 @pytest.mark.parametrize("name", zoo.REFUSED_CLASSES)
 def test_what_is_refused_says_why(name: str) -> None:
     with pytest.raises(UnknownArchitectureError, match=zoo.REFUSED_CLASSES[name][1]):
