@@ -14,7 +14,7 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (32, "hidden_size n_embd d_model emb_dim embedding_size embedding_dim"),
     (32, "word_embed_proj_dim hidden_size_global"),
     (32, "lru_width attention_hidden_size adapter_out_dim out_hidden_size"),
-    (32, "projector_output_dim ple_embed_dim"),
+    (32, "projector_output_dim ple_embed_dim projector_input_dim vision_output_dim projection_hidden_size"),
     (
         32,
         "embed_dim text_hidden_size vision_hidden_size audio_hidden_size hidden_dim projection_dim base_channels",
@@ -33,6 +33,9 @@ _BY_VALUE: list[tuple[Any, str]] = [
     ([0, 1], "deepstack_visual_indexes"),
     (64, "image_size"),
     (16, "patch_size num_image_tokens"),
+    (4, "mm_tokens_per_image latent_query_num num_query_tokens"),
+    (2, "pooling_kernel_size"),
+    ([[128, 64]], "image_grid_pinpoints"),
     (64, "num_embeddings codebook_size"),
     (4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"),
     (4, "decoder_attention_heads num_encoder_attention_heads"),
@@ -107,6 +110,17 @@ _GEMMA4 = {
     "global_head_dim": 24,
     "num_global_key_value_heads": 1,
 }
+_GEMMA4_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+_GEMMA4_PATCHES = {"pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}
 _GEMMA4_UNIFIED = {"attention_k_eq_v": True, "global_head_dim": 24, "num_global_key_value_heads": 1}
 _GEMMA3N = {"activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]}
 _LLAMA4 = {"interleave_moe_layer_step": 2, "attn_scale": 0.5}
@@ -144,8 +158,12 @@ _TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 
 _CODES = range(8, 16)  # the ids of the tokens that images are made of
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "resolution": 16}  # 8 pixels to a token
 
+_NARROW = {"downsample_channels": [16, 32]}
+_IN_WINDOWS = {"vision_config": {"window_size": 32}}  # of the image, in pixels
+
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
     "chameleon": {
@@ -158,7 +176,10 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [_SLIDING, "heavily_compressed_attention", "compressed_sparse_attention", _SLIDING],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
     },
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"] * 2},
+        "vision_config": {"sam_config": _NARROW},
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "dots3_note": {
         "text_config": _DOTS3,
@@ -178,6 +199,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": {"mrope_section": [1, 1, 2]}}
     },
+    "exaone4_5": _IN_WINDOWS,
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 1.5]},
     "florence2": {
         "vision_config": {
@@ -193,9 +215,9 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
-    "gemma4": {"text_config": _GEMMA4},
+    "gemma4": {"text_config": _GEMMA4, "vision_config": _GEMMA4_VISION},
     "gemma4_text": _GEMMA4,
-    "gemma4_unified": {"text_config": _GEMMA4_UNIFIED},
+    "gemma4_unified": {"text_config": _GEMMA4_UNIFIED, "vision_config": _GEMMA4_PATCHES},
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gemma4_assistant": {"text_config": _NO_EXTRAS},
     "got_ocr2": {"vision_config": {"output_channels": 8, "image_size": 64}},
@@ -206,13 +228,13 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[1, 0], [2, 1]],
         "spatial_target_layers": [0, 1, 2, 3],
-        "image_grid_pinpoints": [[64, 64]],
         "vision_config": {"hidden_size": 64},  # a head is of 64
     },
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "helium": {"head_dim": 8},
     "inkling_mm_model": {"vision_config": {"patch_size": 4}},
+    "hyperclovax_vision_v2": _IN_WINDOWS,
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
     "jamba": {
@@ -221,27 +243,46 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
         "expert_layer_period": 3,
         "expert_layer_offset": 0,
     },
+    "janus": {"vision_config": {"use_qk_norm": False}},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 8, 4]},
     "lfm2": {"layer_types": ["conv", _FULL, "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
-    "llama4": {"text_config": _LLAMA4},
+    "lfm3_vl": {"vision_config": {"conv_kernel_size": 3}},
+    "lighton_ocr": {"vision_config": {"head_dim": 8}},
+    "llama4": {
+        "text_config": _LLAMA4,
+        "vision_config": {"intermediate_size": 128, "projector_input_dim": 32},
+    },
     "llama4_text": _LLAMA4,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"scale_emb": 3, "dim_model_base": 16},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2, "index_topk_blocks": 2},
-    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "mistral3": {"vision_config": {"head_dim": 8}},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 96,
+            "num_global_layers": 2,
+        },
+    },
     "molmo2": {
         "image_patch_id": 3,
         "vision_config": {"image_size": [64, 64]},
         "adapter_config": {"vision_feature_layer": [2, 0]},
     },
     "mpt": {"attn_config": {"softmax_scale": 0.2, "qk_ln": True}},
-    "muse_spark": {"audio_config": {"hidden_sizes": [8, 16, 16, 32], "patch_sizes": [4, 2, 2, 2]}},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {
+        "out_hidden_size": 128,
+        "audio_config": {"hidden_sizes": [8, 16, 16, 32], "patch_sizes": [4, 2, 2, 2]},
+    },
     "musicgen": {"decoder": _AUDIO},
     "musicgen_melody": {"decoder": _AUDIO},
     "nemo_speechlm": {"text_config": {"hybrid_override_pattern": "ME*-"}},
     "nemotron_h_omni": {"audio_config": None},
     "opt": {"word_embed_proj_dim": 16},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}}},
     "phi4_multimodal": {
         "audio_config": {
             "num_blocks": 1,
@@ -251,6 +292,10 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
+    "pix2struct": {"text_config": {"d_kv": 8}},
+    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 8, "decoder_hidden_size": 32}},
+    "qwen2_5_omni_thinker": _IN_WINDOWS,
+    "qwen2_5_vl": _IN_WINDOWS,
     "qwen4_exp": {"text_config": _QSA | _PLE},
     "qwen4_exp_text": _QSA | _PLE,
     "reformer": {
@@ -271,10 +316,12 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "roformer": {"embedding_size": 16},
     "rwkv": {"rescale_every": 2},
+    "unlimited_ocr": {"vision_config": {"sam_config": _NARROW}},
     "vibevoice_asr": {
         "semantic_tokenizer_encoder_config": _TOKENIZER,
         "acoustic_tokenizer_encoder_config": _TOKENIZER,
     },
+    "vipllava": {"vision_feature_layers": [-1, -2, 1]},
     "xlm": {"causal": True},
     "xlnet": {"d_head": 8, "attn_type": "bi"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},

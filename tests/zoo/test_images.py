@@ -1,0 +1,59 @@
+"""Every image-text class with images: what the standard names are is what plain hooks see, when the model is given the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import edited, hooked
+from torch import Tensor
+
+import zoo
+from nnatomy import StandardizedTransformer
+from zoo import images
+from zoo.other_classes import CLASSES, READ_IMAGES
+from zoo.test_names import MODULES, close, place, there
+from zoo.test_other_classes import rows
+
+LOADED = [name for name, line in rows().items() if name in READ_IMAGES and "| yes |" in line]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_with_an_image(name: str) -> None:
+    hf = zoo.build_class(name, CLASSES[name])
+    model, inputs = StandardizedTransformer(hf), images.inputs(hf, CLASSES[name])
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        other = hf(**inputs | {n: v.flip(-1) for n, v in inputs.items() if n in images.NOISE}).logits
+    assert moved(other, plain), "the image does not matter"
+    points = {(names, i): place(model, names, i) for names in MODULES for i in there(model, names)}
+    seen = hooked(hf, lambda: hf(**inputs), points)
+    for names in MODULES:
+        with torch.no_grad(), model.trace(**inputs):
+            values = {i: getattr(model, names)[i] for i in there(model, names)}
+            assert torch.equal(model.logits, plain), names
+        for i, value in values.items():
+            assert torch.equal(value, seen[names, i]), (names, i)
+
+    def change(value: Tensor) -> Tensor:
+        return 0.5 * value + torch.linspace(-1, 1, value.shape[-1])
+
+    for names in ("layers_output", "attentions_output", "mlps_output"):
+        for i in there(model, names)[1:2]:
+            expected = edited(lambda: hf(**inputs).logits, *place(model, names, i), change)
+            with torch.no_grad(), model.trace(**inputs):
+                getattr(model, names)[i] = change(getattr(model, names)[i])
+                logits = model.logits
+            assert torch.equal(logits, expected), (names, i)
+            assert moved(logits, plain), (names, i)
+
+
+def moved(logits: Tensor, plain: Tensor) -> bool:
+    return not close(
+        logits.clamp(min=-100), plain.clamp(min=-100)
+    )  # Chameleon's are the least number, of image tokens
+
+
+def test_what_is_given_no_image_is_in_the_table() -> None:
+    assert READ_IMAGES >= images.NOT_TRIED.keys()
+    assert not images.NOT_TRIED.keys() & {*LOADED}
+    assert set(images.GIVEN) <= {CLASSES[name] for name in READ_IMAGES - images.NOT_TRIED.keys()}
