@@ -159,6 +159,7 @@ _CODES = range(8, 16)  # the ids of the tokens that images are made of
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "resolution": 16}  # 8 pixels to a token
 
 _NARROW = {"downsample_channels": [16, 32]}
+_START = {"vision_start_token_id": 14}  # in the checkpoints' configs, and no field of the class
 _IN_WINDOWS = {"vision_config": {"window_size": 32}}  # of the image, in pixels
 
 #: What only that type needs.
@@ -294,8 +295,9 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "pix2struct": {"text_config": {"d_kv": 8}},
     "pp_formulanet": {"vision_config": {"post_conv_in_channels": 8, "decoder_hidden_size": 32}},
-    "qwen2_5_omni_thinker": _IN_WINDOWS,
+    "qwen2_5_omni_thinker": _IN_WINDOWS | _START,
     "qwen2_5_vl": _IN_WINDOWS,
+    "qwen3_omni_moe_thinker": _START,
     "qwen4_exp": {"text_config": _QSA | _PLE},
     "qwen4_exp_text": _QSA | _PLE,
     "reformer": {

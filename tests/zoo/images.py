@@ -103,6 +103,7 @@ def inputs(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
     token = getattr(hf.config, "image_token_id", None) or getattr(hf.config, "image_token_index", 3)
     ids = zoo.ids(hf, seq=1 + count + AFTER)
     ids[:, 1 : 1 + count] = token
+    ids[:, 0] = getattr(hf.config, "vision_start_token_id", None) or ids[:, 0]
     for name in ("mm_token_type_ids", "token_type_ids", "image_embeds_position_mask"):
         if takes(hf, name) and count:
             given[name] = (ids == token).int()

@@ -47,6 +47,46 @@ def test_with_an_image(name: str) -> None:
             assert moved(logits, plain), (names, i)
 
 
+#: Positions of three axes (the first six), learned ones, and of one axis.
+PADDED = (
+    "CohereCompassForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "GitForCausalLM",
+    "LlavaForConditionalGeneration",
+)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_does_not_show_beside_an_image(name: str) -> None:
+    hf = zoo.build_class(name, CLASSES[name])
+    model, both = StandardizedTransformer(hf), images.inputs(hf, CLASSES[name])
+    now = both["input_ids"].shape[1]
+    both["attention_mask"] = torch.ones_like(both["input_ids"])
+    one, other = ({n: v.chunk(2)[i] for n, v in both.items()} for i in (0, 1))
+    padded = {n: torch.cat([v[:, :3], v], 1) if v.shape[1:] == (now,) else v for n, v in both.items()}
+    longer = {n: torch.cat([v[:, :3], v], 1) if v.shape[1:] == (now,) else v for n, v in other.items()}
+    padded["input_ids"][:, :3] = longer["input_ids"][:, :3] = torch.tensor([20, 21, 22])
+    padded["attention_mask"][0, :3] = 0
+    for given in (padded, longer):
+        for types in ("mm_token_type_ids", "token_type_ids"):
+            given.get(types, torch.ones(1, 3))[:, :3] = 0
+    with torch.no_grad():
+        alone = hf(**one).logits[:, -images.AFTER :]
+        with model.trace(**padded):
+            in_batch = model.logits[:1, -images.AFTER :]
+        with model.trace() as tracer:
+            with tracer.invoke(**one):
+                in_block = model.logits[:, -images.AFTER :]
+            with tracer.invoke(**longer):
+                model.logits
+    assert close(in_batch, alone)
+    assert close(in_block, alone)
+
+
 def moved(logits: Tensor, plain: Tensor) -> bool:
     return not close(
         logits.clamp(min=-100), plain.clamp(min=-100)
