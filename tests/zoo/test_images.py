@@ -87,6 +87,33 @@ def test_padding_does_not_show_beside_an_image(name: str) -> None:
     assert close(in_block, alone)
 
 
+#: Image tokens, positions of three axes, cross-attention, and an encoder that reads the image.
+GENERATING = (
+    "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "MllamaForConditionalGeneration",
+    "Florence2ForConditionalGeneration",
+)
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_each_step_after_an_image_can_be_edited(name: str) -> None:
+    hf = zoo.build_class(name, CLASSES[name])
+    model, inputs = StandardizedTransformer(hf), images.inputs(hf, CLASSES[name])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    i = there(model, "layers_output")[-1]
+
+    def change(value: Tensor) -> Tensor:
+        return value + 3 * torch.linspace(-1, 1, value.shape[-1])
+
+    expected = edited(lambda: hf.generate(**inputs, **options), *place(model, "layers_output", i), change)
+    with torch.no_grad(), model.generate(**inputs, **options) as tracer:
+        for _ in tracer.iter[:]:
+            model.layers_output[i] = change(model.layers_output[i])
+        assert torch.equal(tracer.result, expected)
+    assert not torch.equal(expected, hf.generate(**inputs, **options))
+
+
 def moved(logits: Tensor, plain: Tensor) -> bool:
     return not close(
         logits.clamp(min=-100), plain.clamp(min=-100)
