@@ -111,6 +111,9 @@ def inputs(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
         given["image_attention_mask"] = torch.ones(*ids.shape, 1)
     if takes(hf, "bbox"):
         given["bbox"] = torch.linspace(0, 1, 4).expand(*ids.shape, 4)
+        given["attention_mask"] = torch.ones_like(
+            ids
+        )  # traces give one; with none UDOP reads its own padding
     if has_decoder(hf):
         given["decoder_input_ids"] = zoo.ids(hf, seed=1)
     reads_tokens = takes(hf, "input_ids") and not (has_decoder(hf) and hf.main_input_name != "input_ids")
