@@ -8,7 +8,7 @@ from typing import Any
 #: What such a field has in its name.
 _NAMED = re.compile("multiplier|scale|scaling|cap|clip|alpha|beta|limit|temperature|window")
 
-#: Those of all causal language models of Transformers 5.17 to 5.23, and of its generation; then some of T5, Blip, Idefics.
+#: Those of all causal language and image-text models of Transformers 5.17 to 5.23, and of its generation; then some of T5.
 KNOWN = frozenset(
     """
     altup_coef_clip altup_correct_scale attention_in_multiplier attention_multiplier
@@ -20,9 +20,10 @@ KNOWN = frozenset(
     local_attention_window_len log_scaling_alpha log_scaling_n_floor logit_scale
     logits_mup_width_multiplier logits_scaling logits_soft_cap max_window_layers mlp_alpha_factor
     mlp_beta_factor mlp_gate_softcap mlp_multipliers mlp_up_softcap moe_routed_scaling_factor
-    moe_router_logit_softcapping mtp_loss_scaling_factor output_logit_soft_cap penalty_alpha
-    prefix_dense_sliding_window_pattern qk_l2_clip_threshold rel_l2_clip_threshold rescale_embeddings
-    rescale_every rescale_prenorm_residual residual_multiplier rope_scaling route_scale
+    moe_router_logit_softcapping mtp_loss_scaling_factor output_logit_soft_cap output_multiplier penalty_alpha
+    prefix_dense_sliding_window_pattern qk_l2_clip_threshold qk_scale_factor rel_l2_clip_threshold rescale_embeddings
+    rescale_every rescale_prenorm_residual residual_gate_temperature residual_multiplier rope_scaling
+    rope_scaling_layers route_scale
     routed_scaling_factor router_scaling_factor scale_attention_softmax_in_fp32
     scale_attn_by_inverse_layer_idx scale_attn_weights scale_depth scale_emb scale_embedding
     sliding_window sliding_window_pattern sliding_window_size ssm_in_multiplier ssm_multipliers

@@ -30,6 +30,7 @@ class Prompts:
         main_input: what the model reads: "input_ids", or "pixel_values" and the like, which are given by that name.
         decoder_start: of an encoder-decoder, the token that its decoder begins with.
         needed: what the model has to be given beside tokens.
+        places_images: whether the model makes positions of three axes where there are images.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Prompts:
         main_input: str = "input_ids",
         decoder_start: int | None = None,
         needed: tuple[str, ...] = (),
+        places_images: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
@@ -51,6 +53,7 @@ class Prompts:
         self.main_input = main_input
         self.decoder_start = decoder_start
         self.needed = needed
+        self.places_images = places_images
         #: Why prompts of unequal length cannot be in one batch.
         self.no_padding = ""
 
@@ -92,10 +95,17 @@ class Prompts:
             given["attention_mask"] = mask
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
-        padded = mask.shape == ids.shape and not bool(mask.all())
-        if padded and self.takes_positions and given.get("position_ids") is None:
-            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if mask.shape == ids.shape and given.get("position_ids") is None:
+            given |= self.positions(given)
         return _to(given, device)
+
+    def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """`position_ids` by the mask, where the batch is padded and the model is to be given any."""
+        mask = given["attention_mask"]
+        text = all(value.shape == mask.shape for value in given.values() if isinstance(value, Tensor))
+        if not self.takes_positions or bool(mask.all()) or (self.places_images and not text):
+            return {}
+        return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
 
     def _with_decoder(self, given: dict[str, Any]) -> dict[str, Any]:
         """With what the decoder reads: token ids of one length, or its start token where nothing is given."""

@@ -61,9 +61,7 @@ class JoinPrompts(Joining):
             name: join_leaves([one[name] for one in padded if name in one])
             for name in dict.fromkeys(name for one in padded for name in one)
         }
-        mask = joined["attention_mask"]
-        if self._prompts.takes_positions and "position_ids" not in joined and not bool(mask.all()):
-            joined["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        joined |= self._prompts.positions(joined)
         pads = [seq - length for length in lengths]
         return self._call(joined), rows_of([len(mask) for mask in masks], seq, pads)
 

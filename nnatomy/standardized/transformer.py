@@ -139,6 +139,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             main_input(causal),
             decoder_start(causal) if has_decoder(causal) else None,
             needed(causal),
+            any(hasattr(module, "get_rope_index") for module in causal.modules()),
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(

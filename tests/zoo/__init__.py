@@ -9,6 +9,7 @@ from zoo.build import loaded as loaded
 from zoo.build import shared as shared
 from zoo.build import vocab_size as vocab_size
 from zoo.exceptions import NO_GRADIENTS as NO_GRADIENTS
+from zoo.exceptions import NOT_BUILT as NOT_BUILT
 from zoo.exceptions import NOT_CAUSAL as NOT_CAUSAL
 from zoo.exceptions import REASONS as REASONS
 from zoo.exceptions import REFUSED as REFUSED

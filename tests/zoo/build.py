@@ -82,15 +82,31 @@ def _fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     tokens = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in SIZES]
     values.update({name: 3 + i for i, name in enumerate(tokens)})
     values.update(_layers(config_class, names))
+    if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()) and (
+        rope := _default(config_class).rope_parameters
+    ):
+        values["rope_parameters"] = rope | {"mrope_section": _three_axes(rope, values)}
     specs = getattr(config_class, "sub_configs_defaults", {})  # not in older releases
     for name, sub_class in config_class.sub_configs.items():
         spec = specs.get(name)
         if sub_class is AutoConfig:
             part = spec or getattr(_default(config_class), name)
-            values[name] = {"model_type": part.model_type, **_fields(CONFIG_MAPPING[part.model_type])}
+            kwargs = getattr(spec, "init_kwargs", {})
+            values[name] = {
+                "model_type": part.model_type,
+                **kwargs,
+                **_fields(CONFIG_MAPPING[part.model_type]),
+            }
         elif spec is None or not spec.optional:
             values[name] = _fields(sub_class)
     return values
+
+
+def _three_axes(rope: dict[str, Any], values: dict[str, Any]) -> list[int]:
+    """How many of a head's frequencies go by time, by height and by width."""
+    head_dim = values.get("head_dim", SIZES["hidden_size"] // SIZES["num_attention_heads"])
+    count = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    return [count - 2 * (count // 4), count // 4, count // 4]
 
 
 @functools.cache

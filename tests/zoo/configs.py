@@ -14,15 +14,29 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (32, "hidden_size n_embd d_model emb_dim embedding_size embedding_dim"),
     (32, "word_embed_proj_dim hidden_size_global"),
     (32, "lru_width attention_hidden_size adapter_out_dim out_hidden_size"),
-    (32, "projector_output_dim ple_embed_dim"),
+    (32, "projector_output_dim ple_embed_dim projector_input_dim vision_output_dim projection_hidden_size"),
+    (
+        32,
+        "embed_dim text_hidden_size vision_hidden_size audio_hidden_size hidden_dim projection_dim base_channels",
+    ),
+    (32, "encoder_hidden_size image_token_embed_dim moe_hidden_size"),
     (48, "intermediate_size n_inner ffn_dim d_inner dff dim_ff d_ff ffn_hidden_size feed_forward_size"),
     (48, "encoder_ffn_dim decoder_ffn_dim dense_intermediate_size prefix_dense_intermediate_size mlp_dim"),
+    (48, "projector_hidden_size projection_hidden_dim projection_intermediate_size"),
     (56, "intermediate_size_mlp"),
     (24, "moe_intermediate_size expert_ffn_hidden_size"),
     (40, "shared_expert_intermediate_size shared_intermediate_size shared_experts_intermediate_size"),
     (40, "moe_shared_expert_intermediate_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks"),
-    (LAYERS, "num_encoder_layers num_decoder_layers"),
+    (LAYERS, "num_encoder_layers num_decoder_layers layers"),
+    (2, "depth"),
+    ([0, 1], "deepstack_visual_indexes"),
+    (64, "image_size"),
+    (16, "patch_size num_image_tokens"),
+    (4, "mm_tokens_per_image latent_query_num num_query_tokens"),
+    (2, "pooling_kernel_size"),
+    ([[128, 64]], "image_grid_pinpoints"),
+    (64, "num_embeddings codebook_size"),
     (4, "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads"),
     (4, "decoder_attention_heads num_encoder_attention_heads"),
     (4, "num_decoder_attention_heads swa_num_attention_heads"),
@@ -39,7 +53,7 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (LAYERS - 1, "moe_layer_end_index"),
     ([1], "mlp_only_layers"),
     (8, "q_lora_rank kv_lora_rank qk_rope_head_dim o_lora_rank gated_norm_rank hc_lowrank"),
-    (8, "laurel_rank rotary_dim"),
+    (8, "laurel_rank rotary_dim output_channels"),
     (6, "qk_nope_head_dim d_rel"),
     (10, "v_head_dim"),
     (8, "index_head_dim hidden_size_per_layer_input router_hidden_size time_step_rank mamba_dt_rank"),
@@ -96,6 +110,17 @@ _GEMMA4 = {
     "global_head_dim": 24,
     "num_global_key_value_heads": 1,
 }
+_GEMMA4_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+}
+_GEMMA4_PATCHES = {"pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}
 _GEMMA4_UNIFIED = {"attention_k_eq_v": True, "global_head_dim": 24, "num_global_key_value_heads": 1}
 _GEMMA3N = {"activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]}
 _LLAMA4 = {"interleave_moe_layer_step": 2, "attn_scale": 0.5}
@@ -128,27 +153,33 @@ _PLE = {
     "heads_per_ngram": 2,
 }
 _AUDIO = {"num_codebooks": 1}
-_IMAGE = {"image_size": 16, "patch_size": 4}
 
+_TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
+_CODES = range(8, 16)  # the ids of the tokens that images are made of
+_VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "resolution": 16}  # 8 pixels to a token
 
-def _mrope(*section: int, **more: Any) -> dict[str, Any]:
-    """Positions of three axes, of which these parts of half a head are turned by each."""
-    return {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [*section], **more}}}
-
-
-#: Where an image begins and ends.
-_MARKS = {"vision_start_token_id": 8, "vision_end_token_id": 9}
+_NARROW = {"downsample_channels": [16, 32]}
+_START = {"vision_start_token_id": 14}  # in the checkpoints' configs, and no field of the class
+_IN_WINDOWS = {"vision_config": {"window_size": 32}}  # of the image, in pixels
 
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "blip": {"vision_config": _IMAGE},
-    "blip-2": {"vision_config": _IMAGE},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
+    "chameleon": {
+        "vq_config": _VQ | {"num_embeddings": len(_CODES)},
+        "vocabulary_map": {"<image>": 3, **{f"IMGIMG{chr(57 + i)}Z": i for i in _CODES}},
+    },
+    "cohere_compass": {"text_config": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}},
     "deepseek_v4": {
         "layer_types": [_SLIDING, "heavily_compressed_attention", "compressed_sparse_attention", _SLIDING],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    },
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"] * 2},
+        "vision_config": {"sam_config": _NARROW},
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "dots3_note": {
@@ -159,52 +190,103 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "dots3_note_text": _DOTS3,
     "electra": {"embedding_size": 16},
     "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
+    "emu3": {
+        "vq_config": _VQ | {"codebook_size": len(_CODES)},
+        "vocabulary_map": {
+            "<image>": 3,
+            "<|extra_200|>": 4,
+            **{f"<|visual token {i - 8:06}|>": i for i in _CODES},
+        },
+    },
+    "ernie4_5_vl_moe": {
+        "text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": {"mrope_section": [1, 1, 2]}}
+    },
+    "exaone4_5": _IN_WINDOWS,
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 1.5]},
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [16, 32],
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+        }
+    },
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
-    "gemma4": {"text_config": _GEMMA4},
+    "gemma4": {"text_config": _GEMMA4, "vision_config": _GEMMA4_VISION},
     "gemma4_text": _GEMMA4,
-    "gemma4_unified": {"text_config": _GEMMA4_UNIFIED},
+    "gemma4_unified": {"text_config": _GEMMA4_UNIFIED, "vision_config": _GEMMA4_PATCHES},
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gemma4_assistant": {"text_config": _NO_EXTRAS},
     "got_ocr2": {"vision_config": {"output_channels": 8, "image_size": 64}},
-    "glmga": _mrope(1, 1, 2),
-    "glm4v": _mrope(1, 1, 2),
-    "glm4v_moe": _mrope(1, 1, 2, partial_rotary_factor=1.0),
-    "glm_ocr": _mrope(1, 1, 2),
     "fsmt": {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "index_topk": 4, "index_kpool": 2}},
     "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[1, 0], [2, 1]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "vision_config": {"hidden_size": 64},  # a head is of 64
+    },
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "helium": {"head_dim": 8},
-    "hunyuan_vl": _mrope(2, 3, 3),
-    "idefics": {"vision_config": _IMAGE | {"embed_dim": 32}},
+    "inkling_mm_model": {"vision_config": {"patch_size": 4}},
+    "hyperclovax_vision_v2": _IN_WINDOWS,
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
-    "instructblip": {"vision_config": _IMAGE},
-    "instructblipvideo": {"vision_config": _IMAGE},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
         "expert_layer_period": 3,
         "expert_layer_offset": 0,
     },
+    "janus": {"vision_config": {"use_qk_norm": False}},
     "laguna": {"num_attention_heads_per_layer": [4, 8, 8, 4]},
     "lfm2": {"layer_types": ["conv", _FULL, "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
-    "llama4": {"text_config": _LLAMA4},
+    "lfm3_vl": {"vision_config": {"conv_kernel_size": 3}},
+    "lighton_ocr": {"vision_config": {"head_dim": 8}},
+    "llama4": {
+        "text_config": _LLAMA4,
+        "vision_config": {"intermediate_size": 128, "projector_input_dim": 32},
+    },
     "llama4_text": _LLAMA4,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minicpm3": {"scale_emb": 3, "dim_model_base": 16},
     "minimax_m3_vl_text": {"layer_types": [_FULL, "minimax_m3_sparse"] * 2, "index_topk_blocks": 2},
     "mistral4": {"head_dim": 14},
-    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "mistral3": {"vision_config": {"head_dim": 8}},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 96,
+            "num_global_layers": 2,
+        },
+    },
+    "molmo2": {
+        "image_patch_id": 3,
+        "vision_config": {"image_size": [64, 64]},
+        "adapter_config": {"vision_feature_layer": [2, 0]},
+    },
     "mpt": {"attn_config": {"softmax_scale": 0.2, "qk_ln": True}},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {
+        "out_hidden_size": 128,
+        "audio_config": {"hidden_sizes": [8, 16, 16, 32], "patch_sizes": [4, 2, 2, 2]},
+    },
     "musicgen": {"decoder": _AUDIO},
     "musicgen_melody": {"decoder": _AUDIO},
+    "nemo_speechlm": {"text_config": {"hybrid_override_pattern": "ME*-"}},
+    "nemotron_h_omni": {"audio_config": None},
     "opt": {"word_embed_proj_dim": 16},
-    "paddleocr_vl": _mrope(2, 3, 3),
+    "paddleocr_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}}},
     "phi4_multimodal": {
         "audio_config": {
             "num_blocks": 1,
@@ -214,23 +296,11 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
-    "pix2struct": {
-        "text_config": {"d_kv": 8},
-        "vision_config": {"d_kv": 8, "patch_embed_hidden_size": 12, "seq_len": 16},
-    },
-    "pp_formulanet": {
-        "vision_config": {
-            "image_size": 64,
-            "output_channels": 8,
-            "post_conv_in_channels": 8,
-            "post_conv_mid_channels": 8,
-            "post_conv_out_channels": 16,
-            "decoder_hidden_size": 32,
-        }
-    },
-    "qwen2_5_omni_thinker": _mrope(1, 1, 2) | _MARKS,
-    "qwen2_5_vl": _mrope(1, 1, 2),
-    "qwen3_omni_moe_thinker": _MARKS,
+    "pix2struct": {"text_config": {"d_kv": 8}},
+    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 8, "decoder_hidden_size": 32}},
+    "qwen2_5_omni_thinker": _IN_WINDOWS | _START,
+    "qwen2_5_vl": _IN_WINDOWS,
+    "qwen3_omni_moe_thinker": _START,
     "qwen4_exp": {"text_config": _QSA | _PLE},
     "qwen4_exp_text": _QSA | _PLE,
     "reformer": {
@@ -252,9 +322,15 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "roformer": {"embedding_size": 16},
     "rwkv": {"rescale_every": 2},
     "vision-encoder-decoder": {
-        "encoder": _IMAGE,
+        "encoder": {"image_size": 16, "patch_size": 4},
         "decoder": {"add_cross_attention": True},
     },
+    "unlimited_ocr": {"vision_config": {"sam_config": _NARROW}},
+    "vibevoice_asr": {
+        "semantic_tokenizer_encoder_config": _TOKENIZER,
+        "acoustic_tokenizer_encoder_config": _TOKENIZER,
+    },
+    "vipllava": {"vision_feature_layers": [-1, -2, 1]},
     "xlm": {"causal": True},
     "xlnet": {"d_head": 8, "attn_type": "bi"},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},

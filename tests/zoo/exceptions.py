@@ -11,6 +11,14 @@ REASONS: dict[str, str] = {
     "raises ValueError: inputs_embeds and shared_kv_states cannot be None.",
 }
 
+_TIMM = "its vision tower is one of timm's; raises ImportError: TimmWrapperModel requires"
+#: Other classes that cannot be built, in the same form.
+NOT_BUILT: dict[str, str] = {
+    "FastVlmForConditionalGeneration": _TIMM,
+    "Gemma3nForConditionalGeneration": _TIMM,
+    "PerceptionLMForConditionalGeneration": _TIMM,
+}
+
 #: Types in which a token changes the logits before it.
 NOT_CAUSAL: dict[str, str] = {
     "cpmant": "a prompt is context, which is read in both directions",

@@ -24,8 +24,7 @@ def test_the_table_is_of_all_classes() -> None:
     [
         name
         for name, line in rows().items()
-        if "not tried" not in line
-        and name
+        if name
         not in (
             "LEDForConditionalGeneration",  # pads to a window and says so
             "BigBirdPegasusForConditionalGeneration",  # as that
@@ -44,3 +43,11 @@ def test_what_is_refused_is_in_the_table_of_reasons() -> None:
 def test_what_is_refused_says_why(name: str) -> None:
     with pytest.raises(UnknownArchitectureError, match=zoo.REFUSED_CLASSES[name][1]):
         StandardizedTransformer(zoo.build_class(name, other_classes.CLASSES[name]))
+
+
+@pytest.mark.parametrize("name", zoo.NOT_BUILT)
+def test_a_class_that_is_not_built_fails_for_the_reason_given(name: str) -> None:
+    _, error = zoo.NOT_BUILT[name].split("; raises ")
+    with pytest.raises(ImportError) as raised:
+        zoo.build_class(name, other_classes.CLASSES[name])
+    assert f"{raised.type.__name__}: {str(raised.value).strip()}".startswith(error)
