@@ -374,10 +374,11 @@ def _as_contiguous_as(own: Tensor, new: Tensor) -> Tensor:
     return new.contiguous() if own.is_contiguous() else new
 
 
-def by_head(own: Float[Tensor, ...], heads: int | None) -> Float[Tensor, "batch *block head query _"]:
+def by_head(own: Float[Tensor, ...], heads: int | None) -> Float[Tensor, "batch ..."]:
     """What is one for each query head, by query heads, from what a model holds.
 
-    Some hold (batch * head, query, _), LongT5's encoder (batch, block, head, query, _). Transformers packs the single
+    (batch, head, query, _); LongT5's encoder holds (batch, block, head, query, _), some hold (batch * head, query, _). What is
+    neither, a router's softmax say, stays as it is. Transformers packs the single
     query of a padded generation step under SDPA, where heads share keys, as (batch, key head, head of its group, _).
     """
     if heads is None:  # they vary from layer to layer

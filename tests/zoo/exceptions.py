@@ -58,6 +58,10 @@ REFUSED_CLASSES: dict[str, tuple[str, str]] = {
         "its layers hand on (seq, batch, hidden)",
         r"there are lists that hand on \(8, 2, 32\), \(5, 2, 32\), where .* is \(2, 5, hidden\)",
     ),
+    "Kosmos2ForConditionalGeneration": (
+        "it has to be given an image, which takes 64 positions: more than the prompts with which it would be looked at",
+        "You have to specify either `pixel_values` or `image_embeds`",
+    ),
     "PI0ForConditionalGeneration": (
         "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
         "no attribute 'vocab_size'",
