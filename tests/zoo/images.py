@@ -85,6 +85,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "vision-encoder-decoder": {"pixel_values": (BATCH, 3, 64, 64)} | _NO_TOKENS,
 }
 NOISE = ("pixel_values", "flattened_patches", "high_res_pixel_values")
+#: What computes something else with no mask than with one of ones, which a trace gives: other positions, UDOP's own padding.
+WITH_MASK = frozenset(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "udop"))
 #: Classes of image-text models that are given no image here, and why.
 NOT_TRIED: dict[str, str] = {
     "EvollaForProteinText2Text": "it reads proteins",
@@ -114,6 +116,8 @@ def inputs(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
         given["attention_mask"] = torch.ones_like(
             ids
         )  # traces give one; with none UDOP reads its own padding
+    if model_type in WITH_MASK:
+        given["attention_mask"] = torch.ones_like(ids)
     if has_decoder(hf):
         given["decoder_input_ids"] = zoo.ids(hf, seed=1)
     reads_tokens = takes(hf, "input_ids") and not (has_decoder(hf) and hf.main_input_name != "input_ids")
