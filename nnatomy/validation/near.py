@@ -21,8 +21,9 @@ def is_near(one: Tensor, other: Tensor, roundings: int = 1000) -> bool:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """How far `one` is from `other`, relative to the largest entry of `other`."""
+    """How far `one` is from `other`, relative to the largest entry of `other`, but those that stand for minus infinity."""
     if one.shape != other.shape:
         return float("inf")
-    scale = max(float(other.abs().max()), 1e-30)
+    sizes = other.abs()
+    scale = max(float(sizes.where(sizes < torch.finfo(other.dtype).max / 2, 0).max()), 1e-30)
     return float((one.float() - other.float().to(one.device)).abs().max()) / scale

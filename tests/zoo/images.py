@@ -82,7 +82,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "t5gemma2": {"pixel_values": (BATCH, 3, 64, 64)},
     "udop": _NO_TOKENS,
     "video_llama_3": {"image_merge_sizes": [2] * BATCH},
-    "vision-encoder-decoder": {"pixel_values": (BATCH, 3, 64, 64)} | _NO_TOKENS,
+    "vision-encoder-decoder": {"pixel_values": (BATCH, 3, 16, 16)} | _NO_TOKENS,
 }
 NOISE = ("pixel_values", "flattened_patches", "high_res_pixel_values")
 #: What computes something else with no mask than with one of ones, which a trace gives: other positions, UDOP's own padding.
