@@ -145,7 +145,9 @@ class Member(Block):
             self._view = None
 
     def _replace(self, slot: Slot, value: Any) -> None:
-        self.run.replacements.insert(0, _ReplaceOutput(self, slot, value))
+        # Before modules that are attached, after what has been skipped before (the same call, perhaps).
+        first = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
+        self.run.replacements.insert(first, _ReplaceOutput(self, slot, value))
         self.run.watch()
 
 

@@ -342,6 +342,19 @@ def test_skipping_replaces_a_blocks_own_rows() -> None:
 
 
 @torch.no_grad()
+def test_of_two_values_put_in_place_of_a_module_the_second_counts() -> None:
+    view = Traceable(net())
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            view.layers[0].input  # noqa: B018
+        with tracer.invoke(TWO):
+            view.layers[1].skip((torch.ones(2, 4), 0.5))
+            view.layers[1].skip((torch.zeros(2, 4), 0.5))
+            hidden = view.layers[1].output[0].clone()
+    assert torch.equal(hidden, torch.zeros(2, 4))
+
+
+@torch.no_grad()
 def test_what_a_block_puts_in_place_of_a_module_is_its_output_from_there_on() -> None:
     model = net()
     view = Traceable(model)

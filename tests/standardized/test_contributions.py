@@ -329,6 +329,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
 #: Types in which that is so of some layers.
 PARTLY = {
     "inkling2_text": "its output does not come of its input by additions",
+    "mllama": "it does not run on text alone",
     "rwkv": "the stream is normalised",
 }
 #: Types whose structure does not show.

@@ -60,7 +60,8 @@ def layers(order: Callable[[Any], list[int]]) -> Callable[[Patch], None]:
 
     def change(a: Any) -> dict[str, Any]:
         chosen = order(range(len(a.layers)))
-        return {name: tuple(getattr(a, name)[i] for i in chosen) for name in per_layer}
+        absent = {what: tuple(why[i] for i in chosen) for what, why in a.absent.items()}
+        return {name: tuple(getattr(a, name)[i] for i in chosen) for name in per_layer} | {"absent": absent}
 
     return anatomy(change)
 

@@ -154,6 +154,7 @@ _PLE = {
 }
 _AUDIO = {"num_codebooks": 1}
 
+_IMAGE = {"image_size": 16, "patch_size": 4}
 _TOKENIZER = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _CODES = range(8, 16)  # the ids of the tokens that images are made of
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 1, 1, 1], "resolution": 16}  # 8 pixels to a token
@@ -238,6 +239,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 8},
     "inkling_mm_model": {"vision_config": {"patch_size": 4}},
     "hyperclovax_vision_v2": _IN_WINDOWS,
+    "idefics": {"vision_config": _IMAGE | {"embed_dim": 32}},
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
     "jamba": {
@@ -296,8 +298,20 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
             "bias_max_distance": 10,
         }
     },
-    "pix2struct": {"text_config": {"d_kv": 8}},
-    "pp_formulanet": {"vision_config": {"post_conv_in_channels": 8, "decoder_hidden_size": 32}},
+    "pix2struct": {
+        "text_config": {"d_kv": 8},
+        "vision_config": {"d_kv": 8, "patch_embed_hidden_size": 12, "seq_len": 16},
+    },
+    "pp_formulanet": {
+        "vision_config": {
+            "image_size": 64,
+            "output_channels": 8,
+            "post_conv_in_channels": 8,
+            "post_conv_mid_channels": 8,
+            "post_conv_out_channels": 16,
+            "decoder_hidden_size": 32,
+        }
+    },
     "qwen2_5_omni_thinker": _IN_WINDOWS | _START,
     "qwen2_5_vl": _IN_WINDOWS,
     "qwen3_omni_moe_thinker": _START,
@@ -321,10 +335,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     },
     "roformer": {"embedding_size": 16},
     "rwkv": {"rescale_every": 2},
-    "vision-encoder-decoder": {
-        "encoder": {"image_size": 16, "patch_size": 4},
-        "decoder": {"add_cross_attention": True},
-    },
+    "vision-encoder-decoder": {"encoder": _IMAGE, "decoder": {"add_cross_attention": True}},
     "unlimited_ocr": {"vision_config": {"sam_config": _NARROW}},
     "vibevoice_asr": {
         "semantic_tokenizer_encoder_config": _TOKENIZER,
