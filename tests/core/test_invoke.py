@@ -346,7 +346,7 @@ def test_of_two_values_put_in_place_of_a_module_the_second_counts() -> None:
     view = Traceable(net())
     with view.trace() as tracer:
         with tracer.invoke(ONE):
-            view.layers[0].input  # noqa: B018
+            view.layers[0].input
         with tracer.invoke(TWO):
             view.layers[1].skip((torch.ones(2, 4), 0.5))
             view.layers[1].skip((torch.zeros(2, 4), 0.5))
