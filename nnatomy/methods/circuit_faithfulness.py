@@ -76,7 +76,7 @@ def circuit_faithfulness(
         progress: show a progress bar over the sizes.
 
     Raises:
-        InputError: as `edge_attribution`, and for scores of another model.
+        InputError: as `edge_attribution`, for scores of another model, and for more edges than there are.
 
     Example:
         >>> from nnatomy import StandardizedTransformer
@@ -96,6 +96,10 @@ def circuit_faithfulness(
         raise InputError("The scores are of another model: their nodes are not this one's.")
     count = int(graph.edges.sum())
     sizes = [0, *(2**n for n in range(count.bit_length())), count] if sizes is None else list(sizes)
+    if wrong := [size for size in sizes if not 0 <= size <= count]:
+        raise InputError(
+            f"sizes={sizes}: {wrong[0]} edges cannot be kept, there are {count} (sizes: 0 to {count})."
+        )
     one, other = (run(model, graph, inputs) for inputs in (pairs.clean, pairs.corrupted))
     metrics = [
         measured(metric, _circuit(model, graph, pairs, one, other, attribution.kept(size))).cpu()

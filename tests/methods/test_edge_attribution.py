@@ -357,6 +357,11 @@ def test_what_cannot_be_is_said() -> None:
         edge_attribution(model, clean, corrupted, metric, steps=0)
     with pytest.raises(InputError, match="The scores are of another model"):
         circuit_faithfulness(model, clean, corrupted, metric, attributed("gpt2"))
+    scores = attributed("llama")
+    count = int(scores.edges.sum())
+    for sizes in ([0, count + 1], [-1]):
+        with pytest.raises(InputError, match=rf"{sizes[-1]} edges cannot be kept, there are {count} "):
+            circuit_faithfulness(model, clean, corrupted, metric, scores, sizes)
     with pytest.raises(InputError, match=r"compared token by token, but have \[9, 9\] and \[8, 8\] tokens"):
         edge_attribution(model, clean, corrupted[:, 1:], metric)
     with pytest.raises(NotInThisModelError, match="the stream is normalised on its way through the layer"):
