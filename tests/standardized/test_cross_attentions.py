@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import zoo
+from encoder_decoders import build, inputs_of
 from reference import edited, hooked
-from torch import Tensor, nn
+from torch import nn
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, NotInThisModelError
 
-#: Class -> type; its layers, their cross-attention, and that one's value and output projections, by hand.
-CLASSES: dict[str, tuple[str, str, str, str, str]] = {
-    "T5ForConditionalGeneration": ("t5", "decoder.block", "layer.1.EncDecAttention", "v", "o"),
-    "BartForConditionalGeneration": ("bart", "model.decoder.layers", "encoder_attn", "v_proj", "out_proj"),
+#: Class -> its layers, their cross-attention, and that one's value and output projections, by hand.
+CLASSES: dict[str, tuple[str, str, str, str]] = {
+    "T5ForConditionalGeneration": ("decoder.block", "layer.1.EncDecAttention", "v", "o"),
+    "BartForConditionalGeneration": ("model.decoder.layers", "encoder_attn", "v_proj", "out_proj"),
     "WhisperForConditionalGeneration": (
-        "whisper",
         "model.decoder.layers",
         "encoder_attn",
         "v_proj",
@@ -27,21 +25,8 @@ CLASSES: dict[str, tuple[str, str, str, str, str]] = {
 }
 
 
-def build(name: str, **changes: Any) -> nn.Module:
-    if name.startswith("Whisper"):
-        changes |= {"num_mel_bins": 8, "max_source_positions": 12}
-    return zoo.build_class(name, CLASSES[name][0], **changes)
-
-
-def inputs_of(hf: nn.Module) -> dict[str, Tensor]:
-    decoder = {"decoder_input_ids": zoo.ids(hf, seq=6, seed=1)}
-    if hf.main_input_name == "input_ids":
-        return {"input_ids": zoo.ids(hf, seq=9), **decoder}
-    return {"input_features": torch.randn((2, 8, 24), generator=torch.Generator().manual_seed(0)), **decoder}
-
-
 def crossing(name: str, hf: nn.Module) -> list[nn.Module]:
-    return [layer.get_submodule(CLASSES[name][2]) for layer in hf.get_submodule(CLASSES[name][1])]
+    return [layer.get_submodule(CLASSES[name][1]) for layer in hf.get_submodule(CLASSES[name][0])]
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -94,7 +79,7 @@ def test_a_pattern_on_one_key_gives_that_keys_value(name: str, implementation: s
     hf = build(name, attn_implementation=implementation)
     model, inputs = StandardizedTransformer(hf), inputs_of(hf)
     module = crossing(name, hf)[1]
-    value, output = (module.get_submodule(path) for path in CLASSES[name][3:])
+    value, output = (module.get_submodule(path) for path in CLASSES[name][2:])
     with torch.no_grad():
         states = hf(**inputs).encoder_last_hidden_state
         expected = output(value(states[:, 2:3])).expand(-1, 6, -1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from encoder_decoders import build, inputs_of
 from reference import edited, hooked
 from torch import Tensor, nn
 
@@ -23,33 +24,20 @@ _T5 = (
     "encoder.block",
     "layer.0.SelfAttention",
 )
-#: Class -> type, and where its modules are, by hand: decoder layers, self-attention, MLP; encoder layers, attention.
-CLASSES: dict[str, tuple[str, tuple[str, str, str | None, str, str]]] = {
-    "T5ForConditionalGeneration": ("t5", _T5),
-    "UMT5ForConditionalGeneration": ("umt5", _T5),
-    "BartForConditionalGeneration": ("bart", _BART),
-    "MarianMTModel": ("marian", _BART),
-    "PegasusForConditionalGeneration": ("pegasus", _BART),
-    "MBartForConditionalGeneration": ("mbart", _BART),
-    "M2M100ForConditionalGeneration": ("m2m_100", _BART),
-    "MvpForConditionalGeneration": ("mvp", _BART),  # the softmax of its attentions has three axes
-    "WhisperForConditionalGeneration": ("whisper", _BART),
-    "BartModel": ("bart", ("decoder.layers", "self_attn", None, "encoder.layers", "self_attn")),
+#: Class -> where its modules are, by hand: decoder layers, self-attention, MLP; encoder layers, attention.
+CLASSES: dict[str, tuple[str, str, str | None, str, str]] = {
+    "T5ForConditionalGeneration": _T5,
+    "UMT5ForConditionalGeneration": _T5,
+    "BartForConditionalGeneration": _BART,
+    "MarianMTModel": _BART,
+    "PegasusForConditionalGeneration": _BART,
+    "MBartForConditionalGeneration": _BART,
+    "M2M100ForConditionalGeneration": _BART,
+    "MvpForConditionalGeneration": _BART,  # the softmax of its attentions has three axes
+    "WhisperForConditionalGeneration": _BART,
+    "BartModel": ("decoder.layers", "self_attn", None, "encoder.layers", "self_attn"),
 }
 LANGUAGE = [name for name in CLASSES if name not in ("WhisperForConditionalGeneration", "BartModel")]
-
-
-def build(name: str, **changes: Any) -> nn.Module:
-    if name.startswith("Whisper"):
-        changes |= {"num_mel_bins": 8, "max_source_positions": 12}
-    return zoo.build_class(name, CLASSES[name][0], **changes)
-
-
-def inputs_of(hf: nn.Module) -> dict[str, Tensor]:
-    decoder = {"decoder_input_ids": zoo.ids(hf, seq=6, seed=1)}
-    if hf.main_input_name == "input_ids":
-        return {"input_ids": zoo.ids(hf, seq=9), **decoder}
-    return {"input_features": torch.randn((2, 8, 24), generator=torch.Generator().manual_seed(0)), **decoder}
 
 
 def given(result: Any) -> Tensor:
@@ -61,7 +49,7 @@ def test_names_are_what_hooks_see_and_reading_changes_nothing(name: str) -> None
     hf = build(name)
     model = StandardizedTransformer(hf)
     inputs = inputs_of(hf)
-    layers, attention, mlp, encoder_layers, encoder_attention = CLASSES[name][1]
+    layers, attention, mlp, encoder_layers, encoder_attention = CLASSES[name]
     points: dict[str, list[nn.Module]] = {
         "encoder_layers": [*hf.get_submodule(encoder_layers)],
         "encoder_attentions": [
@@ -112,7 +100,7 @@ def test_the_second_attention_is_cross_attention_and_no_mlp(name: str) -> None:
     assert model.layer_kinds == ("attention + cross-attention",) * 4
     assert model.causal
     crossing = [one for one in model._anatomy.mixers[1] if one is not model._anatomy.attentions[1]]
-    own = hf.get_submodule(CLASSES[name][1][0])[1]
+    own = hf.get_submodule(CLASSES[name][0])[1]
     assert crossing == [
         own.get_submodule("encoder_attn" if hasattr(own, "encoder_attn") else "layer.1.EncDecAttention")
     ]

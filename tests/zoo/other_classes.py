@@ -33,9 +33,8 @@ def row(name: str) -> str:
     hf = zoo.build_class(name, CLASSES[name])
     try:
         model = StandardizedTransformer(hf)
-    except (ModelError, AttributeError) as error:
-        why, *_ = zoo.REFUSED_CLASSES.get(name, (type(error).__name__,))
-        return f"{start} refused: {why} | | |"
+    except ModelError:
+        return f"{start} refused: {zoo.REFUSED_CLASSES[name][0]} | | |"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds).items())
     encoder = len(model.encoder_layers_output)
     image = f"no: {NOT_TRIED[name]}" if name in NOT_TRIED else "yes" if name in READ_IMAGES else ""
