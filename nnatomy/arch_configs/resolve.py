@@ -24,7 +24,8 @@ class Anatomy:
 
     Attributes:
         attentions, mlps: None where the layer has none, for the reason in `absent["attention"]` or `absent["mlp"]`.
-        mixers: the token mixers, in the order in which they run; `kinds` names them.
+        mixers: the token mixers, in the order in which they run, without the one cross-attention.
+        kinds: what mixes tokens and reads other states, in words, in that order.
         cross_attentions: None where the layer has none, or several.
         ln_final: None where nothing but the unembedding's own transform follows the last layer.
         embed_tokens: the model itself or what embeds patches, where it takes no tokens.
@@ -103,13 +104,17 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
         if config.mlp is not None:
             part.mlp = _module(layer, config.mlp)
         part.absent |= config.absent
+    crossing = tuple(_cross_attention(part) for part in parts)
     return Anatomy(
         embed_tokens=embed_tokens,
         layers=tuple(layers),
         attentions=tuple(part.attention for part in parts),
         mlps=tuple(part.mlp for part in parts),
-        mixers=tuple(tuple(part.mixers) for part in parts),
-        cross_attentions=tuple(_cross_attention(part) for part in parts),
+        mixers=tuple(
+            tuple(mixer for mixer in part.mixers if mixer is not other)
+            for part, other in zip(parts, crossing, strict=True)
+        ),
+        cross_attentions=crossing,
         kinds=tuple(" + ".join(part.kinds) or "none" for part in parts),
         absent={what: tuple(part.absent.get(what, "") for part in parts) for what in ABSENT},
         ln_final=ln_final if config.ln_final is None else _module(model, config.ln_final),

@@ -74,7 +74,12 @@ def standard_names(model: StandardizedTransformer) -> Names:
         for name, module in (("self_attn", parts.attentions[i]), ("mlp", parts.mlps[i])):
             if module is not None:
                 names[module].append(f"layers[{i}].{name}")
-        for kind, module in zip(parts.kinds[i].split(" + "), parts.mixers[i], strict=False):
+        crossing = parts.cross_attentions[i]
+        kinds = parts.kinds[i].split(" + ")
+        if crossing is not None:
+            kinds.remove("cross-attention")
+            names[crossing].append(f"cross_attentions[{i}]")
+        for kind, module in zip(kinds, parts.mixers[i], strict=False):
             if module is not parts.attentions[i]:
                 names[module].append(f"layers[{i}] mixer ({kind})")
     if parts.ln_final is not None:

@@ -12,7 +12,10 @@ from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.standardized import StandardizedTransformer
 
 #: In the order of a forward pass.
-_POINTS = ("layers_input", "mixers_contribution", "mlps_contribution", "layers_output")
+_POINTS = (
+    *("layers_input", "mixers_contribution", "cross_attentions_contribution"),
+    *("mlps_contribution", "layers_output"),
+)
 
 
 def ablate_direction(
@@ -30,7 +33,7 @@ def ablate_direction(
         direction: of any length.
         layers: one or several; all if None.
         points: standard names of (batch, seq, hidden), in the order in which a layer has them. If None: what goes into
-            a layer, what its token mixers and its MLP add (on layers that have these names) and what comes out, so
+            a layer, what its token mixers, cross-attention and MLP add (on layers that have these names) and what comes out, so
             that no part of the layer reads or writes it.
 
     Raises:

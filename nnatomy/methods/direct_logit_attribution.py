@@ -67,8 +67,9 @@ def direct_logit_attribution(
         answer: whose logit; a token's id, or a string that is one token. One for all prompts or one for each.
         wrong: a token whose logit is subtracted, in the same form.
         by: into what the stream is taken apart. "layer": what each layer changes, on every model that has a stream.
-            "component": the token mixer and MLP of each layer, after all norms and multipliers. "head": of an attention,
-            each head; what is no head's (a bias) is "L3 attention rest". A norm after the attention is held fixed too.
+            "component": the token mixer, cross-attention and MLP of each layer, after all norms and multipliers. "head": of
+            an attention, each head; what is no head's (a bias) is "L3 attention rest". A norm after the attention is held
+            fixed too.
         position: at which token. Batches are padded on the left: count from the end.
 
     Returns:
@@ -134,6 +135,9 @@ def _read_layer(model: StandardizedTransformer, i: int, by: str) -> Iterator[_Pa
     """What one layer adds to the stream, in the order in which it does."""
     mixes, has_mlp = has(model.mixers_contribution, i), has(model.mlps_contribution, i)
     kinds = model.layer_kinds[i].split(" + ")
+    crosses = has(model.cross_attentions_contribution, i)
+    if crosses:
+        kinds.remove("cross-attention")
     if not mixes and not has_mlp:
         model.mixers_contribution.module(i)  # raises, with the reason
     if by == "head" and i in model.attention_layers:
@@ -146,6 +150,8 @@ def _read_layer(model: StandardizedTransformer, i: int, by: str) -> Iterator[_Pa
             yield _Part(f"L{i} {' + '.join(kinds)}", model.mixers_contribution[i] - attention)
     elif mixes:
         yield _Part(f"L{i} {' + '.join(kinds)}", model.mixers_contribution[i])
+    if crosses:
+        yield _Part(f"L{i} cross-attention", model.cross_attentions_contribution[i])
     if has_mlp:
         yield _Part(f"L{i} mlp", model.mlps_contribution[i])
 

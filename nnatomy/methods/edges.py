@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.methods.gradients import has
+from nnatomy.methods.patched_runs import refuse_crossing
 from nnatomy.standardized import StandardizedTransformer
 
 INSIDE = ("queries", "keys", "values")
@@ -90,6 +91,7 @@ class Graph:
 
 def graph_of(model: StandardizedTransformer, inputs: dict[str, Any]) -> Graph:
     """Raises NotInThisModelError where what a layer's parts add to the stream is not known."""
+    refuse_crossing(model, "edge_attribution")
     layers = []
     with torch.enable_grad(), model.trace(**inputs):
         for i in range(model.num_layers):

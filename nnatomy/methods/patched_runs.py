@@ -68,6 +68,15 @@ def layers_with(accessor: LayerAccessor) -> list[int]:
     return found
 
 
+def refuse_crossing(model: StandardizedTransformer, what: str) -> None:
+    """Raises NotInThisModelError for a decoder whose layers attend to an encoder: not all of its paths are known to `what`."""
+    if layers_with(model.cross_attentions_contribution):
+        raise NotInThisModelError(
+            f"{what} takes a layer apart into token mixer and MLP, and layers of {type(model.hf_model).__name__} have a "
+            "cross-attention, too: cross_attentions_contribution."
+        )
+
+
 class PatchedRuns:
     """Runs of the `base` prompts with values of the `source` prompts put in at one point of a layer, or of several.
 

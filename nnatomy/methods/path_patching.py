@@ -21,7 +21,7 @@ from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods.activation_patching import TOKENS, measured
 from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs
-from nnatomy.methods.patched_runs import axes_of, is_close, layers_with, repeated
+from nnatomy.methods.patched_runs import axes_of, is_close, layers_with, refuse_crossing, repeated
 from nnatomy.standardized import StandardizedTransformer
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")
@@ -187,6 +187,7 @@ class _Paths:
 
     def _record(self, both: dict[str, Tensor]) -> None:
         model, n = self.model, self.batch
+        refuse_crossing(model, "path_patching")
         summed = {*self._mixed, *layers_with(model.mlps_contribution)}
         before: Tensor | None = None
         with model.trace(both, use_cache=False):

@@ -14,13 +14,14 @@ from torch.nn import Module
 from nnatomy.arch_configs import Anatomy
 from nnatomy.standardized.record import ADDITIONS, LayerSums, Place, Record, Result, Value
 
-MID, MIXERS, ATTENTIONS, MLPS = (
+MID, MIXERS, ATTENTIONS, CROSS, MLPS = (
     "layers_mid",
     "mixers_contribution",
     "attentions_contribution",
+    "cross_attentions_contribution",
     "mlps_contribution",
 )
-NAMES = (MID, ATTENTIONS, MIXERS, MLPS)
+NAMES = (MID, ATTENTIONS, MIXERS, CROSS, MLPS)
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_"}
 
@@ -43,6 +44,8 @@ class _Layer:
     def __init__(self, anatomy: Anatomy, i: int, record: Record, output: Value) -> None:
         self.layer = anatomy.layers[i]
         self.mixers: set[Module | None] = {*anatomy.mixers[i]}
+        self.crossing: set[Module | None] = {anatomy.cross_attentions[i]} - {None}
+        self.mixing = self.mixers | self.crossing
         self.attention, self.mlp = anatomy.attentions[i], anatomy.mlps[i]
         self.no_mlp, self.no_attention = anatomy.absent["mlp"][i], anatomy.absent["attention"][i]
         self.record = record
@@ -56,23 +59,33 @@ class _Layer:
         """Raises _NoSumError where the output is not the input and what is added."""
         self._follow()
         found = LayerSums()
-        mixing, rest, other = [], [], []
+        mixing, crossing, rest, other = [], [], [], []
         for summand in self.summands:
             origins = self._origins(self._value(summand))
             if origins & self.mixers:
                 mixing.append(summand)
-            if self.mlp in origins or (self.mlp is None and not origins & self.mixers):
+            if origins & self.crossing:
+                crossing.append(summand)
+            if self.mlp in origins or (self.mlp is None and not origins & self.mixing):
                 rest.append(summand)
-            if not origins & {*self.mixers, self.mlp} and self.mlp is not None:
+            if not origins & {*self.mixing, self.mlp} and self.mlp is not None:
                 other.append(summand)
         if other:
             raise _NoSumError(f"something else is added to the stream too, {self._at(other[0])}")
-        if len(mixing) > 1 or len(rest) > 1:
-            what = "its token mixers add" if len(mixing) > 1 else "what is not its token mixer's adds"
-            raise _NoSumError(f"{what} to the stream in several places")
-        self._show_mid(found, mixing, rest)
+        for several, whose in (
+            (mixing, "its token mixers add"),
+            (crossing, "its cross-attention adds"),
+            (rest, "what mixes no tokens adds"),
+        ):
+            if len(several) > 1:
+                raise _NoSumError(f"{whose} to the stream in several places")
+        self._show_mid(found, crossing or mixing, rest)
+        found.absent[CROSS] = "it has no one cross-attention"
+        if crossing:
+            del found.absent[CROSS]
+            self._show(found, CROSS, self._part(crossing[0], self.crossing, self.mixers | {self.mlp}))
         if mixing:
-            mixer = self._part(mixing[0], self.mixers, {self.mlp})
+            mixer = self._part(mixing[0], self.mixers, self.crossing | {self.mlp})
             if self.mlp is None and not rest:
                 self._check_whole(mixer)
             self._show(found, MIXERS, mixer)
@@ -85,14 +98,14 @@ class _Layer:
             elif self.mixers == {self.attention}:
                 found.values[ATTENTIONS] = found.values[MIXERS]
             else:
-                part = self._part(mixer, {self.attention}, {*self.mixers, self.mlp} - {self.attention})
+                part = self._part(mixer, {self.attention}, {*self.mixing, self.mlp} - {self.attention})
                 self._show(found, ATTENTIONS, part)
         else:
             found.absent[ATTENTIONS] = found.absent[MIXERS] = (
                 "it adds nothing of a token mixer's to the stream"
             )
         if rest:
-            self._show(found, MLPS, self._part(rest[0], {self.mlp}, self.mixers))
+            self._show(found, MLPS, self._part(rest[0], {self.mlp}, self.mixing))
         else:
             found.absent[MLPS] = self.no_mlp or "it adds nothing of an MLP's to the stream"
         return found
@@ -142,10 +155,10 @@ class _Layer:
         return "its output does not come of its input by additions"
 
     def _origins(self, value: Value) -> set[Module | None]:
-        """The mixers and the MLP that it was computed in, or from, without going back beyond the stream."""
+        """The mixers, the cross-attention and the MLP that it was computed in, or from, without going back beyond the stream."""
         origins: set[Module | None] = set()
-        for one in self._back(value, lambda one: bool(one.modules & {*self.mixers, self.mlp})):
-            origins |= one.modules & {*self.mixers, self.mlp}
+        for one in self._back(value, lambda one: bool(one.modules & {*self.mixing, self.mlp})):
+            origins |= one.modules & {*self.mixing, self.mlp}
         return origins
 
     def _back(self, value: Value, until: Callable[[Value], bool]) -> list[Value]:

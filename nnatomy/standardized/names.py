@@ -12,11 +12,11 @@ from nnatomy.core import ModuleView
 from nnatomy.core.attach import Point
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.attention import AttentionMode
-from nnatomy.standardized.contributions import ATTENTIONS, MID, MIXERS, MLPS
+from nnatomy.standardized.contributions import ATTENTIONS, CROSS, MID, MIXERS, MLPS
 from nnatomy.standardized.neurons import NEURONS
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.routers import EXPERTS, LOGITS, WEIGHTS
-from nnatomy.standardized.shown import Sums
+from nnatomy.standardized.shown import NO_CROSS, Sums
 
 
 class Names(Parts):
@@ -63,6 +63,7 @@ class Names(Parts):
         self.layers_mid = self._sums.accessors[MID]
         self.attentions_contribution = self._sums.accessors[ATTENTIONS]
         self.mixers_contribution = self._sums.accessors[MIXERS]
+        self.cross_attentions_contribution = self._sums.accessors[CROSS]
         self.mlps_contribution = self._sums.accessors[MLPS]
         self.neurons = self._sums.accessors[NEURONS]
         self.routers_logits = self._sums.accessors[LOGITS]
@@ -93,7 +94,7 @@ class Names(Parts):
         places: dict[str, Any] = {
             "modules": crossing,
             "absent": ("it has no one cross-attention",) * len(crossing),
-            "none": "no layer attends to an encoder",
+            "none": NO_CROSS,
         }
         self.cross_attentions_input, self.cross_attentions_output = (
             LayerAccessor(f"cross_attentions_{side}", blocks=blocks, kind=side, **places)

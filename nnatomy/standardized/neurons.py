@@ -38,7 +38,7 @@ class _NoNeuronsError(Exception):
 class _Neurons:
     def __init__(self, anatomy: Anatomy, i: int, record: Record, routing: Findings) -> None:
         self.layer, self.mlp, self.no_mlp = anatomy.layers[i], anatomy.mlps[i], anatomy.absent["mlp"][i]
-        self.mixers = set(anatomy.mixers[i])
+        self.mixers: set[Module | None] = {*anatomy.mixers[i], anatomy.cross_attentions[i]} - {None}
         self.record = record
         self.routing = routing
 

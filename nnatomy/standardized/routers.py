@@ -30,7 +30,7 @@ _ARRANGES = {
 
 def find_routers(anatomy: Anatomy, i: int, record: Record, output: Value) -> Findings:
     """Where layer `i` has its routing; `output` is what it gave."""
-    return _Routing(set(anatomy.mixers[i]), record, output).find()
+    return _Routing({*anatomy.mixers[i], anatomy.cross_attentions[i]}, record, output).find()
 
 
 class _Routing:

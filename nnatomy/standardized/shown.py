@@ -25,13 +25,15 @@ from nnatomy.core.gates import gate_of
 from nnatomy.core.points import Axes, Visit
 from nnatomy.standardized import contributions
 from nnatomy.standardized.accessors import LayerAccessor, input_of, output_of
-from nnatomy.standardized.contributions import ATTENTIONS, MIXERS, find_contributions
+from nnatomy.standardized.contributions import ATTENTIONS, CROSS, MIXERS, find_contributions
 from nnatomy.standardized.neurons import NEURONS, find_neurons
 from nnatomy.standardized.record import LayerSums, Record, Result, where
 from nnatomy.standardized.routers import ROUTERS, find_routers
 
 #: In this order where one call has several.
 NAMES = (*contributions.NAMES, *ROUTERS, NEURONS)
+#: Why a model has none of the names of a cross-attention.
+NO_CROSS = "no layer attends to an encoder"
 
 
 class Sums:
@@ -41,7 +43,10 @@ class Sums:
         self.anatomy = anatomy
         self.width = width
         self.layers: dict[Module, LayerSums] | None = None
-        self.accessors = {name: SumAccessor(name, anatomy.layers, blocks, self) for name in NAMES}
+        layers: dict[str, tuple[Module, ...]] = dict.fromkeys(NAMES, anatomy.layers)
+        if not any(anatomy.cross_attentions):
+            layers[CROSS] = ()
+        self.accessors = {name: SumAccessor(name, layers[name], blocks, self) for name in NAMES}
         self._blocks = blocks
 
     def __call__(self, module: Module, visit: Visit) -> TorchFunctionMode:
@@ -82,7 +87,8 @@ class Sums:
             why = self.anatomy.absent["layer"][i] or "it is never called"
             sums = self.layers.get(layer) or LayerSums(absent=dict.fromkeys(NAMES, why))
             for name, why in sums.absent.items():
-                self.accessors[name].refuse(i, why)
+                if len(self.accessors[name]):
+                    self.accessors[name].refuse(i, why)
         # One point, where both are one operand: then it does not matter which is asked for first.
         shown = [one for sums in self.layers.values() for one in sums.shown.values()]
         if not any(name == ATTENTIONS for place in shown for name, _ in place):
@@ -102,6 +108,7 @@ class SumAccessor(LayerAccessor):
             put=lambda _, new: new,
             tap=sums,
             unreached="It may have been computed before: ask for it before what comes later in the layer.",
+            none=NO_CROSS if name == CROSS else "",
         )
         self.changed_later = None  # until validation has seen it
         self._sums = sums

@@ -48,7 +48,7 @@ class StandardizedTransformer(Running, Values, Edits):
     | `attentions_input`, `attentions_output` | the attention module's own input and output |
     | `mlps_input`, `mlps_output` | the MLP module's own input and output |
     | `mixers_output` | the output of the token mixer of any kind: attention, mamba, convolution, ... |
-    | `layers_mid` | the residual stream between token mixer and MLP: (batch, seq, hidden) |
+    | `layers_mid` | the residual stream between token mixer (or cross-attention) and MLP: (batch, seq, hidden) |
     | `attentions_contribution`, `mixers_contribution`, `mlps_contribution` | what the layer adds to the stream for it, \
 after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `layers_output` |
     | `neurons` | what the MLP's down projection reads: (batch, seq, neuron) |
@@ -60,6 +60,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
     | `heads_output` | what each head gives, before gates and projection: (batch, seq, head, value_dim) |
     | `cross_attentions_input`, `cross_attentions_output` | of a decoder's attention to its encoder: (batch, seq, hidden) |
     | `cross_attention_probabilities` | what it attends to: (batch, head, query, key), with a key for each position of the encoder |
+    | `cross_attentions_contribution` | what the layer adds to the stream for it: one more summand |
 
     `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `embed_tokens`, `ln_final` and `lm_head` are views
     of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.

@@ -18,14 +18,15 @@ from nnatomy.validation.neurons import Neurons
 from nnatomy.validation.report import Findings
 from nnatomy.validation.routers import Routers
 
-MID, MIXERS, ATTENTIONS, MLPS = NAMES = (
+MID, MIXERS, ATTENTIONS, CROSS, MLPS = NAMES = (
     "layers_mid",
     "mixers_contribution",
     "attentions_contribution",
+    "cross_attentions_contribution",
     "mlps_contribution",
 )
 #: The prompt for which each is taken out. (Where attention is one of several mixers it is taken out of their sum.)
-_ROWS = {MIXERS: 0, ATTENTIONS: 1, MLPS: 1}
+_ROWS = {MIXERS: 0, ATTENTIONS: 1, CROSS: 0, MLPS: 1}
 
 
 class Algebra(Collector):
@@ -47,7 +48,7 @@ class Algebra(Collector):
     ) -> None:
         self.model = model
         self._findings = findings
-        self.accessors = {name: getattr(model, name) for name in NAMES}
+        self.accessors = {name: accessor for name in NAMES if len(accessor := getattr(model, name))}
         self.layers = model._anatomy.layers
         self.modules = set(self.layers)
         self.kinds = {"input": None, "output": None}
@@ -129,6 +130,7 @@ class Algebra(Collector):
         same = {  # the prompts for which what it comes of is as it was
             MIXERS: [0] if part else [0, 1],
             ATTENTIONS: [0, 1],
+            CROSS: [1] * (not part),
             MLPS: [0] * (parallel and layer not in self._touched) + [1] * (not part),
         }
         for name, rows in same.items():
@@ -144,7 +146,7 @@ class Algebra(Collector):
 
     def _add_up(self, i: int, values: dict[str, Tensor], start: Tensor, end: Tensor, when: str) -> None:
         has = [name for name, accessor in self.accessors.items() if accessor.modules[i] is not None]
-        mixed = [values[name] for name in (MIXERS,) if name in has]
+        mixed = [values[name] for name in (MIXERS, CROSS) if name in has]
         terms = [start, *mixed, *(values[name] for name in (MLPS,) if name in has)]
         off, holds = _off(end, terms)
         if len(terms) > 1 and not holds:
@@ -160,7 +162,7 @@ class Algebra(Collector):
             self._findings.expect(True, name, i, "", off)
 
     def _refuse(self, i: int, why: str, *names: str) -> None:
-        for name in names:
+        for name in self.accessors.keys() & names:
             if self.accessors[name].modules[i] is not None:
                 self.accessors[name].refuse(i, why)
 

@@ -1,20 +1,26 @@
-"""What the names of a cross-attention promise: its rows are distributions, and writing it shows in the layer's output.
+"""What the names of a cross-attention promise: its rows are distributions, and writing it shows in what comes after it.
 
-Writing is a pass of its own, as the other changes of a layer would hide what this one does: for the first prompt what the
-module gives is changed, for the second the pattern is turned round; then the layer's output is put back.
+It is written in the pass that writes the rest of the layer (see `writing`), for the second prompt, for which nothing has been
+changed there yet: the pattern is turned round, which has to show in what the module gives; of that the first positions are
+changed, which has to show in what the MLP is given, or in what the layer gives where no module is the MLP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
+from nnatomy.validation.collectors import Each
 from nnatomy.validation.names import CROSS
 from nnatomy.validation.report import Findings
+
+#: How many positions are changed: so few that what the MLP changes everywhere shows nevertheless.
+_FIRST = 2
 
 
 class CrossAttentions:
@@ -30,11 +36,13 @@ class CrossAttentions:
         self._tolerance = tolerance
         self._outputs, self._patterns = model.cross_attentions_output, model.cross_attention_probabilities
         self._heads = model.dimensions.num_heads
-        self._layers_output = model.layers_output
         self._parts = {module: i for i, module in enumerate(self._outputs.modules) if module is not None}
-        self._layers = {model._anatomy.layers[i]: module for module, i in self._parts.items()}
-        self.modules = {*self._parts, *self._layers}
-        self.kinds = {"output": None, self._patterns.kind: self._patterns.tap}
+        #: By what comes after it: the name under which it is read there, and the layer.
+        self._after: dict[Module, tuple[Any, int]] = {}
+        for i in self._parts.values():
+            accessor = model.layers_output if model.mlps_input.modules[i] is None else model.mlps_input
+            if accessor.modules[i] is not None:
+                self._after[accessor.modules[i]] = accessor, i
         self.names = [name for name in CROSS[:2] if self._parts]
 
     @property
@@ -61,29 +69,40 @@ class CrossAttentions:
     def _note(self, layer: int, holds: bool, why: str, error: float | None = None) -> None:
         self._expect(holds, self._patterns.name, layer, why, error)
 
-    def change(self, slot: Slot, seen: Callable[[Module, str], Any]) -> None:
-        """Check what has become of the earlier changes of this layer, and change this."""
-        module, kind = slot.module, slot.kind
-        if kind == self._patterns.kind:
-            if module in self._patterns.modules:
-                new = slot.value.clone()
-                new[1] = new[1].flip(-1)
-                slot.value = new
-        elif module in self._outputs.modules:
-            clean, now = (self._outputs.get(value) for value in (seen(module, "output"), slot.value))
-            if module in self._patterns.modules:
-                moved = self._moved(now[1], clean[1])
-                self._note(self._parts[module], moved, "writing it changes no attention")
-            new = now.clone()
-            new[0] += 1 + clean.abs().max()
-            new[0, :, ::2] *= -1
-            slot.value = self._outputs.put(slot.value, new)
-        elif module in self._layers_output.modules and self._layers[module] in self._outputs.modules:
-            clean, now = (self._layers_output.get(value) for value in (seen(module, "output"), slot.value))
-            moved = self._moved(now[0], clean[0])
-            i = self._parts[self._layers[module]]
-            self._expect(moved, self._outputs.name, i, "writing it changes no layer output")
-            slot.value = self._layers_output.put(slot.value, clean)
+    def changes(self, seen: Callable[[Module, str], Any]) -> list[Each]:
+        """What changes each for the second prompt, and checks what becomes of that; `seen`: what was read."""
+        return [
+            Each(self.parts, {self._patterns.kind: self._patterns.tap}, self._turn_round),
+            Each(self.parts, {"output": None}, partial(self._change, seen=seen)),
+            Each(set(self._after), {"input": None, "output": None}, partial(self._check, seen=seen)),
+        ]
+
+    def _turn_round(self, slot: Slot) -> None:
+        if slot.module in self._patterns.modules:
+            new = slot.value.clone()
+            new[1] = new[1].flip(-1)
+            slot.value = new
+
+    def _change(self, slot: Slot, seen: Callable[[Module, str], Any]) -> None:
+        module, outputs = slot.module, self._outputs
+        if module not in outputs.modules:
+            return
+        clean, now = (outputs.get(value) for value in (seen(module, "output"), slot.value))
+        if module in self._patterns.modules:
+            moved = self._moved(now[1], clean[1])
+            self._note(self._parts[module], moved, "writing it changes no attention")
+        new = now.clone()
+        new[1] = clean[1]
+        new[1, :_FIRST] += 1 + clean.abs().max()
+        new[1, :_FIRST, ::2] *= -1
+        slot.value = outputs.put(slot.value, new)
+
+    def _check(self, slot: Slot, seen: Callable[[Module, str], Any]) -> None:
+        accessor, i = self._after[slot.module]
+        if slot.kind == accessor.kind and self._outputs.modules[i] is not None:
+            clean, now = (accessor.get(value) for value in (seen(slot.module, slot.kind), slot.value))
+            moved = self._moved(now[1, :_FIRST], clean[1, :_FIRST])
+            self._expect(moved, self._outputs.name, i, f"writing it does not change {accessor.name}")
 
     @staticmethod
     def _moved(now: Tensor, clean: Tensor) -> bool:

@@ -18,5 +18,10 @@ SUMS = ("layers_mid", "attentions_contribution", "mlps_contribution", "mixers_co
 INTERNALS = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
 ROUTERS = ("routers_logits", "routers_experts", "routers_weights")
 #: Of the layers of a decoder that attend to an encoder; in the report where there is one.
-CROSS = ("cross_attentions_input", "cross_attentions_output", "cross_attention_probabilities")
+CROSS = (
+    "cross_attentions_input",
+    "cross_attentions_output",
+    "cross_attention_probabilities",
+    "cross_attentions_contribution",
+)
 NAMES = (*MODULES, *SUMS, *INTERNALS, "neurons", *ROUTERS)

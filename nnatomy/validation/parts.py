@@ -24,7 +24,12 @@ def check_parts(passes: Passes) -> None:
                 expect(module in set(layer.modules()), name, i, f"{kind} is no part of the layer")
                 expect(_has_matrix(module), name, i, f"{kind} has no matrix")
         if anatomy.mlps[i] is not None and not anatomy.inferred:
-            named = {*anatomy.mixers[i], anatomy.attentions[i], anatomy.mlps[i]} - {None}
+            named = {
+                *anatomy.mixers[i],
+                anatomy.cross_attentions[i],
+                anatomy.attentions[i],
+                anatomy.mlps[i],
+            } - {None}
             inside = {one for part in named for one in part.modules()}
             beside = [
                 path

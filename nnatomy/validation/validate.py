@@ -19,8 +19,6 @@ Five forward passes of two short prompts:
 5. padded: the prompts' first tokens again, padded on the left, to the last layer's output, which is as it was. This is
    a pass of its own because the others go the way of most prompts, on which no mask is laid.
 
-Where a decoder attends to an encoder, there is one more pass (see `cross`).
-
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.
 """
@@ -29,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +35,6 @@ from torch.nn import Module
 
 from nnatomy.errors import InputError, ValidationError
 from nnatomy.validation.algebra import Algebra
-from nnatomy.validation.collectors import Each
 from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import TOLERANCE, distance, is_same
@@ -104,8 +100,7 @@ def _check(model: Any) -> Findings:
     check_ends(passes, reading)
     _refuse(passes)
     if not findings.failures:  # what does not read right cannot be written back
-        Writing(passes, internals, reading).run()
-        _write_cross(passes, cross, reading)
+        Writing(passes, internals, reading).run(cross.changes(reading.seen.only))
         _refuse(passes)
         _check_algebra(passes, reading)
         if not findings.failures:
@@ -125,13 +120,6 @@ def _refuse(passes: Passes) -> None:
             refused = model._anatomy.inferred and refuse(model, place, f"none that passes validation: {why}")
         if refused:
             del failures[place]
-
-
-def _write_cross(passes: Passes, cross: CrossAttentions, reading: Reading) -> None:
-    if cross.parts:
-        change = partial(cross.change, seen=reading.seen.only)
-        with passes.trace([Each(cross.modules, cross.kinds, change)]) as tracer:
-            tracer.result  # noqa: B018
 
 
 def _check_algebra(passes: Passes, reading: Reading) -> None:

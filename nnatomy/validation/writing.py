@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from nnatomy.core import Slot
+from nnatomy.core import Collector, Slot
 from nnatomy.validation.collectors import Each
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import distance
@@ -35,10 +36,11 @@ class Writing:
             if module is not None
         }
 
-    def run(self) -> None:
-        """Change every part of every layer, and put back what each layer gives."""
+    def run(self, others: Sequence[Collector]) -> None:
+        """Change every part of every layer, and put back what each layer gives; `others` go first."""
         model, internals = self.model, self._internals
         collectors = [
+            *others,
             Each(internals.modules, internals.kinds, partial(internals.change, seen=self._seen.only)),
             Each(set(self._parts), {"output": None}, self._change),
             Each(set(self._layers), {"input": None, "output": None}, self._put_back),

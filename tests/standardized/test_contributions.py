@@ -672,5 +672,6 @@ def test_what_is_found_is_not_kept() -> None:
         contributions.MID,
         contributions.MIXERS,
         contributions.ATTENTIONS,
+        contributions.CROSS,
         contributions.MLPS,
     )

@@ -11,6 +11,8 @@ from torch import nn
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, NotInThisModelError
+from nnatomy.methods import direct_logit_attribution, edge_attribution, logit_difference, path_patching
+from nnatomy.validation.names import CROSS
 
 #: Class -> its layers, their cross-attention, and that one's value and output projections, by hand.
 CLASSES: dict[str, tuple[str, str, str, str]] = {
@@ -106,14 +108,15 @@ def test_in_each_step_of_a_generation() -> None:
 
 def test_each_is_in_the_report_where_there_is_one() -> None:
     model = StandardizedTransformer(build("T5ForConditionalGeneration"))
-    for name in ("cross_attentions_input", "cross_attentions_output", "cross_attention_probabilities"):
+    for name in CROSS:
         assert [model.validation[name, i].status for i in range(4)] == ["verified"] * 4
     other = StandardizedTransformer("demo:gpt2")
     assert not any(row.name.startswith("cross") for row in other.validation)
-    with pytest.raises(
-        NotInThisModelError, match="cross_attentions_output: there is none: no layer attends to an encoder"
-    ):
-        other.cross_attentions_output.module(0)
+    for name in CROSS:
+        with pytest.raises(
+            NotInThisModelError, match=f"{name}: there is none: no layer attends to an encoder"
+        ):
+            getattr(other, name).module(0)
 
 
 def test_one_that_does_nothing_is_refused() -> None:
@@ -135,7 +138,8 @@ def test_one_whose_output_is_dropped_is_refused() -> None:
     )  # it gives its bias, whatever it is given
     model = StandardizedTransformer(hf)
     with pytest.raises(
-        NotInThisModelError, match=r"cross_attentions_output\[3\]: .* writing it changes no layer output"
+        NotInThisModelError,
+        match=r"cross_attentions_output\[3\]: .* writing it does not change layers_output",
     ):
         model.cross_attentions_output.module(3)
 
@@ -148,3 +152,100 @@ def test_what_does_not_fit_is_an_error() -> None:
     ):
         with model.trace(**inputs_of(hf)):
             model.cross_attention_probabilities[0] = torch.ones(2, 4, 6, 6)
+
+
+#: Class -> what adds to the stream in its layers, by hand: self-attention, cross-attention, and the last of the MLP.
+SUMMANDS = {
+    "T5ForConditionalGeneration": (
+        "layer.0.SelfAttention",
+        "layer.1.EncDecAttention",
+        "layer.2.DenseReluDense",
+    ),
+    "MBartForConditionalGeneration": ("self_attn", "encoder_attn", "fc2"),
+    "PegasusForConditionalGeneration": ("self_attn", "encoder_attn", "fc2"),
+    "M2M100ForConditionalGeneration": ("self_attn", "encoder_attn", "fc2"),
+    "WhisperForConditionalGeneration": ("self_attn", "encoder_attn", "fc2"),
+}
+CONTRIBUTIONS = ("mixers_contribution", "cross_attentions_contribution", "mlps_contribution")
+
+
+@pytest.mark.parametrize("name", SUMMANDS)
+def test_contributions_are_what_hooks_see_and_add_up(name: str) -> None:
+    hf = build(name)
+    model, inputs = StandardizedTransformer(hf), inputs_of(hf)
+    layers = hf.get_submodule("decoder.block" if name.startswith("T5") else "model.decoder.layers")
+    points = {
+        (what, i): (layer.get_submodule(path), "output")
+        for i, layer in enumerate(layers)
+        for what, path in zip(CONTRIBUTIONS, SUMMANDS[name], strict=True)
+    }
+    seen = hooked(hf, lambda: hf(**inputs), points)
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        with model.trace(**inputs):
+            for i in range(model.num_layers):
+                stream = model.layers_input[i]
+                assert torch.equal(model.attentions_contribution[i], seen["mixers_contribution", i])
+                for what in CONTRIBUTIONS:
+                    if what == "mlps_contribution":
+                        torch.testing.assert_close(model.layers_mid[i], stream)
+                    added = getattr(model, what)[i]
+                    assert torch.equal(added, seen[what, i])
+                    stream = stream + added
+                torch.testing.assert_close(model.layers_output[i], stream)
+            logits = model.logits
+    assert torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize("name", SUMMANDS)
+def test_writing_a_contribution_changes_that_summand_alone(name: str) -> None:
+    hf = build(name)
+    model, inputs = StandardizedTransformer(hf), inputs_of(hf)
+    layers = hf.get_submodule("decoder.block" if name.startswith("T5") else "model.decoder.layers")
+    for what, path in zip(CONTRIBUTIONS, SUMMANDS[name], strict=True):
+        change = lambda added: 0.5 * added + torch.linspace(-1, 1, added.shape[-1])  # noqa: E731
+        expected = edited(lambda: hf(**inputs).logits, layers[2].get_submodule(path), "output", change)
+        with torch.no_grad(), model.trace(**inputs):
+            accessor = getattr(model, what)
+            accessor[2] = change(accessor[2])
+            logits = model.logits
+        torch.testing.assert_close(logits, expected)
+        with torch.no_grad():
+            assert not torch.allclose(logits, hf(**inputs).logits, atol=1e-2)
+
+
+def test_the_stream_that_is_normalised_on_its_way_has_no_summands() -> None:
+    model = StandardizedTransformer(build("BartForConditionalGeneration"))
+    for name in (*CONTRIBUTIONS, "layers_mid"):
+        with pytest.raises(NotInThisModelError, match="the stream is normalised on its way"):
+            getattr(model, name).module(0)
+
+
+@pytest.mark.parametrize("by", ["component", "head"])
+def test_the_parts_of_a_logit_are_all_there(by: str) -> None:
+    model = StandardizedTransformer(build("T5ForConditionalGeneration"))
+    prompt = zoo.ids(model.hf_model, seq=7)
+    found = direct_logit_attribution(model, prompt, answer=5, wrong=9, by=by)
+    assert {f"L{i} cross-attention" for i in range(4)} <= {*found.parts}
+    torch.testing.assert_close(found.values.sum(1), found.logits)
+    rest = dict(zip(found.parts, found.values[0].tolist(), strict=True))["rest"]
+    assert abs(rest) < 1e-4 * float(found.values.abs().max()), "T5's final norm and head have no bias"
+
+
+def test_methods_that_know_of_mixer_and_mlp_alone_refuse() -> None:
+    model = StandardizedTransformer(build("T5ForConditionalGeneration"))
+    clean, corrupted = zoo.ids(model.hf_model, seq=7)[:1], zoo.ids(model.hf_model, seq=7)[1:]
+    metric = logit_difference(5, 9)
+    with pytest.raises(
+        NotInThisModelError, match="path_patching takes a layer apart into token mixer and MLP"
+    ):
+        path_patching(
+            model,
+            clean=clean,
+            corrupted=corrupted,
+            sender="mlps_contribution[0]",
+            receivers="logits",
+            metric=metric,
+        )
+    with pytest.raises(NotInThisModelError, match="edge_attribution takes a layer apart into"):
+        edge_attribution(model, clean=clean, corrupted=corrupted, metric=metric)

@@ -99,13 +99,11 @@ def test_the_second_attention_is_cross_attention_and_no_mlp(name: str) -> None:
     model = StandardizedTransformer(hf)
     assert model.layer_kinds == ("attention + cross-attention",) * 4
     assert model.causal
-    crossing = [one for one in model._anatomy.mixers[1] if one is not model._anatomy.attentions[1]]
     own = hf.get_submodule(CLASSES[name][0])[1]
-    assert crossing == [
-        own.get_submodule("encoder_attn" if hasattr(own, "encoder_attn") else "layer.1.EncDecAttention")
-    ]
-    with pytest.raises(NotInThisModelError, match=r"several token mixers \(attention \+ cross-attention\)"):
-        model.mixers_output.module(0)
+    assert model.cross_attentions_output.module(1) is own.get_submodule(
+        "encoder_attn" if hasattr(own, "encoder_attn") else "layer.1.EncDecAttention"
+    )
+    assert model.mixers_output.module(1) is model.attentions_output.module(1)
 
 
 def change(hidden: Tensor) -> Tensor:
