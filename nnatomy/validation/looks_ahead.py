@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.arch_configs import example_inputs
+from nnatomy.validation.passes import PROMPT_LENGTH
 
-BATCH, SEQ = 2, 8
+BATCH = 2
 
 
 def looks_ahead(model: Any) -> bool:
     """Whether, on the plain model, the last layer's output changes at earlier positions with the first layer's last input."""
     get, put = model.layers_input.get, model.layers_input.put
     layers = model._anatomy.layers
-    inputs = example_inputs(model.steps_of, BATCH, SEQ, model.device)
+    inputs = example_inputs(model.steps_of, BATCH, PROMPT_LENGTH, model.device)
     training = [module for module in model.hf_model.modules() if module.training]
 
     def change(_: Module, args: Any, kwargs: Any) -> Any:

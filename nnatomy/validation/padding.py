@@ -8,35 +8,27 @@ from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH, Passes
 from nnatomy.validation.reading import Reading
 
-SHORT = PROMPT_LENGTH - 3
+#: How many positions are padding.
+PADDING = 2
 
 
 def check_padding(passes: Passes, reading: Reading) -> None:
-    """Run the second prompt's first tokens, padded on the left, with positions of ours or the model's own."""
+    """Run the second prompt beside a longer one, padded on the left, with positions of ours or the model's own."""
     model, get = passes.model, passes.model.layers_output.get
     if model.layers_output.modules[-1] is None or reading.seq != PROMPT_LENGTH:  # a soft prompt
         return
     if "input_ids" not in passes.inputs:
         return
-    clean = get(reading.seen.only(model._anatomy.layers[-1], "output"))
-    ids = passes.inputs["input_ids"].tolist()
-    decoder = passes.inputs.get("decoder_input_ids")
-
-    def last(prompts: list[list[int]]) -> Tensor:
-        more = {} if decoder is None else {"decoder_input_ids": decoder[-len(prompts) :]}
-        output: Tensor = get(passes.plain(passes.prepare(prompts, **more)))
-        return output[-1]
-
-    alone = clean[1, :SHORT] if decoder is None else last([ids[1][:SHORT]])
+    clean = get(reading.seen.only(model._anatomy.layers[-1], "output"))[1]
+    first, second = passes.inputs["input_ids"].tolist()
+    more = {name: passes.inputs[name] for name in ("decoder_input_ids",) if name in passes.inputs}
 
     def off_by() -> float:
-        return distance(last([ids[0], ids[1][:SHORT]])[-len(alone) :], alone)
+        padded: Tensor = get(passes.plain(passes.prepare([first + first[:PADDING], second], **more)))
+        return distance(padded[1, -len(clean) :], clean)
 
-    tolerance = 10 * TOLERANCE.get(clean.dtype, 1e-4)
     off = off_by()
-    if off > tolerance and not model.causal:  # the tokens after these have changed them
-        alone = last([ids[1][:SHORT]])
-        off = off_by()
+    tolerance = 10 * TOLERANCE.get(clean.dtype, 1e-4)
     if off > tolerance and model._prompts.takes_positions:
         model._prompts.takes_positions = False  # RoBERTa's begin at another number
         off = min(off, off_by())

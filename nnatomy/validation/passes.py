@@ -15,7 +15,7 @@ from nnatomy.core import Collector, Trace
 from nnatomy.validation.names import MODULES
 from nnatomy.validation.report import Findings
 
-PROMPT_LENGTH = 8
+PROMPT_LENGTH = 6
 
 
 class Passes:

@@ -16,8 +16,10 @@ Five forward passes of two short prompts:
    adds for the second; just that has to be missing then. This is a pass of its own, as in the third nothing of a
    layer is as it was for either prompt. What the additions are has been found in the second. Neurons and the routing
    of experts are changed in this pass, too (see `neurons`, `routers`).
-5. padded: the prompts' first tokens again, padded on the left, to the last layer's output, which is as it was. This is
-   a pass of its own because the others go the way of most prompts, on which no mask is laid.
+5. padded: the second prompt beside a longer one, padded on the left, to the last layer's output, which is as it was.
+   This is a pass of its own because the others go the way of most prompts, on which no mask is laid.
+
+A pass has two prompts of 6 tokens, the fifth of 8: 16 at most.
 
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.

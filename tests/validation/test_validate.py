@@ -32,10 +32,10 @@ def config_of(model_type: str, **changes: Any) -> ArchConfig:
         (
             "gemma2",
             {"self_attn": "self_attn.q_proj"},
-            r"attentions_output\[0\]: is \(2, 8, 64\), not \(2, 8, 32\)",
+            r"attentions_output\[0\]: is \(2, 6, 64\), not \(2, 6, 32\)",
         ),
-        ("gpt2", {"mlp": "mlp.c_fc"}, r"mlps_output\[0\]: is \(2, 8, 48\), not \(2, 8, 32\)"),
-        ("opt", {"mlp": "fc1"}, r"mlps_input\[1\]: is \(16, 32\), not \(2, 8, 32\)"),
+        ("gpt2", {"mlp": "mlp.c_fc"}, r"mlps_output\[0\]: is \(2, 6, 48\), not \(2, 6, 32\)"),
+        ("opt", {"mlp": "fc1"}, r"mlps_input\[1\]: is \(12, 32\), not \(2, 6, 32\)"),
         (
             "bloom",
             {"lm_head": "transformer.h.0.mlp.dense_4h_to_h"},
@@ -124,7 +124,9 @@ def attending(to: Tensor, factor: float = 1.0) -> Iterator[None]:
     """Models built with `attn_implementation="of_the_test"` attend to what (query, key) says; rows times a factor."""
 
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
-        pattern = (q @ k.mT * scaling).masked_fill(~to, -1e9).softmax(-1) * factor
+        pattern = (q @ k.mT * scaling).masked_fill(~to[: q.shape[-2], : k.shape[-2]], -1e9).softmax(
+            -1
+        ) * factor
         return (pattern @ v).transpose(1, 2), pattern
 
     AttentionInterface.register("of_the_test", attention)
