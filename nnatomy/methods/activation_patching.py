@@ -14,7 +14,8 @@ from tqdm import tqdm
 from nnatomy.errors import InputError
 from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs, Positions
-from nnatomy.methods.patched_runs import Cells, PatchedRuns, accessor_named, layers_with
+from nnatomy.methods.patched_runs import Cells, PatchedRuns
+from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
 
 #: How many tokens a forward pass has, where nobody says how many rows.
@@ -156,7 +157,7 @@ def activation_patching(
         [3, 3, 4, 4, 4, 4]
     """
     pairs = Pairs.of(model, clean, corrupted)
-    where = layers_of(model, point, layers)
+    where = layers_of(accessor_of(model, point), layers)
     base, source = pairs.of_mode(mode)
     runs = PatchedRuns(model, base, source, point, where)
     if positions is None:
@@ -181,18 +182,6 @@ def activation_patching(
         pairs.texts(model),
         runs.shortcut,
     )
-
-
-def layers_of(model: StandardizedTransformer, point: str, layers: int | Sequence[int] | None) -> list[int]:
-    """Those layers, or all that have such a value."""
-    accessor = accessor_named(model, point)
-    layers = [layers] if isinstance(layers, int) else layers
-    chosen = layers_with(accessor) if layers is None else [layer % len(accessor) for layer in layers]
-    if layers is not None and not layers:
-        raise InputError("layers: give at least one.")
-    for layer in (chosen or [0]) if layers is None else layers:
-        accessor.module(layer)  # raises if there is none
-    return chosen
 
 
 def measured(metric: Metric, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:

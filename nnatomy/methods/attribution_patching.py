@@ -15,13 +15,12 @@ from nnatomy.methods.gradients import (
     AttributionMap,
     Metric,
     Pairs,
-    accessor_of,
     by_node,
     difference,
     gradients,
-    layers_with,
     values,
 )
+from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -82,7 +81,7 @@ def attribution_patching(
     if qk_fix and point not in ("queries", "keys"):
         raise InputError(f"qk_fix is for point='queries' and 'keys', not for {point!r}.")
     pairs = Pairs.of(model, clean, corrupted)
-    chosen = layers_with(accessor, layers)
+    chosen = tuple(sorted({*layers_of(accessor, layers)}))
     new, clean_value = values(model, pairs.clean, point, chosen, metric)
     old, corrupted_value = values(model, pairs.corrupted, point, chosen, metric)
     where = "attention_probabilities" if qk_fix else point
@@ -128,7 +127,7 @@ def _patterns(
     """The patterns with other queries or keys, in each layer alone: behind it all is as before."""
     accessor = accessor_of(model, point)
     found = []
-    with model.trace(**pairs.corrupted):
+    with model.trace(**pairs.corrupted, use_cache=False):
         for i, x, own in zip(layers, new, before, strict=True):
             accessor[i] = x
             found.append(model.attention_probabilities[i])

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.activation_patching import Grid, Patching, layers_of, measured
+from nnatomy.methods.activation_patching import Grid, Patching, measured
 from nnatomy.methods.metrics import Metric, probability
 from nnatomy.methods.pairs import Pairs, Positions
 from nnatomy.methods.patched_runs import PatchedRuns
+from nnatomy.methods.points import accessor_of, layers_of, layers_with
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
 
@@ -81,9 +82,10 @@ def causal_tracing(
     added = torch.zeros(samples, len(ids), model.hidden_size)
     draws = torch.randn(samples, len(at), model.hidden_size, generator=torch.Generator().manual_seed(seed))
     added[:, at] = noise * embedding_std(model) * draws
-    where = layers_of(model, point, layers)
+    accessor = accessor_of(model, point)
+    where = layers_of(accessor, layers)
     windows = [
-        [one for one in layers_of(model, point, None) if -(window // 2) <= one - layer < window - window // 2]
+        [one for one in layers_with(accessor) if -(window // 2) <= one - layer < window - window // 2]
         for layer in where
     ]
     restored = sorted({one for window_of in windows for one in window_of})

@@ -146,7 +146,7 @@ def _circuit(
     def batch(streams: list[Tensor]) -> Tensor:
         return torch.cat([*streams, *streams[:1] * (copies - len(streams))])
 
-    with torch.enable_grad(), FrozenNorms(), model.trace(**inputs):
+    with torch.enable_grad(), FrozenNorms(), model.trace(**inputs, use_cache=False):
         for i, layer in enumerate(graph.layers):
             readers, mlp = graph.readers(i), f"L{i} mlp"
             before = [*readers, mlp] if layer.mlp and not layer.mid else readers

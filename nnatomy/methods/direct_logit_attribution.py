@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.frozen_norms import FrozenNorms
-from nnatomy.methods.gradients import has
 from nnatomy.methods.metrics import Answer, of_answer, token_ids
+from nnatomy.methods.points import has
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
 
@@ -90,7 +90,7 @@ def direct_logit_attribution(
     """
     if by not in ("layer", "component", "head"):
         raise InputError(f"by={by!r}: take 'layer', 'component' or 'head'.")
-    with torch.set_grad_enabled(by == "head"), FrozenNorms(), model.trace(plain(prompts)):
+    with torch.set_grad_enabled(by == "head"), FrozenNorms(), model.trace(plain(prompts), use_cache=False):
         mask = model.attention_mask
         first = model.layers_input[0]
         parts = [_Part("embeddings", first)]

@@ -122,9 +122,9 @@ def edge_attribution(
         [(one.written[name] - other.written[name]).float().to(mask.device) for name in graph.sources]
     )
     changes = changes * mask
-    with torch.no_grad(), model.trace(**pairs.clean):
+    with torch.no_grad(), model.trace(**pairs.clean, use_cache=False):
         start = model.token_embeddings
-    with torch.no_grad(), model.trace(**pairs.corrupted):
+    with torch.no_grad(), model.trace(**pairs.corrupted, use_cache=False):
         baseline = model.token_embeddings
     scores = torch.zeros(len(mask), len(graph.sources), len(graph.destinations))
     for k in tqdm(range(1, steps + 1), desc="steps", disable=not progress):
@@ -149,7 +149,7 @@ def _slopes(
     read: dict[
         str, tuple[Tensor, Tensor, int | None]
     ] = {}  # by destination: the stream, what comes of it, which head
-    with torch.enable_grad(), model.trace(**inputs):
+    with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         model.token_embeddings = embeddings.detach().requires_grad_().clone()
         for i, layer in enumerate(graph.layers):
             stream = model.layers_input[i]

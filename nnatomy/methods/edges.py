@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nnatomy.methods.frozen_norms import FrozenNorms
-from nnatomy.methods.gradients import has
-from nnatomy.methods.patched_runs import refuse_crossing
+from nnatomy.methods.points import has, refuse_crossing
 from nnatomy.standardized import StandardizedTransformer
 
 INSIDE = ("queries", "keys", "values")
@@ -93,7 +92,7 @@ def graph_of(model: StandardizedTransformer, inputs: dict[str, Any]) -> Graph:
     """Raises NotInThisModelError where what a layer's parts add to the stream is not known."""
     refuse_crossing(model, "edge_attribution")
     layers = []
-    with torch.enable_grad(), model.trace(**inputs):
+    with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         for i in range(model.num_layers):
             mixes, mlp, mid = (
                 has(accessor, i)
@@ -139,7 +138,7 @@ def run(model: StandardizedTransformer, graph: Graph, inputs: dict[str, Any]) ->
     written: dict[str, Tensor] = {}
     streams: list[Tensor] = []
     mids: list[Tensor] = []
-    with torch.enable_grad(), FrozenNorms(), model.trace(**inputs):
+    with torch.enable_grad(), FrozenNorms(), model.trace(**inputs, use_cache=False):
         for i, layer in enumerate(graph.layers):
             streams.append(model.layers_input[i].detach())
             written.setdefault("embeddings", streams[0])

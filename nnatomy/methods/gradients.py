@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError
+from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import plain, token_texts
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.accessors import LayerAccessor
 
 #: From the logits of the next token, one number for each prompt.
 Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
@@ -100,43 +100,12 @@ class Pairs:
         return self.clean["attention_mask"]
 
 
-def layers_with(accessor: LayerAccessor, layers: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The layers asked for; all that have it where none are. Raises the accessor's errors."""
-    if layers is not None:
-        each = [layers] if isinstance(layers, int) else list(layers)
-        for layer in each:
-            accessor.module(layer)
-        return tuple(sorted({range(len(accessor))[layer] for layer in each}))
-    having = tuple(i for i in range(len(accessor)) if has(accessor, i))
-    if not having:
-        accessor.module(0)  # raises, with the reason
-    return having
-
-
-def has(accessor: LayerAccessor, layer: int) -> bool:
-    """Whether there is such a thing on that layer."""
-    try:
-        accessor.module(layer)
-    except NotInThisModelError:
-        return False
-    return True
-
-
-def accessor_of(model: StandardizedTransformer, point: str) -> LayerAccessor:
-    """Raises InputError for what is none."""
-    accessor = vars(model).get(point)
-    if not isinstance(accessor, LayerAccessor):
-        known = ", ".join(name for name, one in vars(model).items() if isinstance(one, LayerAccessor))
-        raise InputError(f"point={point!r}: take one of {known}.")
-    return accessor
-
-
 @torch.no_grad()
 def values(
     model: StandardizedTransformer, inputs: dict[str, Any], point: str, layers: Sequence[int], metric: Metric
 ) -> tuple[list[Tensor], Float[Tensor, " prompt"]]:
     """What the activations are, and the metric."""
-    with model.trace(**inputs):
+    with model.trace(**inputs, use_cache=False):
         found = [accessor_of(model, point)[i] for i in layers]
         logits = model.logits[:, -1]
     axes = slice(1, None) if point in _PATTERNS else slice(1, -1)
@@ -161,7 +130,7 @@ def gradients(
     """
     accessor = accessor_of(model, point)
     found = []
-    with torch.enable_grad(), model.trace(**inputs):
+    with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         start = model.token_embeddings.detach().requires_grad_()  # weights may need no gradients
         model.token_embeddings = start.clone()
         for i in range(model.num_layers):

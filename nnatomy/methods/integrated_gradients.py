@@ -13,13 +13,12 @@ from nnatomy.methods.gradients import (
     AttributionMap,
     Metric,
     Pairs,
-    accessor_of,
     by_node,
     difference,
-    layers_with,
     measured,
     values,
 )
+from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -69,7 +68,7 @@ def integrated_gradients(
         raise InputError(f"steps={steps}: take one at least.")
     accessor = accessor_of(model, point)
     pairs = Pairs.of(model, clean, corrupted)
-    chosen = layers_with(accessor, layers)
+    chosen = tuple(sorted({*layers_of(accessor, layers)}))
     new, clean_value = values(model, pairs.clean, point, chosen, metric)
     old, corrupted_value = values(model, pairs.corrupted, point, chosen, metric)
     changes, slopes = [], []
@@ -78,7 +77,7 @@ def integrated_gradients(
         total = torch.zeros_like(change)
         for k in range(steps):
             at = (other + (k + 0.5) / steps * change).requires_grad_()
-            with torch.enable_grad(), model.trace(**pairs.corrupted):
+            with torch.enable_grad(), model.trace(**pairs.corrupted, use_cache=False):
                 accessor[i] = at
                 value = measured(metric, model.logits[:, -1])
             (gradient,) = torch.autograd.grad(value, at, torch.ones_like(value))

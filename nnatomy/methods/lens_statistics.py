@@ -136,7 +136,7 @@ def lens_statistics(
     ids = inputs["input_ids"].cpu()
     length = max(map(len, where))
     given = _targets(model, targets, next_tokens, ids, where)
-    with model.trace(**inputs):
+    with model.trace(**inputs, use_cache=False):
         stream = model.layers_output[:]
     layers, device = len(stream), model.device
 

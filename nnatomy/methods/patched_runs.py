@@ -9,17 +9,16 @@ has left beside the stream) the layers are run from the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import NotInThisModelError
 from nnatomy.methods.ends import end_logits, ends
+from nnatomy.methods.points import accessor_of, axes_of, layers_with
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.accessors import LayerAccessor
 
 #: What is put in: by row, head (one, where all are meant) and position.
 Cells = Bool[Tensor, "cell head seq"]
@@ -29,52 +28,6 @@ _CLOSE = 1e-4
 
 #: What models' code raises where something that it relies on is not there.
 NOT_THERE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-
-
-class Axes(NamedTuple):
-    """The axes of an accessor's value: of positions (queries' positions, where there are two), and of heads."""
-
-    seq: int
-    head: int | None
-
-
-_BY_HEAD = {
-    **dict.fromkeys(("queries", "keys", "values", "attention_scores", "attention_probabilities"), Axes(2, 1)),
-    "heads_output": Axes(1, 2),
-}
-
-
-def accessor_named(model: StandardizedTransformer, point: str) -> LayerAccessor:
-    """The accessor of that name. Raises InputError if there is none."""
-    accessor = getattr(model, point, None) if isinstance(point, str) else None
-    if not isinstance(accessor, LayerAccessor):
-        names = ", ".join(name for name, one in vars(model).items() if isinstance(one, LayerAccessor))
-        raise InputError(f"{point!r} is no standard name of layers: give one of {names}.")
-    return accessor
-
-
-def axes_of(point: str) -> Axes:
-    """The axes of that accessor's values."""
-    return _BY_HEAD.get(point, Axes(1, None))
-
-
-def layers_with(accessor: LayerAccessor) -> list[int]:
-    """The layers that have such a value."""
-    found = []
-    for layer in range(len(accessor)):
-        with suppress(NotInThisModelError):
-            accessor.module(layer)
-            found.append(layer)
-    return found
-
-
-def refuse_crossing(model: StandardizedTransformer, what: str) -> None:
-    """Raises NotInThisModelError for a decoder whose layers attend to an encoder: not all of its paths are known to `what`."""
-    if layers_with(model.cross_attentions_contribution):
-        raise NotInThisModelError(
-            f"{what} takes a layer apart into token mixer and MLP, and layers of {type(model.hf_model).__name__} have a "
-            "cross-attention, too: cross_attentions_contribution."
-        )
 
 
 class PatchedRuns:
@@ -102,7 +55,7 @@ class PatchedRuns:
         noise: Float[Tensor, "batch seq hidden"] | None = None,
     ) -> None:
         self.model = model
-        self.accessor = accessor_named(model, point)
+        self.accessor = accessor_of(model, point)
         self.axes = axes_of(point)
         self.batch = len(base)
         self.shortcut = set(layers) <= set(layers_with(model.layers_input))

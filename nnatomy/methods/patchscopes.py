@@ -200,7 +200,7 @@ def patch_object_attn_lens(
         accessor.module(0)  # says why there is none
     source = nn_model.prepare(plain(source_prompts))
     columns = torch.cat(positions_from_end(source, -1))
-    with nn_model.trace(**source):
+    with nn_model.trace(**source, use_cache=False):
         states = {i: accessor[i][torch.arange(len(columns)), columns] for i in nn_model.attention_layers}
     inputs = nn_model.prepare(plain(target_prompts))
     columns = torch.cat(positions_from_end(inputs, attn_idx_patch))
@@ -249,7 +249,7 @@ def _states(
 ) -> Float[Tensor, "layer source ..."]:
     inputs = model.prepare(plain(prompts))
     columns = torch.cat(positions_from_end(inputs, position))
-    with model.trace(**inputs):
+    with model.trace(**inputs, use_cache=False):
         stream = model.layers_output[: max(layers) + 1]
     return torch.stack([stream[i][torch.arange(len(columns)), columns].to(model.device) for i in layers])
 

@@ -21,7 +21,8 @@ from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods.activation_patching import TOKENS, measured
 from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs
-from nnatomy.methods.patched_runs import axes_of, is_close, layers_with, refuse_crossing, repeated
+from nnatomy.methods.patched_runs import is_close, repeated
+from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
 from nnatomy.standardized import StandardizedTransformer
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")

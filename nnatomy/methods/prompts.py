@@ -216,7 +216,7 @@ def compute_next_token_probs(nn_model: StandardizedTransformer, prompt: Any) -> 
     # Only where nothing else is read: some models shorten their last layers with it (Gemma 4).
     takes = "logits_to_keep" in inspect.signature(nn_model.steps_of.forward).parameters
     kwargs: dict[str, Any] = {"logits_to_keep": 1} if takes else {}
-    with nn_model.trace(plain(prompt), **kwargs):
+    with nn_model.trace(plain(prompt), use_cache=False, **kwargs):
         probs = nn_model.next_token_probs
     return probs.cpu()
 

@@ -55,7 +55,7 @@ def get_token_activations(
     if tracer is None:
         if prompts is None:
             raise InputError("There are no prompts: give some, or a trace that is open (tracer=...).")
-        with model.trace(plain(prompts)):
+        with model.trace(plain(prompts), use_cache=False):
             found = _read(model, layers, get_activations or _layer_output, idx)
         return found.cpu()
     return _read(model, layers, get_activations or _layer_output, idx)

@@ -192,7 +192,7 @@ def _gradients(
     where = positions_from_end(inputs, "all")
     rows = torch.cat([torch.full_like(one, i) for i, one in enumerate(where)])
     with torch.no_grad():
-        with model.trace(**inputs):
+        with model.trace(**inputs, use_cache=False):
             stream = [h[rows, torch.cat(where)].to(model.device) for h in model.layers_output[:]]
         target = model.project_on_vocab(stream[-1]).float().log_softmax(-1)
     losses, gradients = torch.zeros(len(bias)), [torch.zeros_like(weight), torch.zeros_like(bias)]

@@ -312,7 +312,9 @@ def test_what_cannot_be_is_said() -> None:
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     with pytest.raises(InputError, match=r"compared token by token, but have \[9, 9\] and \[8, 8\] tokens"):
         attribution_patching(model, clean, corrupted[:, 1:], metric)
-    with pytest.raises(InputError, match="point='logits': take one of layers_input, layers_output"):
+    with pytest.raises(
+        InputError, match="'logits' is no standard name of layers: give one of layers_input, layers_output"
+    ):
         attribution_patching(model, clean, corrupted, metric, point="logits")
     with pytest.raises(InputError, match="qk_fix is for point='queries' and 'keys', not for 'values'"):
         attribution_patching(model, clean, corrupted, metric, point="values", qk_fix=True)
