@@ -91,6 +91,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_LLAMA_LIKE, **_MOE, "num_experts": 4, "head_dim": 16},
     "gemma": {**_LLAMA_LIKE, "head_dim": 16},
     "gemma2": {
+        "attn_implementation": "eager",  # what newer releases take; SDPA leaves out the cap on the scores
         **_LLAMA_LIKE,
         "head_dim": 16,
         "sliding_window": 4,

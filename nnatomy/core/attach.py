@@ -88,7 +88,8 @@ class Attachment(Collector):
             raise AssignmentError(
                 f"{self}: {point.name} is inside a part of the model that is under gradient checkpointing: `backward` "
                 "computes that part again, without the module. Switch checkpointing off "
-                "(model.gradient_checkpointing_disable())."
+                "(model.activation_checkpointing_disable(); in older releases of Transformers "
+                "gradient_checkpointing_disable())."
             )
         if self._how == "error":
             result = result + error

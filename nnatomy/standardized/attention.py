@@ -144,6 +144,8 @@ class AttentionMode(TorchFunctionMode):
             return False
         if isinstance(left, Parameter) or isinstance(right, Parameter) or left.shape[-1] != right.shape[-2]:
             return False
+        if left.shape[-1] == 1:  # frequencies by positions: some compute their rotary embedding inside
+            return False
         if self._heads is None:  # not in a module within, which may choose keys, say
             selves = (frame.f_locals.get("self") for frame in _model_frames())
             return next((x for x in selves if isinstance(x, Module)), None) is self._module

@@ -12,7 +12,7 @@ import torch
 from architectures import build, shared
 from reference import edited
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, cache_utils
 from zoo.build import build as zoo_build
 from zoo.build import shared as zoo_shared
 
@@ -175,7 +175,12 @@ def test_whole_prompts_where_the_cache_is_another(model_type: str, log: Callable
     model, target = wrapped(model_type), tokens(SEQ, 3)
     states = latents(model)
     found = patchscope_lens(model, None, TargetPrompt(target, -1), latents=states)
-    assert log() == f"Whole prompts: {OTHERS[model_type]}"
+    expected = f"Whole prompts: {OTHERS[model_type]}"
+    if "DummyLayer" in expected and not hasattr(
+        cache_utils, "DummyLayer"
+    ):  # in older releases no layer is empty
+        expected = "Positions from -1 on, after the keys and values of the others"
+    assert log() == expected
     close(found, naive(model, target, 8, states))
 
 

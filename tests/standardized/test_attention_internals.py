@@ -263,6 +263,27 @@ def test_an_edit_is_what_the_definition_makes_of_it(model_type: str, implementat
         assert close(logits[0], plain[0], 1e-4), name
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_angles_that_are_computed_inside_are_no_queries_and_keys(implementation: str) -> None:
+    """As many prompts as heads: by its shape alone, frequencies by positions could be a product of queries and keys."""
+    hf, ids = build("llama", attn_implementation=implementation), prompt_ids(batch=HEADS)
+    found = []
+    for _ in range(2):
+        model = StandardizedTransformer(hf)
+        with torch.no_grad(), model.trace(ids):
+            found.append(everything(model))
+        attention = hf.model.layers[LAYER].self_attn
+        forward = attention.forward
+
+        def rotating(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            torch.ones(HEADS, 8, 1) @ torch.arange(9.0).expand(HEADS, 1, 9)
+            return forward(*args, **kwargs)
+
+        attention.forward = rotating
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_they_are_the_same_in_eager_mode_and_reading_leaves_the_logits(model_type: str) -> None:
     ids = prompt_ids()

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nnatomy import StandardizedTransformer
-from zoo.configs import KINDS, LAYERS, SIZES, TYPE_CONFIGS
+from zoo.configs import KINDS, LAYERS, PARTS, SIZES, TYPE_CONFIGS
 
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 FIRST_ID = 16  # special ids are below
@@ -87,16 +87,13 @@ def _fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     ):
         values["rope_parameters"] = rope | {"mrope_section": _three_axes(rope, values)}
     specs = getattr(config_class, "sub_configs_defaults", {})  # not in older releases
+    parts = {} if specs else PARTS.get(config_class.model_type, {})
     for name, sub_class in config_class.sub_configs.items():
         spec = specs.get(name)
         if sub_class is AutoConfig:
-            part = spec or getattr(_default(config_class), name)
+            part = parts.get(name) or (spec or getattr(_default(config_class), name)).model_type
             kwargs = getattr(spec, "init_kwargs", {})
-            values[name] = {
-                "model_type": part.model_type,
-                **kwargs,
-                **_fields(CONFIG_MAPPING[part.model_type]),
-            }
+            values[name] = {"model_type": part, **kwargs, **_fields(CONFIG_MAPPING[part])}
         elif spec is None or not spec.optional:
             values[name] = _fields(sub_class)
     return values

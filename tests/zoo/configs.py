@@ -163,17 +163,30 @@ _NARROW = {"downsample_channels": [16, 32]}
 _START = {"vision_start_token_id": 14}  # in the checkpoints' configs, and no field of the class
 _IN_WINDOWS = {"vision_config": {"window_size": 32}}  # of the image, in pixels
 
+#: The types of the parts that a config has, where older releases do not say or say what does not run.
+PARTS: dict[str, dict[str, str]] = {
+    "diffusion_gemma": {"vision_config": "gemma4_vision"},
+    "encoder-decoder": {"encoder": "bert", "decoder": "bert"},
+    "gemma4_assistant": {"text_config": "gemma4_text"},
+    "gemma4_unified_assistant": {"text_config": "gemma4_unified_text"},
+    "granite4_vision": {"text_config": "granite4_vision_text", "vision_config": "clip_vision_model"},
+    "musicgen": {"text_encoder": "t5", "audio_encoder": "encodec"},
+    "musicgen_melody": {"text_encoder": "t5", "audio_encoder": "encodec"},
+    "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
+}
+_COMPASS_ROPE = _ROPE | {"mrope_section": [1, 1, 2]}
+
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
-    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "aria": {"projector_patch_to_query_dict": {16: 4}, "text_config": {"model_type": "aria_text"}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
     "chameleon": {
         "vq_config": _VQ | {"num_embeddings": len(_CODES)},
         "vocabulary_map": {"<image>": 3, **{f"IMGIMG{chr(57 + i)}Z": i for i in _CODES}},
     },
-    "cohere_compass": {"text_config": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}}},
-    "cohere_compass_text": {"rope_parameters": {_FULL: _ROPE, _SLIDING: _ROPE}},
+    "cohere_compass": {"text_config": {"rope_parameters": {_FULL: _COMPASS_ROPE, _SLIDING: _COMPASS_ROPE}}},
+    "cohere_compass_text": {"rope_parameters": {_FULL: _COMPASS_ROPE, _SLIDING: _COMPASS_ROPE}},
     "deepseek_v4": {
         "layer_types": [_SLIDING, "heavily_compressed_attention", "compressed_sparse_attention", _SLIDING],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
@@ -233,6 +246,7 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[1, 0], [2, 1]],
         "spatial_target_layers": [0, 1, 2, 3],
         "vision_config": {"hidden_size": 64},  # a head is of 64
+        "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64},
     },
     "granite_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},
     "granitemoe_swa": {"layer_rope_theta": [10000.0, 500.0] * 2},

@@ -84,7 +84,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     "video_llama_3": {"image_merge_sizes": [2] * BATCH},
     "vision-encoder-decoder": {"pixel_values": (BATCH, 3, 16, 16)} | _NO_TOKENS,
 }
-NOISE = ("pixel_values", "flattened_patches", "high_res_pixel_values")
+#: What `pixel_values` is called in VideoLlava and in Fuyu, in older releases.
+FORMER_NAMES = ("pixel_values_images", "image_patches")
+NOISE = ("pixel_values", "flattened_patches", "high_res_pixel_values", *FORMER_NAMES)
 #: What computes something else with no mask than with one of ones, which a trace gives: other positions, UDOP's own padding.
 WITH_MASK = frozenset(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "udop"))
 #: Classes of image-text models that are given no image here, and why.
@@ -132,6 +134,12 @@ def features_of(hf: nn.Module, given: dict[str, Tensor]) -> Any:
     return out.deepstack_features[0][1] if found is None else found
 
 
+def former_name(hf: nn.Module) -> str | None:
+    """What the model calls `pixel_values`, where an older release calls it something else."""
+    whole = getattr(hf, "model", hf)
+    return next((n for n in FORMER_NAMES if takes(whole, n) and not takes(whole, "pixel_values")), None)
+
+
 def pixels(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
     """Two images, of noise."""
     vision = getattr(hf.config, "vision_config", hf.config)
@@ -147,10 +155,12 @@ def pixels(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
         made = {"pixel_values": (BATCH, 1, 3, *size)}
     elif takes(hf, "image_sizes") and model_type not in ("llava",):
         made["image_sizes"] = [[*size]] * BATCH
-    if not takes(hf, "pixel_values"):
+    if not (takes(hf, "pixel_values") or former_name(hf)):
         del made["pixel_values"]
     made |= GIVEN.get(model_type, {})
     made.pop("tokens", None)
+    if former := former_name(hf):
+        made[former] = made.pop("pixel_values")
     given = {
         name: torch.tensor(value) if isinstance(value, list) else torch.randn(value, generator=draw)
         for name, value in made.items()
