@@ -105,13 +105,13 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
                 part.absent["input"] = (
                     f"no module is the layer, whose parts are in lists of their own: {config.layers} is what ends it"
                 )
+        elif "attention" in config.absent:
+            part.attention, part.mixers = None, []
         if config.mlp is not None:
             part.mlp = _part(model, layer, config.mlp, i)
-        part.absent |= config.absent
-        if "attention" in config.absent:
-            part.attention, part.mixers = None, []
-        if "mlp" in config.absent:
+        elif "mlp" in config.absent:
             part.mlp = None
+        part.absent |= config.absent
     crossing = tuple(_cross_attention(part) for part in parts)
     return Anatomy(
         embed_tokens=embed_tokens,
