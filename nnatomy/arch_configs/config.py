@@ -15,12 +15,14 @@ class ArchConfig:
 
     Attributes:
         layers: the path of the list of layers.
-        self_attn: the name of the attention in a layer.
-        mlp: the name of the MLP in a layer.
+        self_attn: the name of the attention in a layer; with a `*` for the layer's number, its path from the model, for
+            layers that are spread over lists (`transformer.attentions.*`). `layers` is then the list of what ends each.
+        mlp: the name of the MLP in a layer, or its path.
         ln_final: the path of the norm before the unembedding.
         embed_tokens: the path of the token embedding.
         lm_head: the path of the unembedding.
-        absent: for what is not there ("attention", "mlp"), why, or what there is instead.
+        absent: for what is not there ("attention", "mlp", "layer": its input and output, "token_embeddings"), why, or what
+            there is instead.
         classes: the Hugging Face classes that are known to follow this config.
 
     Example:

@@ -47,7 +47,8 @@ def text_config(model: Module) -> Any:
     config: Any = model.config
     if not has_decoder(model) and config.is_encoder_decoder:  # the encoder of one, alone
         return config.get_text_config(encoder=True)
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    return text if getattr(text, "hidden_size", None) else getattr(text, "decoder_config", text)
 
 
 def input_device(embedding: Module) -> torch.device:

@@ -81,6 +81,35 @@ FAMILIES: tuple[ArchConfig, ...] = (
     ArchConfig(layers="rwkv.blocks", classes=("RwkvForCausalLM",)),
     # Nor that cross-attentions of a list of their own run between the layers.
     ArchConfig(layers="model.layers", classes=("IdeficsForVisionText2Text",)),
+    # Of three language models in one, that whose stream the head reads.
+    ArchConfig(layers="model.local_decoder.layers", classes=("BltForCausalLM",)),
+    # No module is a layer: this is what ends one.
+    ArchConfig(
+        layers="transformer.layer_norm2",
+        self_attn="transformer.attentions.*",
+        mlp="transformer.ffns.*",
+        classes=("XLMWithLMHeadModel",),
+    ),
+    ArchConfig(
+        layers="model.H_module.layers",
+        absent=dict.fromkeys(
+            ("layer", "attention", "mlp"),
+            "it is gone through several times in a forward pass, as are the layers of model.L_module: "
+            "layers[i].calls[n] is each time",
+        ),
+        classes=("HrmTextForCausalLM",),
+    ),
+    ArchConfig(
+        layers="reformer.encoder.layers",
+        absent={
+            "layer": "the stream is two, of which each is changed by what is read of the other (reversible layers)",
+            **dict.fromkeys(
+                ("attention", "mlp", "token_embeddings"),
+                "a prompt longer than a chunk is filled up to whole chunks, so that the last positions are none of the prompt's",
+            ),
+        },
+        classes=("ReformerModelWithLMHead",),
+    ),
 )
 
 #: What a class has to be given beside tokens, though the signature of its forward does not say so.

@@ -15,7 +15,7 @@ from nnatomy.arch_configs.infer import CannotInfer, LayerParts, find_ends, find_
 from nnatomy.errors import UnknownArchitectureError
 
 #: What a layer may lack, for a reason.
-ABSENT = ("attention", "mlp", "layer")
+ABSENT = ("attention", "mlp", "layer", "input", "token_embeddings")
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,20 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
     else:
         assert given is not None
         layers, ln_final, parts = given, None, [LayerParts() for _ in given]
-    for layer, part in zip(layers, parts, strict=True):
+    for i, (layer, part) in enumerate(zip(layers, parts, strict=True)):
         if config.self_attn is not None:
-            part.attention = _module(layer, config.self_attn)
+            part.attention = _part(model, layer, config.self_attn, i)
             part.mixers, part.kinds = [part.attention], ["attention"]
+            if "*" in config.self_attn:
+                part.absent["input"] = (
+                    f"no module is the layer, whose parts are in lists of their own: {config.layers} is what ends it"
+                )
+        elif "attention" in config.absent:
+            part.attention, part.mixers = None, []
         if config.mlp is not None:
-            part.mlp = _module(layer, config.mlp)
+            part.mlp = _part(model, layer, config.mlp, i)
+        elif "mlp" in config.absent:
+            part.mlp = None
         part.absent |= config.absent
     crossing = tuple(_cross_attention(part) for part in parts)
     return Anatomy(
@@ -180,6 +188,10 @@ def _module(root: Module, path: str) -> Module:
     return root.get_submodule(path)
 
 
+def _part(model: Module, layer: Module, name: str, i: int) -> Module:
+    return _module(model, name.replace("*", str(i))) if "*" in name else _module(layer, name)
+
+
 def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None]:
     """The token embedding and the unembedding: by the config, else by the model's own word, else as they show.
 
@@ -231,8 +243,12 @@ def _missing(model: Module, config: ArchConfig) -> list[str]:
     missing = [path for path in paths if path is not None and not _has(model, path)]
     if config.layers is not None and config.layers not in missing:
         for i, layer in enumerate(_module(model, config.layers).children()):
-            names = [name for name in (config.self_attn, config.mlp) if name is not None]
-            missing += [f"{config.layers}.{i}.{name}" for name in names if not _has(layer, name)]
+            for name in (config.self_attn, config.mlp):
+                if name is not None and "*" in name:
+                    path = name.replace("*", str(i))
+                    missing += [] if _has(model, path) else [path]
+                elif name is not None and not _has(layer, name):
+                    missing.append(f"{config.layers}.{i}.{name}")
     return missing
 
 

@@ -71,7 +71,8 @@ class Head:
     def _inputs(self, rows: int) -> dict[str, Any]:
         """Prompts of one token, whichever; an encoder is not run for it."""
         device = input_device(self._anatomy.embed_tokens)
-        ids = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        padding = getattr(self._root.module.config, "pad_token_id", None)
+        ids = torch.full((rows, 1), int(padding == 0), device=device)  # XLM makes a padding's stream zeros
         if not has_decoder(self._root.module):
             others = beside_tokens(self._root.module, rows, 1)
             return {"input_ids": ids, **{name: value.to(device) for name, value in others.items()}}

@@ -16,10 +16,13 @@ from nnatomy.errors import NotInThisModelError
 class LayerView(ModuleView):
     """A layer, whose attention and MLP are also reached as `self_attn` and `mlp`."""
 
-    __slots__ = ("_absent", "_parts")
+    __slots__ = ("_absent", "_parts", "_paths")
 
-    def __init__(self, blocks: OpenBlocks, layer: Module, path: str, anatomy: Anatomy, index: int) -> None:
-        super().__init__(blocks, layer, path)
+    def __init__(
+        self, blocks: OpenBlocks, layer: Module, paths: dict[Module, str], anatomy: Anatomy, index: int
+    ) -> None:
+        super().__init__(blocks, layer, paths[layer])
+        self._paths = paths
         self._parts = {"self_attn": anatomy.attentions[index], "mlp": anatomy.mlps[index]}
         self._absent = {"self_attn": anatomy.absent["attention"][index], "mlp": anatomy.absent["mlp"][index]}
 
@@ -34,8 +37,8 @@ class LayerView(ModuleView):
         part = self._parts[name]
         if part is None:
             raise NotInThisModelError(f"{self.path}.{name}: this layer has none: {self._absent[name]}.")
-        inner = next(path for path, module in self.module.named_modules() if module is part)
-        return ModuleView(self._blocks, part, f"{self.path}.{inner}")
+        inner = (path for path, module in self.module.named_modules(prefix=self.path) if module is part)
+        return ModuleView(self._blocks, part, next(inner, self._paths[part]))
 
 
 class Views:

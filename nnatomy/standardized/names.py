@@ -53,6 +53,9 @@ class Names(Parts):
             for several, kinds, why in zip(anatomy.mixers, anatomy.kinds, idle, strict=True)
         )
         self.layers_input = accessor("layers", "input")
+        for i, why in enumerate(anatomy.absent["input"]):
+            if why:
+                self.layers_input.refuse(i, why)
         self.layers_output = accessor("layers", "output")
         self.attentions_input = accessor("attentions", "input")
         self.attentions_output = accessor("attentions", "output")

@@ -84,7 +84,8 @@ class Sums:
         """This is what was found."""
         self.layers = finder.found
         for i, layer in enumerate(self.anatomy.layers):
-            why = self.anatomy.absent["layer"][i] or "it is never called"
+            absent = self.anatomy.absent
+            why = absent["layer"][i] or absent["input"][i] or "it is never called"
             sums = self.layers.get(layer) or LayerSums(absent=dict.fromkeys(NAMES, why))
             for name, why in sums.absent.items():
                 if len(self.accessors[name]):
@@ -181,7 +182,8 @@ class Finder(Collector):
     """Finds the inside of each layer in one forward pass, in which it changes nothing."""
 
     def __init__(self, sums: Sums) -> None:
-        self.modules = set(sums.anatomy.layers)
+        spread = any(sums.anatomy.absent["input"])
+        self.modules: set[Module] = set() if spread else set(sums.anatomy.ran)
         self.kinds = {"input": None, "output": None, "additions": self._record}
         self.found: dict[Module, LayerSums] = {}
         self._anatomy = sums.anatomy

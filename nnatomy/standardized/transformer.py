@@ -144,7 +144,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
-            LayerView(self._blocks, layer, paths[layer], anatomy, i) for i, layer in enumerate(anatomy.layers)
+            LayerView(self._blocks, layer, paths, anatomy, i) for i, layer in enumerate(anatomy.layers)
         )
         self._blocks.example = partial(_example, causal, self.device)
         self._make_accessors()
@@ -155,6 +155,8 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         if main_input(causal) != "input_ids" and not has_decoder(causal):
             why = f"the model reads no tokens but {main_input(causal)}"
             self._refused |= {"token_embeddings": why, "padding": why}
+        if why := anatomy.absent["token_embeddings"][0]:
+            self._refused["token_embeddings"] = why
         self._causal: bool | None = None
         add_encoder(self, validate, allow_failures)
         if validate == "shapes":

@@ -21,7 +21,8 @@ def check_parts(passes: Passes) -> None:
             module = modules[i]
             if module is not None:
                 kind = type(module).__name__
-                expect(module in set(layer.modules()), name, i, f"{kind} is no part of the layer")
+                inside = anatomy.absent["input"][i] or module in set(layer.modules())
+                expect(bool(inside), name, i, f"{kind} is no part of the layer")
                 expect(_has_matrix(module), name, i, f"{kind} has no matrix")
         if anatomy.mlps[i] is not None and not anatomy.inferred:
             named = {

@@ -34,7 +34,8 @@ class Passes:
         self.expect = self.findings.expect
         self.names = [name for name in MODULES if {*getattr(model, name).modules} != {None}]
         generates = isinstance(model.steps_of, GenerationMixin)
-        self.may_look_ahead = not generates or getattr(model.config, "is_decoder", True) is False
+        both_ways = any(getattr(model.config, name, True) is False for name in ("is_decoder", "causal"))
+        self.may_look_ahead = not generates or both_ways
         #: Whether what is read, and no more, is one sequence of tokens.
         self.reads_tokens = main_input(model.steps_of) == "input_ids" and not has_decoder(model.steps_of)
         if self.reads_tokens:
@@ -51,7 +52,9 @@ class Passes:
         return arguments
 
     def plain(self, inputs: dict[str, Any]) -> Any:
-        """The last layer's output, with no trace."""
+        """The last layer's output, or the logits where that is refused, with no trace."""
+        if self.model.layers_output.modules[-1] is None:
+            return self.given(self.model.hf_model(**inputs))
         outputs: list[Any] = []
 
         def stop(_module: Module, _args: Any, output: Any) -> None:

@@ -26,7 +26,8 @@ class Writing:
         self._passes, self._internals, self._reading = passes, internals, reading
         self._seen = reading.seen
         self.model, self.expect = passes.model, passes.expect
-        self._layers = {module: i for i, module in enumerate(self.model._anatomy.layers)}
+        anatomy = self.model._anatomy
+        self._layers = {layer: i for i, layer in enumerate(anatomy.layers) if layer in anatomy.ran}
         prompts = {self.model.mixers_output: 0, self.model.attentions_output: 0, self.model.mlps_output: 1}
         #: By module: the name of its output, its layer, the prompt it is changed for.
         self._parts: dict[Module, tuple[Any, int, int]] = {
@@ -45,10 +46,9 @@ class Writing:
             Each(set(self._parts), {"output": None}, self._change),
             Each(set(self._layers), {"input": None, "output": None}, self._put_back),
         ]
-        last, norm = len(self._layers) - 1, model._anatomy.ln_final
-        whole = None not in {*model.layers_input.modules, *model.layers_output.modules}
+        last, norm = model.num_layers - 1, model._anatomy.ln_final
         with self._passes.trace(collectors) as tracer:
-            if not whole:  # what has not been put back is not back
+            if model.layers_output.modules[-1] is None:  # what has not been put back is not back
                 tracer.result  # noqa: B018
             elif norm is not None and len(self._seen.of(norm, "input")) == 1:
                 args, kwargs = model.ln_final.inputs

@@ -12,6 +12,5 @@ from zoo.exceptions import NO_GRADIENTS as NO_GRADIENTS
 from zoo.exceptions import NOT_BUILT as NOT_BUILT
 from zoo.exceptions import NOT_CAUSAL as NOT_CAUSAL
 from zoo.exceptions import REASONS as REASONS
-from zoo.exceptions import REFUSED as REFUSED
 from zoo.exceptions import REFUSED_CLASSES as REFUSED_CLASSES
 from zoo.exceptions import WITHOUT_GRADIENT as WITHOUT_GRADIENT

@@ -71,20 +71,3 @@ REFUSED_CLASSES: dict[str, tuple[str, str]] = {
         r"there are lists that hand on \(2, 8, 32\), \(2, 15, 32\), where .* is \(2, 5, hidden\)",
     ),
 }
-
-#: Types that run and that nnatomy refuses: the reason, and what the error says.
-REFUSED: dict[str, tuple[str, str]] = {
-    "blt": ("it is three language models in one, of bytes and of patches", "has no hidden_size"),
-    "hrm_text": (
-        "two stacks of layers are gone through again and again: a layer has no one output",
-        "no list of modules hands hidden states from one to the next",
-    ),
-    "reformer": (
-        "its layers are reversible, of two streams, and are run by a function of its own",
-        "no list of modules hands hidden states from one to the next",
-    ),
-    "xlm": (
-        "there are no layer modules: attentions, MLPs and norms are in a list each",
-        "no list of modules hands hidden states from one to the next",
-    ),
-}

@@ -44,14 +44,11 @@ def rows() -> dict[str, str]:
 def write() -> None:
     """Write the table anew, below what the page says before it."""
     import zoo
-    from zoo.exceptions import REFUSED
 
     lines = []
     for model_type in sorted(zoo.TYPES):
         if model_type in zoo.REASONS:
             lines.append(f"| {model_type} | | all: {zoo.REASONS[model_type].partition('; raises ')[0]} |")
-        elif model_type in REFUSED:
-            lines.append(f"| {model_type} | | all: {REFUSED[model_type][0]} |")
         else:
             lines.append(row(model_type, StandardizedTransformer(zoo.build(model_type))))
     PAGE.write_text(PAGE.read_text().partition(HEAD)[0] + HEAD + "\n".join(lines) + "\n")
