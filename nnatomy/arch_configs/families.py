@@ -110,6 +110,19 @@ FAMILIES: tuple[ArchConfig, ...] = (
         },
         classes=("ReformerModelWithLMHead",),
     ),
+    ArchConfig(
+        layers="model.decoder.layers",
+        absent=dict.fromkeys(("layer", "attention", "mlp"), "its hidden states are (seq, batch, hidden)"),
+        classes=("FSMTForConditionalGeneration",),
+    ),
+    ArchConfig(
+        layers="prophetnet.decoder.layers",
+        absent=dict.fromkeys(
+            ("layer", "attention", "mlp"),
+            "behind the prompt's stream, on the axis of positions, are those of the tokens to come",
+        ),
+        classes=("ProphetNetForConditionalGeneration",),
+    ),
 )
 
 #: What a class has to be given beside tokens, though the signature of its forward does not say so.

@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn import Module
 from torch.utils import _pytree as pytree
+
+from nnatomy.errors import InputError
 
 
 def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
@@ -37,6 +43,11 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
                     )
                 with torch.no_grad():
                     return module(*fake_args, **fake_kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise InputError(
+                    f"The forward pass of {type(module).__name__} depends on the values of tensors ({error}), which are not "
+                    "there where shapes alone are computed: neither scan nor validate='shapes' can be had of it."
+                ) from error
             finally:
                 for state in before:
                     for held, entries in state:

@@ -16,9 +16,12 @@ NAMES = (*(name for name in MODULES if name != "mixers_output"), *INTERNALS)
 def add_encoder(model: Any, validate: Any, allow_failures: bool) -> None:
     """Give `model` (a StandardizedTransformer) the accessors of its encoder, which is checked as a model of its own."""
     why, part = "the model is no encoder-decoder", None
-    if has_decoder(model.steps_of):
+    encoder = model.steps_of.get_encoder() if has_decoder(model.steps_of) else None
+    if encoder is not None and not hasattr(encoder, "config"):
+        why = f"the encoder, {type(encoder).__name__}, is no Hugging Face model by itself"
+    elif encoder is not None:
         try:
-            part = type(model)(model.steps_of.get_encoder(), validate=validate, allow_failures=allow_failures)
+            part = type(model)(encoder, validate=validate, allow_failures=allow_failures)
         except (ModelError, InputError) as error:
             why = f"the encoder by itself is refused ({str(error).splitlines()[0]})"
     for name in NAMES:

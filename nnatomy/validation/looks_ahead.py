@@ -9,43 +9,58 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.arch_configs import example_inputs
+from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH
 
 BATCH = 2
 
 
 def looks_ahead(model: Any) -> bool:
-    """Whether, on the plain model, the last layer's output changes at earlier positions with the first layer's last input."""
-    get, put = model.layers_input.get, model.layers_input.put
-    layers = model._anatomy.layers
+    """Whether the plain model gives something else at earlier positions where the last one is changed.
+
+    That is between the first layer's input and the last layer's output; where these are no streams, between tokens and logits.
+    """
     inputs = example_inputs(model.steps_of, BATCH, PROMPT_LENGTH, model.device)
     training = [module for module in model.hf_model.modules() if module.training]
+    streams = model.layers_input.modules[0], model.layers_output.modules[-1]
+    # Another token is a smaller change than the one made in a stream.
+    run, least = (_by_tokens, TOLERANCE) if None in streams else (_by_layers, {})
+    model.hf_model.eval()
+    try:
+        with torch.no_grad():
+            clean, changed = (run(model, inputs, change)[:, :-1] for change in (False, True))
+    finally:
+        for module in training:
+            module.training = True
+    return distance(changed, clean) > least.get(clean.dtype, 1e-2)
 
-    def change(_: Module, args: Any, kwargs: Any) -> Any:
+
+def _by_layers(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:
+    get, put = model.layers_input.get, model.layers_input.put
+    layers, seen = model._anatomy.layers, []
+
+    def changed(_: Module, args: Any, kwargs: Any) -> Any:
         new = get((args, kwargs)).clone()
         new[:, -1] += torch.linspace(-1, 1, new.shape[-1]).to(new) * (1 + new.abs().max())
         return put((args, kwargs), new)
 
-    def last_output() -> Tensor:
-        seen: list[Tensor] = []
-        keep = lambda _, __, output: seen.append(model.layers_output.get(output).clone())  # noqa: E731
-        handle = layers[-1].register_forward_hook(keep)
-        try:
-            with torch.no_grad():
-                model.steps_of(**inputs)
-        finally:
-            handle.remove()
-        return seen[0][:, :-1].float()
-
-    model.hf_model.eval()
+    keep = lambda _, __, output: seen.append(model.layers_output.get(output).clone())  # noqa: E731
+    handles = [layers[-1].register_forward_hook(keep)]
+    if change:
+        handles.append(layers[0].register_forward_pre_hook(changed, with_kwargs=True))
     try:
-        clean = last_output()
-        handle = layers[0].register_forward_pre_hook(change, with_kwargs=True)
-        try:
-            changed = last_output()
-        finally:
-            handle.remove()
+        model.steps_of(**inputs)
     finally:
-        for module in training:
-            module.training = True
-    return bool((changed - clean).abs().max() > 1e-2 * clean.abs().max())
+        for handle in handles:
+            handle.remove()
+    output: Tensor = seen[0]
+    return output
+
+
+def _by_tokens(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:
+    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ids = inputs[name].clone()
+    ids[:, -1] = (ids[:, -1] + change) % ids.max()
+    result = model.steps_of(**{**inputs, name: ids})
+    logits: Tensor = result[0] if getattr(result, "logits", None) is None else result.logits
+    return logits

@@ -19,7 +19,7 @@ Five forward passes of two short prompts:
 5. padded: the second prompt beside a longer one, padded on the left, to the last layer's output, which is as it was.
    This is a pass of its own because the others go the way of most prompts, on which no mask is laid.
 
-A pass has two prompts of 6 tokens, the fifth of 8: 16 at most.
+A pass has two prompts of 6 tokens, the fifth of 8: 16 at most. Where nothing says whether a model is causal, two more passes do.
 
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from nnatomy.core import Traceable
-from nnatomy.errors import OutOfOrderError
+from nnatomy.errors import InputError, OutOfOrderError
 
 
 def test_shapes_and_dtypes() -> None:
@@ -109,3 +109,25 @@ def test_after_a_scan_the_model_computes() -> None:
         result = tracer.result
     assert torch.equal(result, expected)
     assert type(result) is Tensor
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.inner(hidden)
+        return hidden if hidden.sum() > 0 else hidden[hidden > 0]
+
+
+def test_a_forward_pass_that_asks_for_values_says_so() -> None:
+    model = Branching()
+    view = Traceable(model)
+    with no_leaks(model), view.scan(torch.ones(3, 2)):
+        assert view.inner.output.shape == (3, 2)
+    with pytest.raises(
+        InputError, match=r"of Branching depends on the values of tensors \(aten\..*neither scan"
+    ):
+        with view.scan(torch.ones(3, 2)) as tracer:
+            tracer.result

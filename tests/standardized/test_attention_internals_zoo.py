@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[int, dict[str, str]]] = {
     # Some keys stand for several tokens, which a softmax of its own weighs.
     "deepseek_v4": (
         2,
-        dict.fromkeys(NAMES, r"nothing shows that it is that|, 10(, 16)?\), not \(2|fires [23] times"),
+        dict.fromkeys(NAMES, r"nothing shows that it is that|, 7(, 16)?\), not \(2|fires [23] times"),
     ),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Linear
 
 from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs import resolve
 from nnatomy.errors import (
     AssignmentError,
     NotInThisModelError,
@@ -653,12 +654,28 @@ def test_what_does_not_hold_is_refused(
         assert why in reason(model, name, 1)
 
 
-def test_the_model_runs_five_times_at_load() -> None:
-    hf = zoo.build("llama")
-    calls: list[torch.Size] = []
-    hf.model.layers[-1].register_forward_hook(lambda _m, args, _o: calls.append(args[0].shape))
+@pytest.mark.parametrize(
+    ("name", "model_type", "last", "positions"),
+    [
+        ("LlamaForCausalLM", "llama", "model.layers.3", [12, 12, 12, 12, 16]),
+        ("T5ForConditionalGeneration", "t5", "decoder.block.3", [12] * 5),
+        ("BertForMaskedLM", "bert", "bert.encoder.layer.3", [12, 12, *[12, 12], 12, 12, 16]),  # is it causal?
+    ],
+)
+def test_validation_is_five_passes_of_sixteen_tokens(
+    name: str, model_type: str, last: str, positions: list[int]
+) -> None:
+    hf = zoo.build_class(name, model_type)
+    sizes: list[int] = []
+    handle = hf.get_submodule(last).register_forward_hook(
+        lambda _module, args, _output: sizes.append(args[0].shape[:2].numel())
+    )
+    resolve(hf)  # where the modules are is seen before
+    before = len(sizes)
+    sizes.clear()
     StandardizedTransformer(hf)
-    assert calls == [(2, 8, 32)] * 5
+    handle.remove()
+    assert sizes[before:] == positions
 
 
 def test_what_is_found_is_not_kept() -> None:

@@ -209,7 +209,7 @@ def test_cross_attention_under_the_name_of_self_attention_does_not_pass() -> Non
         layers="model.decoder.layers", self_attn="encoder_attn", absent={"mlp": "fc1 and fc2"}
     )
     with pytest.raises(
-        ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 8, 11\), not \(2, 4, 8, 8\)"
+        ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 6, 9\), not \(2, 4, 6, 6\)"
     ):
         StandardizedTransformer(build("BartForConditionalGeneration"), arch_config=config)
 
@@ -222,3 +222,34 @@ def test_it_is_loaded_from_a_folder_as_what_it_is(tmp_path: Path) -> None:
     inputs = inputs_of(hf)
     with torch.no_grad():
         assert torch.equal(model.hf_model(**inputs).logits, hf(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "encoder"),
+    [
+        ("FSMTForConditionalGeneration", r"its hidden states are \(seq, batch, hidden\)", 0),
+        ("ProphetNetForConditionalGeneration", "behind the prompt's stream", 4),
+    ],
+)
+def test_a_decoder_of_another_layout_has_the_names_of_no_layer(name: str, why: str, encoder: int) -> None:
+    hf = build(name)
+    model, inputs = StandardizedTransformer(hf), inputs_of(hf)
+    assert len(model.encoder_layers_output) == encoder
+    for accessor in ("layers_output", "attentions_output", "mlps_input", "attention_probabilities"):
+        with pytest.raises(NotInThisModelError, match=f"{accessor}.*{why}"):
+            getattr(model, accessor).module(0)
+    embedding = model.embed_tokens.module
+    points: dict[Any, Any] = {"embeddings": (embedding, "output"), "head": (model.lm_head.module, "input")}
+    seen = hooked(hf, lambda: hf(**inputs), points)
+    with torch.no_grad(), model.trace(**inputs):
+        embeddings, hidden, logits = model.token_embeddings, model.lm_head.input, model.logits
+    with torch.no_grad():
+        assert torch.equal(logits, hf(**inputs).logits)
+    assert torch.equal(embeddings, seen["embeddings"])
+    assert torch.equal(hidden, seen["head"])
+    expected = edited(lambda: hf(**inputs).logits, embedding, "output", change)
+    with torch.no_grad(), model.trace(**inputs):
+        model.token_embeddings = change(model.token_embeddings)
+        changed = model.logits
+    assert torch.equal(changed, expected)
+    assert not torch.allclose(changed, logits, atol=1e-3)

@@ -54,10 +54,6 @@ WITHOUT_GRADIENT = (
 
 #: Other classes that nnatomy refuses: the reason, and what the error says.
 REFUSED_CLASSES: dict[str, tuple[str, str]] = {
-    "FSMTForConditionalGeneration": (
-        "its layers hand on (seq, batch, hidden)",
-        r"there are lists that hand on \(8, 2, 32\), \(5, 2, 32\), where .* is \(2, 5, hidden\)",
-    ),
     "Kosmos2ForConditionalGeneration": (
         "it has to be given an image, which takes 64 positions: more than the prompts with which it would be looked at",
         "You have to specify either `pixel_values` or `image_embeds`",
@@ -65,9 +61,5 @@ REFUSED_CLASSES: dict[str, tuple[str, str]] = {
     "PI0ForConditionalGeneration": (
         "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
         "no attribute 'vocab_size'",
-    ),
-    "ProphetNetForConditionalGeneration": (
-        "its decoder's layers have the streams of two tokens to come behind that of the prompt",
-        r"there are lists that hand on \(2, 8, 32\), \(2, 15, 32\), where .* is \(2, 5, hidden\)",
     ),
 }

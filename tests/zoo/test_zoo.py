@@ -109,3 +109,16 @@ def test_the_checks_can_fail() -> None:
         is_causal(zoo.build("bert", is_decoder=False), causal=True)
     with pytest.raises(AssertionError, match="take it out"):
         is_causal(model, causal=False)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "causal"), [("xlnet", False), ("prophetnet", False), ("reformer", True)]
+)
+def test_whether_it_is_causal_is_seen_where_no_layer_has_a_stream(model_type: str, causal: bool) -> None:
+    model = zoo.loaded(model_type)
+    ids = zoo.ids(model.hf_model, seq=6)
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 7) % 50 + 3
+    with torch.no_grad():
+        one, other = (model.hf_model(input_ids=prompt).logits[:, :-1] for prompt in (ids, changed))
+    assert torch.allclose(one, other, atol=1e-4) == causal == model.causal
