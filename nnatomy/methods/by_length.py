@@ -11,16 +11,24 @@ from torch import Tensor
 
 #: How many tokens, padding counted, a forward pass has at most where no number of prompts is given (but one prompt).
 TOKENS = 1024
+#: How many positions of padding it then has at most: as many as one more pass costs, on the CPU of benchmarks/README.md.
+PADDING = 40
 
 
 def batches(lengths: Sequence[int], size: int | None) -> Iterator[list[int]]:
-    """The indices of prompts of similar length, the longest first: `size` at a time, or of `TOKENS` tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(1, size or TOKENS // lengths[order[start]])
-        yield order[start : start + count]
-        start += count
+    """The indices of prompts of similar length, the longest first: `size` at a time, or by `TOKENS` and `PADDING`."""
+    batch: list[int] = []
+    padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0] if batch else i]
+        padding += longest - lengths[i]
+        full = len(batch) >= size if size else (len(batch) + 1) * longest > TOKENS or padding > PADDING
+        if batch and full:
+            yield batch
+            batch, padding = [], 0
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def by_length(

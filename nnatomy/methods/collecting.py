@@ -87,7 +87,8 @@ def collect_activations(
         points: names (all their layers), or by name the layers: `{"layers_output": [6], "mlps_output": None}`.
         positions: "last", "all", an index or several into each prompt's own tokens (negative: from its end), or a
             function from a prompt's token ids to such indices.
-        batch_size: how many prompts a forward pass has; by default as many as have 1024 tokens, but one at least.
+        batch_size: how many prompts a forward pass has; by default as many as have 1024 tokens, 40 of them padding,
+            but one at least.
         dtype: convert to this; the model's own if None.
         device: where the values go, at once.
         folder: write them there, in shards, and return an `ActivationStore`. A run that was stopped, even killed, is

@@ -56,7 +56,8 @@ def logit_lens(
             all that follows it in the model's head (so caps and scales apply, and a bias keeps its sign). It shows what
             the state speaks against.
         lens: what each layer's stream goes through before the head, such as a `TunedLens`.
-        batch_size: how many prompts, of similar length, run at once; by default such that they have 1024 tokens at most.
+        batch_size: how many prompts, of similar length, run at once; by default such that they have 1024 tokens at
+            most, 40 of them padding.
 
     Returns:
         (prompt, layer, vocab) for one position, (prompt, layer, position, vocab) for several, and for "all" a list with
