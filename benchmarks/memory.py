@@ -1,4 +1,6 @@
-"""The peak of resident memory (Linux alone): each contender in a fresh process, once to warm up and then three times.
+"""The peak of resident memory (Linux alone): each contender in fresh processes, once to warm up and then three times.
+
+One process differs from the next by 10 MB, so the medians of several are compared.
 
 There malloc maps each block of 256 KiB or more on its own: left to itself it puts logits of 25 MB now here, now there,
 which is 20 MB of noise.
@@ -16,6 +18,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PROCESSES = 3
 
 
 def peak(run: Callable[[], Any]) -> tuple[float, float]:
@@ -42,8 +46,11 @@ def status(name: str) -> int:
 
 
 def peak_elsewhere(row: str, contender: str, *options: str) -> list[float]:
-    """The same of one contender, in a fresh process that runs this script with `--memory`."""
+    """The same of one contender: the medians of fresh processes that run this script with `--memory`."""
     command = [sys.executable, sys.argv[0], *options, "--memory", row, contender]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return [float(figure) for figure in done.stdout.split()[-2:]]
+    peaks = []
+    for _ in range(PROCESSES):
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        peaks.append([float(figure) for figure in done.stdout.split()[-2:]])
+    return [statistics.median(each) for each in zip(*peaks, strict=True)]
