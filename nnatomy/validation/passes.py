@@ -26,6 +26,7 @@ class Passes:
         findings: where what does not hold is noted; `expect` notes it.
         names: the names for what modules are given and give that the model has.
         may_look_ahead: whether nobody says that it is causal, as what generates does.
+        ahead: by layer, how much it attends to later positions, where that may be.
     """
 
     def __init__(self, model: Any) -> None:
@@ -36,6 +37,7 @@ class Passes:
         generates = isinstance(model.steps_of, GenerationMixin)
         both_ways = any(getattr(model.config, name, True) is False for name in ("is_decoder", "causal"))
         self.may_look_ahead = not generates or both_ways
+        self.ahead: dict[int, float] = {}
         #: Whether what is read, and no more, is one sequence of tokens.
         self.reads_tokens = main_input(model.steps_of) == "input_ids" and not has_decoder(model.steps_of)
         if self.reads_tokens:

@@ -29,9 +29,10 @@ def check_pattern(
         least = f"has rows that sum to less than 1, down to {float(rows.min()):.5g}, and no attention sink"
         expect(bool((rows >= 1 - slack).all()), least)
     above = float(pattern.triu(1).abs().max())
-    if passes.may_look_ahead and not passes.model.causal:
+    if above and passes.may_look_ahead:
+        passes.ahead[layer] = above
         return
-    expect(above == 0, f"attends to later positions, with up to {above:.3g}")
+    _expect_causal(passes, layer, above)
     visible = visible_keys(
         text_config(passes.model.steps_of), layer, passes.model.num_layers, pattern.shape[-1]
     )
@@ -41,6 +42,17 @@ def check_pattern(
         expect(not (seen & ~visible).any(), f"attends beyond its window, with up to {beyond:.3g}")
         farthest = int(visible[-1].long().argmax())
         expect(bool(seen[-1, farthest]), "attends to less than its window")
+
+
+def check_ahead(passes: Passes) -> None:
+    """Note where a layer's pattern attends to later positions, and the model turns out to be causal."""
+    if passes.ahead and passes.model.causal:
+        for layer, above in passes.ahead.items():
+            _expect_causal(passes, layer, above)
+
+
+def _expect_causal(passes: Passes, layer: int, above: float) -> None:
+    _expect(passes, layer, above == 0, f"attends to later positions, with up to {above:.3g}")
 
 
 def _expect(passes: Passes, layer: int, holds: bool, why: str) -> None:

@@ -19,7 +19,7 @@ Five forward passes of two short prompts:
 5. padded: the second prompt beside a longer one, padded on the left, to the last layer's output, which is as it was.
    This is a pass of its own because the others go the way of most prompts, on which no mask is laid.
 
-A pass has two prompts of 6 tokens, the fifth of 8: 16 at most. Where nothing says whether a model is causal, two more passes do.
+A pass has two prompts of 6 tokens, the fifth of 8: 16 at most. It shows, too, whether a model is causal that does not say so.
 
 Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
 logits, where that can be helped.
@@ -44,6 +44,7 @@ from nnatomy.validation.neurons import Neurons
 from nnatomy.validation.padding import check_padding
 from nnatomy.validation.parts import check_ends, check_parts
 from nnatomy.validation.passes import Passes
+from nnatomy.validation.patterns import check_ahead
 from nnatomy.validation.reading import Reading
 from nnatomy.validation.refusing import refuse, report_of
 from nnatomy.validation.report import Findings, Report
@@ -108,7 +109,8 @@ def _check(model: Any) -> Findings:
         if not findings.failures:
             check_padding(passes, reading)
         _check_head(passes, reading)
-        _refuse(passes)
+    check_ahead(passes)
+    _refuse(passes)
     return findings
 
 

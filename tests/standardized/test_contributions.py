@@ -659,7 +659,7 @@ def test_what_does_not_hold_is_refused(
     [
         ("LlamaForCausalLM", "llama", "model.layers.3", [12, 12, 12, 12, 16]),
         ("T5ForConditionalGeneration", "t5", "decoder.block.3", [12] * 5),
-        ("BertForMaskedLM", "bert", "bert.encoder.layer.3", [12, 12, *[12, 12], 12, 12, 16]),  # is it causal?
+        ("BertForMaskedLM", "bert", "bert.encoder.layer.3", [12, 12, 12, 12, 16]),
     ],
 )
 def test_validation_is_five_passes_of_sixteen_tokens(

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from architectures import TYPES, build, shared
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nnatomy import StandardizedTransformer
 from nnatomy.arch_configs import FAMILIES, ArchConfig
-from nnatomy.errors import ValidationError
+from nnatomy.errors import NotInThisModelError, ValidationError
 
 
 def config_of(model_type: str, **changes: Any) -> ArchConfig:
@@ -175,6 +176,28 @@ def test_a_pattern_that_has_not_the_windows_of_the_config_is_found(width: int, t
         hf = build("qwen3", **options)
         with pytest.raises(ValidationError, match=f"attention_probabilities{text}"):
             StandardizedTransformer(hf)
+
+
+def test_a_pattern_that_looks_ahead_on_a_model_that_does_not_is_found() -> None:
+    """One without a head: nothing but what it computes says that it is causal."""
+
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        pattern = (q @ k.mT * scaling).softmax(-1)
+        causal = pattern.tril() / pattern.tril().sum(-1, keepdim=True)
+        return (0 * (pattern @ v) + causal @ v).transpose(1, 2), pattern
+
+    AttentionInterface.register("of_the_test", attention)
+    try:
+        hf = zoo.build_class("LlamaModel", "llama", num_key_value_heads=4, attn_implementation="of_the_test")
+        model = StandardizedTransformer(hf)
+    finally:
+        AttentionInterface._global_mapping.pop("of_the_test")
+    assert model.causal  # as seen before
+    for layer in range(model.num_layers):
+        with pytest.raises(
+            NotInThisModelError, match=r"attention_probabilities.*attends to later positions, with"
+        ):
+            model.attention_probabilities.module(layer)
 
 
 def test_a_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
