@@ -72,7 +72,9 @@ class Edits(Names):
                 f"{self.hidden_size}."
             )
         each = [layers] if isinstance(layers, int) else list(layers)
-        for layer in sorted(range(self.num_layers)[self._checked(i)] for i in each):
+        for i in each:
+            self.layers_output.module(i)  # raises if there is none
+        for layer in sorted(range(self.num_layers)[i] for i in each):
             hidden = self.layers_output[layer].clone()
             where = (
                 slice(None) if batch_index is None else batch_index,
