@@ -68,6 +68,15 @@ class Head:
             logits = tracer.result.logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
+    def caps(self, hidden: Float[Tensor, "one one hidden"]) -> bool:
+        """Whether logits are other than what the unembedding gives where that is large, as beyond a soft cap."""
+        enlarge = _Enlarge(self._anatomy.lm_head)
+        with self._root.trace(**self._inputs(1), use_cache=False) as tracer:
+            tracer.block.run.collectors += [_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge]
+            tracer.block.run.watch()
+            logits = tracer.result.logits
+        return not torch.equal(logits, enlarge.given)
+
     def _inputs(self, rows: int) -> dict[str, Any]:
         """Prompts of one token, whichever; an encoder is not run for it."""
         device = input_device(self._anatomy.embed_tokens)
@@ -112,6 +121,19 @@ class _SkipLayers(Collector):
 
     def take(self, slot: Slot) -> None:
         slot.skip(self._in_form(slot.module, self._hidden))
+
+
+class _Enlarge(Collector):
+    """Have the unembedding give numbers up to 10,000 (a cap of 30 is tanh(x / 30) * 30)."""
+
+    def __init__(self, lm_head: Any) -> None:
+        self.modules = {lm_head}
+        self.kinds = {"output": None}
+        self.given: Any = None
+
+    def take(self, slot: Slot) -> None:
+        self.given = slot.value * (1e4 / slot.value.abs().max().clamp(min=1e-4))
+        slot.value = self.given
 
 
 def _emptied(value: Any) -> Any:

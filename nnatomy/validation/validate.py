@@ -151,9 +151,10 @@ def _check_head(passes: Passes, reading: Reading) -> None:
     last = model.layers_output.get(seen.only(model.layers_output.modules[-1], "output"))
     norm = [] if anatomy.ln_final is None else seen.first_tensors(anatomy.ln_final)
     chain = [last, *norm, *seen.first_tensors(anatomy.lm_head), reading.logits]
-    # The short way is the model's own if nothing happens between the modules: bit for bit, because a
-    # soft cap is next to nothing on small logits.
+    # The short way is the model's own if nothing happens between the modules, bit for bit; a soft cap is next to
+    # nothing on small logits, so large ones are seen, too.
     head.short = len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
+    head.short = head.short and not head.caps(last[:1, -1:])
     off = distance(model.project_on_vocab(last[:, -1:]), reading.logits[:, -1:])
     holds = off <= TOLERANCE.get(reading.logits.dtype, 1e-4)
     what = f"of layers_output[-1] is not the logits, off by {off:.1e} (relative)"

@@ -211,6 +211,21 @@ def test_a_wrong_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         StandardizedTransformer(shared("granite"))
 
 
+def test_a_cap_that_small_logits_do_not_reach_is_in_the_head() -> None:
+    """One that is a power of two, so that dividing by it and multiplying again is exact."""
+    hf = build("gemma2", final_logit_softcapping=32.0, tie_word_embeddings=False).to(torch.bfloat16)
+    with torch.no_grad():
+        hf.lm_head.weight *= 1e-2
+    model = StandardizedTransformer(hf)
+    with torch.no_grad():
+        hf.lm_head.weight *= 1e4
+        hidden = torch.randn(1, 1, model.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+        uncapped = hf.lm_head(hf.model.norm(hidden)).float()
+        assert uncapped.abs().max() > 100
+        logits = model.project_on_vocab(hidden).float()
+    torch.testing.assert_close(logits, 32 * (uncapped / 32).tanh(), rtol=2e-2, atol=2e-1)
+
+
 def test_without_validation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = build("llama")
     monkeypatch.setattr(hf, "forward", None)
