@@ -15,4 +15,5 @@ from nnatomy.arch_configs.resolve import Dimensions as Dimensions
 from nnatomy.arch_configs.resolve import causal_lm as causal_lm
 from nnatomy.arch_configs.resolve import dimensions as dimensions
 from nnatomy.arch_configs.resolve import resolve as resolve
+from nnatomy.arch_configs.windows import masks_windows as masks_windows
 from nnatomy.arch_configs.windows import visible_keys as visible_keys

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPTNeoConfig, Llama4TextConfig, LlamaConfig, MistralConfig
+from transformers import (
+    Gemma2Config,
+    GPTNeoConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.masking_utils import (
     create_causal_mask,
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
 )
 
-from nnatomy.arch_configs import visible_keys
+from nnatomy.arch_configs import masks_windows, visible_keys
 
 MASKS = {
     "full_attention": create_causal_mask,
@@ -50,3 +58,16 @@ def test_gpt_neo_says_it_in_other_words() -> None:
 @pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(sliding_window=4)])
 def test_a_config_that_does_not_say_it_by_layer_says_nothing(config: object) -> None:
     assert visible_keys(config, 0, 32, 8) is None
+
+
+def test_one_window_for_every_layer_where_the_model_makes_masks_of_it() -> None:
+    config = MistralConfig(sliding_window=3, num_hidden_layers=2)
+    config._attn_implementation = "eager"
+    mask = create_sliding_window_causal_mask(
+        config=config, inputs_embeds=torch.zeros(1, 8, 4), attention_mask=None, past_key_values=None
+    )
+    assert torch.equal(visible_keys(config, 1, 2, 8, everywhere=True), mask[0, 0] == 0)
+    assert visible_keys(MistralConfig(sliding_window=None), 1, 32, 8, everywhere=True) is None
+    with torch.device("meta"):
+        assert masks_windows(MistralForCausalLM(config))
+        assert not masks_windows(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)))

@@ -178,6 +178,17 @@ def test_a_pattern_that_has_not_the_windows_of_the_config_is_found(width: int, t
             StandardizedTransformer(hf)
 
 
+@pytest.mark.parametrize(
+    ("width", "text"), [(5, "attends beyond its window, with up to"), (3, "attends to less than its window")]
+)
+def test_a_pattern_without_the_one_window_of_all_layers_is_found(width: int, text: str) -> None:
+    with attending(EVERYTHING.tril().triu(1 - width)):
+        hf = build("mistral", num_key_value_heads=4, attn_implementation="of_the_test", sliding_window=4)
+        with pytest.raises(ValidationError, match=rf"attention_probabilities\[\d\]: {text}") as failed:
+            StandardizedTransformer(hf)
+    assert str(failed.value).count(text) == hf.config.num_hidden_layers
+
+
 def test_a_pattern_that_looks_ahead_on_a_model_that_does_not_is_found() -> None:
     """One without a head: nothing but what it computes says that it is causal."""
 
