@@ -102,7 +102,10 @@ def beside_tokens(model: Module, batch: int, seq: int) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for name in needed(model):
         rows = batch if name == main_input(model) else 1
-        if name == "qformer_input_ids":
+        if name == "image_embeds_position_mask":  # an image of no positions
+            made[name] = torch.zeros(1, seq, dtype=torch.bool)
+            made["image_embeds"] = torch.zeros(1, 0, text_config(model).hidden_size)
+        elif name == "qformer_input_ids":
             made[name] = example_ids(int(config.qformer_config.vocab_size), 1, 5)
         elif name in shares:
             shape = (rows, *shares[name])

@@ -128,6 +128,7 @@ FAMILIES: tuple[ArchConfig, ...] = (
 #: What a class has to be given beside tokens, though the signature of its forward does not say so.
 NEEDED: dict[str, tuple[str, ...]] = {
     "IdeficsForVisionText2Text": ("pixel_values", "image_attention_mask"),
+    "Kosmos2ForConditionalGeneration": ("image_embeds_position_mask",),
     "UdopForConditionalGeneration": ("bbox",),
     "UdopStack": ("bbox",),
     "VoxtralRealtimeForConditionalGeneration": ("input_features",),

@@ -54,10 +54,6 @@ WITHOUT_GRADIENT = (
 
 #: Other classes that nnatomy refuses: the reason, and what the error says.
 REFUSED_CLASSES: dict[str, tuple[str, str]] = {
-    "Kosmos2ForConditionalGeneration": (
-        "it has to be given an image, which takes 64 positions: more than the prompts with which it would be looked at",
-        "You have to specify either `pixel_values` or `image_embeds`",
-    ),
     "PI0ForConditionalGeneration": (
         "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
         "no attribute 'vocab_size'",
