@@ -32,6 +32,8 @@ MATRIX_PRODUCTS = {
     *("conv1d", "grouped_mm", "_grouped_mm", "_scaled_mm", "grouped_mm_fallback"),
 }
 
+#: What functions return that is no tensor, nor holds one: shapes, sizes, ...
+_NUMBERS = {torch.Size, int, float, bool, torch.dtype, torch.device}
 _NO_CONTAINERS = {Tensor, Parameter, int, float, bool, str, type(None), torch.dtype, torch.device}
 
 #: Where a call stands: in the call of which module, and at which instructions of its forward and of the helpers called.
@@ -130,19 +132,22 @@ class Record(TorchFunctionMode):
         if torch.compiler.is_compiling():  # which looks into this method, too
             return func(*args, **kwargs)
         name = func.__name__
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        changes = in_place or name == "__setitem__"
+        result = None if changes else func(*args, **kwargs)
+        if type(result) in _NUMBERS:
+            return result
         leaves = leaves_of(args, kwargs)
         places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         inputs = tuple(self.value(leaves[i]) for i in places)
         adds = name in ADDITIONS and len(places) == 2 and kwargs.get("alpha", 1) == 1
         operands = tuple(leaves[i].clone() for i in places) if adds else ()
-        result = func(*args, **kwargs)
-        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        if changes:
+            result = func(*args, **kwargs)
         results = [args[0]] if name == "__setitem__" else leaves_of((result,), {})
         at: Where | None = None
         for leaf, tensor in enumerate(results):
-            if isinstance(tensor, Tensor) and (
-                in_place or name == "__setitem__" or not any(tensor is one.tensor for one in inputs)
-            ):
+            if isinstance(tensor, Tensor) and (changes or not any(tensor is one.tensor for one in inputs)):
                 run = runs.get(get_ident())
                 value = Value(tensor, name, inputs, tuple(module for module, _ in run.stack) if run else ())
                 at = at or where()

@@ -10,6 +10,7 @@ from nnatomy.validation.report import Findings, Place, Report, Row, Status
 
 #: What belongs to no layer.
 WHOLE = (
+    "reading",
     "layers",
     "token_embeddings",
     "ln_final",
@@ -30,7 +31,7 @@ def refuse(model: Any, place: Place, why: str) -> bool:
         model._prompts.no_padding = why
     elif layer is None:
         model._refused[name] = why
-        return name != "logits"
+        return name not in ("logits", "reading")
     else:
         getattr(model, name).refuse(layer, why)
         if name == "attentions_output":

@@ -1,27 +1,26 @@
 """What the standard names promise, checked on a loaded model.
 
-Five forward passes of two short prompts:
+Four forward passes of two short prompts:
 
-1. plain: to the last layer's output, by a hook of PyTorch's, for the next pass to be held against (once more, if
-   it differs).
-2. reading: every name on every layer fires once and has its shape and finite values, a layer's input is the output of
+1. reading: every name on every layer fires once and has its shape and finite values, a layer's input is the output of
    the one before, attention rows are distributions over the keys that the query may see (causal, and within the window
-   that the config gives the layer), the inside of the attention is as `internals` says, and the last layer's output is
-   the plain one, bit for bit.
-3. writing: in each layer the inside of the attention is changed, its output for the first prompt, the MLP's
+   that the config gives the layer), and the inside of the attention is as `internals` says.
+2. writing: in each layer the inside of the attention is changed, its output for the first prompt, the MLP's
    output for the second, which has to show; then the layer's output is put back as it was read, after which
    the next layer's input, and at last the final norm's, are as before, bit for bit. (Without a
    final norm to see, the logits.)
-4. taking out: in each layer what the token mixer adds to the stream is made zero for the first prompt, what the MLP
-   adds for the second; just that has to be missing then. This is a pass of its own, as in the third nothing of a
-   layer is as it was for either prompt. What the additions are has been found in the second. Neurons and the routing
+3. taking out: in each layer what the token mixer adds to the stream is made zero for the first prompt, what the MLP
+   adds for the second; just that has to be missing then. This is a pass of its own, as in the second nothing of a
+   layer is as it was for either prompt. What the additions are has been found in the first. Neurons and the routing
    of experts are changed in this pass, too (see `neurons`, `routers`).
-5. padded: the second prompt beside a longer one, padded on the left, to the last layer's output, which is as it was.
-   This is a pass of its own because the others go the way of most prompts, on which no mask is laid.
+4. untraced: to the last layer's output, by a hook of PyTorch's; it is what was read. The second prompt is padded on the
+   left, beside a longer one, and so shows whether padding changes anything. (Where it does, or there is nothing to pad, the
+   prompts are run once more as they were read.)
 
-A pass has two prompts of 6 tokens, the fifth of 8: 16 at most. It shows, too, whether a model is causal that does not say so.
+A pass has two prompts of 6 tokens, the last of 8: 16 at most. The last shows, too, whether a model is causal that does
+not say so.
 
-Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the second goes on to the
+Then the head: `project_on_vocab(layers_output[-1])` is the logits. None of the passes but the first goes on to the
 logits, where that can be helped.
 """
 
@@ -41,7 +40,6 @@ from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import TOLERANCE, distance, is_same
 from nnatomy.validation.neurons import Neurons
-from nnatomy.validation.padding import check_padding
 from nnatomy.validation.parts import check_ends, check_parts
 from nnatomy.validation.passes import Passes
 from nnatomy.validation.patterns import check_ahead
@@ -49,6 +47,7 @@ from nnatomy.validation.reading import Reading
 from nnatomy.validation.refusing import refuse, report_of
 from nnatomy.validation.report import Findings, Report
 from nnatomy.validation.routers import Routers
+from nnatomy.validation.untraced import check_untraced
 from nnatomy.validation.writing import Writing
 
 
@@ -98,7 +97,7 @@ def _check(model: Any) -> Findings:
     internals = Internals(model, findings, tolerance)
     cross = CrossAttentions(model, findings, 10 * tolerance)
     reading = Reading(passes, internals, cross)
-    reading.run(passes.plain(passes.inputs))
+    reading.run()
     check_parts(passes)
     check_ends(passes, reading)
     _refuse(passes)
@@ -106,9 +105,8 @@ def _check(model: Any) -> Findings:
         Writing(passes, internals, reading).run(cross.changes(reading.seen.only))
         _refuse(passes)
         _check_algebra(passes, reading)
-        if not findings.failures:
-            check_padding(passes, reading)
         _check_head(passes, reading)
+    check_untraced(passes, reading)
     check_ahead(passes)
     _refuse(passes)
     return findings

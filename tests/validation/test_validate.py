@@ -244,7 +244,16 @@ def test_without_validation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> N
         StandardizedTransformer(hf)
 
 
-def test_a_reading_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("ViTModel", "vit"),
+    ],  # the one by what is padded; the other has nothing to pad
+)
+def test_a_reading_that_changes_the_model_is_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, model_type: str
+) -> None:
     from nnatomy.standardized.attention import AttentionMode
 
     sdpa = AttentionMode._sdpa
@@ -252,9 +261,23 @@ def test_a_reading_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPat
         AttentionMode, "_sdpa", lambda self, *args, **kwargs: 1.01 * sdpa(self, *args, **kwargs)
     )
     with pytest.raises(
-        ValidationError, match=r"layers_output\[2\]: reading changes it, by .*e-0. \(relative\)"
+        ValidationError, match=r"reading: it changes layers_output\[-1\], by .*e-0. \(relative\)"
     ):
-        StandardizedTransformer(shared("llama"))
+        StandardizedTransformer(zoo.build_class(name, model_type))
+
+
+def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nnatomy.standardized.attention import AttentionMode
+
+    soften = AttentionMode._soften
+    monkeypatch.setattr(
+        AttentionMode, "_soften", lambda self, *args, **kwargs: 1.01 * soften(self, *args, **kwargs)
+    )
+    hf = zoo.build_class("DeepseekV4ForCausalLM", "deepseek_v4")
+    with pytest.raises(ValidationError, match=r"reading: it changes the logits, by .*e-0. \(relative\)"):
+        StandardizedTransformer(hf)
 
 
 @pytest.mark.parametrize(

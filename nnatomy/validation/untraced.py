@@ -1,0 +1,69 @@
+"""The pass without a trace: what the last layer gives is what was read, and padding does not show in it.
+
+(What comes after a prompt may, in the other one.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from nnatomy.validation.near import TOLERANCE, distance
+from nnatomy.validation.passes import PROMPT_LENGTH, Passes
+from nnatomy.validation.reading import Reading
+
+#: How many positions are padding.
+PADDING = 2
+
+
+def check_untraced(passes: Passes, reading: Reading) -> None:
+    """Run the second prompt, padded on the left, beside the first made longer; with positions of ours or the model's own.
+
+    Where that cannot be, padding shows, or something has failed before: the prompts as they were read.
+    """
+    model = passes.model
+    layer = model.layers_output.modules[-1]
+    if ("layers_output", model.num_layers - 1) in passes.findings.failures:
+        return
+    what = "the logits" if layer is None else "layers_output[-1]"
+
+    def output(of_last: Any) -> Tensor:
+        given: Tensor = of_last if layer is None else model.layers_output.get(of_last)
+        return given
+
+    whole = output(reading.logits if layer is None else reading.seen.only(layer, "output"))
+    bound = 10 * TOLERANCE.get(whole.dtype, 1e-4)
+    has_room = reading.seq == PROMPT_LENGTH and "input_ids" in passes.inputs  # no soft prompt, nor patches
+    off = float("inf")
+    if has_room and not passes.findings.failures:
+        off = _off_padded(passes, output, whole, bound)
+        passes.expect(off <= bound, "padding", None, f"it shows in {what}, by {off:.1e} (relative)", off)
+    if off > bound:
+        off = distance(output(passes.plain(passes.inputs)), whole)
+    passes.expect(off <= bound, "reading", None, f"it changes {what}, by {off:.1e} (relative)", off)
+
+
+def _off_padded(passes: Passes, output: Callable[[Any], Tensor], whole: Tensor, bound: float) -> float:
+    prompts = passes.model._prompts
+    first, second = passes.inputs["input_ids"].tolist()
+    more = {name: passes.inputs[name] for name in ("decoder_input_ids",) if name in passes.inputs}
+
+    def off_by() -> float:
+        try:
+            longer, padded = output(passes.plain(passes.prepare([first + first[:PADDING], second], **more)))
+        except RuntimeError:  # Reformer fills prompts up, but not their positions
+            if not prompts.takes_positions:
+                raise
+            return float("inf")
+        if passes.ahead and not more:
+            passes.model._causal = distance(longer[:PROMPT_LENGTH], whole[0]) <= bound / 10
+        return distance(padded[-PROMPT_LENGTH:], whole[1])
+
+    off = off_by()
+    if off > bound and prompts.takes_positions:
+        prompts.takes_positions = False  # RoBERTa's begin at another number
+        off = min(off, off_by())
+        prompts.takes_positions = off > bound
+    return off
