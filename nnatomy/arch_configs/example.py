@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.arch_configs.families import NEEDED, SEVERAL_IMAGES
+from nnatomy.arch_configs.families import ENCODER_DECODERS, NEEDED, SEVERAL_IMAGES
 
 _OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 
@@ -39,7 +39,8 @@ def takes(model: Module, name: str) -> bool:
 
 def has_decoder(model: Module) -> bool:
     """Whether the model is an encoder and a decoder that reads what the encoder gives."""
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and takes(model, "decoder_input_ids")
+    is_one = getattr(model.config, "is_encoder_decoder", False) or type(model).__name__ in ENCODER_DECODERS
+    return is_one and takes(model, "decoder_input_ids")
 
 
 def text_config(model: Module) -> Any:

@@ -134,5 +134,11 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "VoxtralRealtimeForConditionalGeneration": ("input_features",),
 }
 
+#: Classes that generate, and yet attend both ways within a prompt.
+PREFIX_LMS = frozenset(("PaliGemmaForConditionalGeneration",))
+
+#: Classes with an encoder and a decoder, of which their configs do not speak.
+ENCODER_DECODERS = frozenset(("DiffusionGemmaForBlockDiffusion",))
+
 #: Classes with several images for one prompt: (batch, image, channel, height, width).
 SEVERAL_IMAGES = frozenset(("IdeficsForVisionText2Text", "InstructBlipVideoForConditionalGeneration"))

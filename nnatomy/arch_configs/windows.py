@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ def visible_keys(
     return causal & (query - key < width if kind in _SLIDING else query // width == key // width)
 
 
-def masks_windows(model: Module) -> bool:
-    """Whether a model's own code makes masks with a window."""
-    return "create_sliding_window_causal_mask" in vars(sys.modules[type(model).__module__])
+def masks_windows(model: Module, layer: Module) -> bool:
+    """Whether the forward of a module around that layer makes masks with a window."""
+    path = next(path for path, module in model.named_modules() if module is layer)
+    around = ("", *itertools.accumulate(path.split(".")[:-1], "{}.{}".format))
+    forwards = (inspect.unwrap(type(model.get_submodule(one)).forward) for one in around)
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(code is not None and "create_sliding_window_causal_mask" in code.co_names for code in codes)

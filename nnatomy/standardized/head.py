@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map_only
 
-from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device
+from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device, takes
 from nnatomy.core import Collector, Slot, Traceable
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.accessors import with_output
@@ -85,6 +85,8 @@ class Head:
         if not has_decoder(self._root.module):
             others = beside_tokens(self._root.module, rows, 1)
             return {"input_ids": ids, **{name: value.to(device) for name, value in others.items()}}
+        if not takes(self._root.module, "encoder_outputs"):
+            return example_inputs(self._root.module, rows, 1, device)
         encoder: Any = self._root.module.get_encoder()  # type: ignore[operator]
         with torch.no_grad():
             given = encoder(**example_inputs(encoder, 1, 3, device))

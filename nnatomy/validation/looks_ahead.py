@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH
 
 BATCH = 2
+#: How much another number at the last position moves earlier ones, at least, where they depend on it.
+LEAST = 1e-2
 
 
 def looks_ahead(model: Any) -> bool:
@@ -32,29 +36,37 @@ def looks_ahead(model: Any) -> bool:
     finally:
         for module in training:
             module.training = True
-    return distance(changed, clean) > least.get(clean.dtype, 1e-2)
+    return distance(changed, clean) > least.get(clean.dtype, LEAST)
 
 
 def _by_layers(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:
+    seen: list[Tensor] = []
+    keep = lambda _, __, output: seen.append(model.layers_output.get(output).clone())  # noqa: E731
+    handle = model._anatomy.layers[-1].register_forward_hook(keep)
+    try:
+        with last_changed(model, slice(None)) if change else nullcontext():
+            model.steps_of(**inputs)
+    finally:
+        handle.remove()
+    (output,) = seen
+    return output
+
+
+@contextmanager
+def last_changed(model: Any, rows: slice) -> Iterator[None]:
+    """Give the first layer other numbers at the last position of these prompts."""
     get, put = model.layers_input.get, model.layers_input.put
-    layers, seen = model._anatomy.layers, []
 
     def changed(_: Module, args: Any, kwargs: Any) -> Any:
         new = get((args, kwargs)).clone()
-        new[:, -1] += torch.linspace(-1, 1, new.shape[-1]).to(new) * (1 + new.abs().max())
+        new[rows, -1] += torch.linspace(-1, 1, new.shape[-1]).to(new) * (1 + new.abs().max())
         return put((args, kwargs), new)
 
-    keep = lambda _, __, output: seen.append(model.layers_output.get(output).clone())  # noqa: E731
-    handles = [layers[-1].register_forward_hook(keep)]
-    if change:
-        handles.append(layers[0].register_forward_pre_hook(changed, with_kwargs=True))
+    handle = model._anatomy.layers[0].register_forward_pre_hook(changed, with_kwargs=True)
     try:
-        model.steps_of(**inputs)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    output: Tensor = seen[0]
-    return output
+        handle.remove()
 
 
 def _by_tokens(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:

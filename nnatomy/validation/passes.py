@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationMixin
 
-from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input
+from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input, masks_windows
+from nnatomy.arch_configs.families import PREFIX_LMS
 from nnatomy.core import Collector, Trace
 from nnatomy.validation.names import MODULES
 from nnatomy.validation.report import Findings
@@ -27,6 +28,7 @@ class Passes:
         names: the names for what modules are given and give that the model has.
         may_look_ahead: whether nobody says that it is causal, as what generates does.
         ahead: by layer, how much it attends to later positions, where that may be.
+        masks_windows: whether the code around the layers makes masks with a window.
     """
 
     def __init__(self, model: Any) -> None:
@@ -34,12 +36,14 @@ class Passes:
         self.findings = Findings()
         self.expect = self.findings.expect
         self.names = [name for name in MODULES if {*getattr(model, name).modules} != {None}]
-        generates = isinstance(model.steps_of, GenerationMixin)
+        causal_lm = model.steps_of
+        generates = isinstance(causal_lm, GenerationMixin) and type(causal_lm).__name__ not in PREFIX_LMS
         both_ways = any(getattr(model.config, name, True) is False for name in ("is_decoder", "causal"))
         self.may_look_ahead = not generates or both_ways
         self.ahead: dict[int, float] = {}
+        self.masks_windows = masks_windows(causal_lm, model._anatomy.layers[0])
         #: Whether what is read, and no more, is one sequence of tokens.
-        self.reads_tokens = main_input(model.steps_of) == "input_ids" and not has_decoder(model.steps_of)
+        self.reads_tokens = main_input(causal_lm) == "input_ids" and not has_decoder(causal_lm)
         if self.reads_tokens:
             vocab = min(model.dimensions.vocab_size or model._prompts.vocab_size, model._prompts.vocab_size)
             ids = [(3 + 7 * i * max(1, vocab // 53)) % vocab for i in range(2 * PROMPT_LENGTH)]

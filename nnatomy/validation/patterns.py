@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.arch_configs import masks_windows, text_config, visible_keys
+from nnatomy.arch_configs import text_config, visible_keys
 from nnatomy.validation.near import TOLERANCE
 from nnatomy.validation.passes import Passes
 
@@ -33,9 +33,9 @@ def check_pattern(
         passes.ahead[layer] = above
         return
     _expect_causal(passes, layer, above)
-    model, causal_lm = passes.model, passes.model.steps_of
+    model = passes.model
     visible = visible_keys(
-        text_config(causal_lm), layer, model.num_layers, pattern.shape[-1], masks_windows(causal_lm)
+        text_config(model.steps_of), layer, model.num_layers, pattern.shape[-1], passes.masks_windows
     )
     if visible is not None:
         seen = (pattern != 0).any(0).any(0).cpu()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nnatomy.validation.looks_ahead import LEAST, last_changed
 from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH, Passes
 from nnatomy.validation.reading import Reading
@@ -21,7 +22,8 @@ PADDING = 2
 def check_untraced(passes: Passes, reading: Reading) -> None:
     """Run the second prompt, padded on the left, beside the first made longer; with positions of ours or the model's own.
 
-    Where that cannot be, padding shows, or something has failed before: the prompts as they were read.
+    Where that cannot be, padding shows, or something has failed before: the prompts as they were read; the second with
+    another last position, if nobody says that the model is causal and there is nothing to pad.
     """
     model = passes.model
     layer = model.layers_output.modules[-1]
@@ -40,8 +42,17 @@ def check_untraced(passes: Passes, reading: Reading) -> None:
     if has_room and not passes.findings.failures:
         off = _off_padded(passes, output, whole, bound)
         passes.expect(off <= bound, "padding", None, f"it shows in {what}, by {off:.1e} (relative)", off)
-    if off > bound:
-        off = distance(output(passes.plain(passes.inputs)), whole)
+    if off > bound and passes.ahead and not has_room and model.layers_input.modules[0] is not None:
+        with last_changed(model, slice(1, None)):
+            clean, changed = output(passes.plain(passes.inputs))
+        off = distance(clean, whole[0])
+        model._causal = distance(changed[:-1], whole[1, :-1]) <= LEAST
+    elif off > bound:
+        plain = output(passes.plain(passes.inputs))
+        off = distance(plain, whole)
+        if off > bound and distance(output(passes.plain(passes.inputs)), plain) > bound:
+            model._refused["reading"] = f"the model computes other values of {what} each time"
+            return
     passes.expect(off <= bound, "reading", None, f"it changes {what}, by {off:.1e} (relative)", off)
 
 

@@ -69,5 +69,9 @@ def test_one_window_for_every_layer_where_the_model_makes_masks_of_it() -> None:
     assert torch.equal(visible_keys(config, 1, 2, 8, everywhere=True), mask[0, 0] == 0)
     assert visible_keys(MistralConfig(sliding_window=None), 1, 32, 8, everywhere=True) is None
     with torch.device("meta"):
-        assert masks_windows(MistralForCausalLM(config))
-        assert not masks_windows(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)))
+        for causal_lm, masks in (
+            (MistralForCausalLM(config), True),
+            (LlamaForCausalLM(LlamaConfig(num_hidden_layers=1)), False),
+        ):
+            assert masks_windows(causal_lm, causal_lm.model.layers[0]) is masks
+            assert masks_windows(causal_lm.model, causal_lm.model.layers[0]) is masks

@@ -17,7 +17,16 @@ HEAD = "| type | token mixers | not there, and why |\n|---|---|---|\n"
 
 def row(model_type: str, model: StandardizedTransformer) -> str:
     """One type's line of the table."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds).items())
+    return f"| {model_type} | {kinds(model)} | {missing(model)} |"
+
+
+def kinds(model: StandardizedTransformer) -> str:
+    """How many layers have which token mixer."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds).items())
+
+
+def missing(model: StandardizedTransformer) -> str:
+    """Which names the model has not, on which layers, and why."""
     refused: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name in NAMES:
         for reason, layers in getattr(model, name).refusals().items():
@@ -32,7 +41,7 @@ def row(model_type: str, model: StandardizedTransformer) -> str:
     for (reason, layers), names in refused.items():
         where = "" if len(layers) == model.num_layers else f" of layers {', '.join(map(str, layers))}"
         texts.append(f"{', '.join(f'`{name}`' for name in names)}{where}: {reason}")
-    return f"| {model_type} | {kinds} | {'; '.join(texts)} |"
+    return "; ".join(texts)
 
 
 def rows() -> dict[str, str]:
