@@ -1,6 +1,6 @@
 """Several blocks, generation and caches: nnatomy, plain PyTorch hooks and (if it is installed) nnsight, in one run.
 
-    python benchmarks/blocks.py [--json FILE] [--rounds N]
+    python benchmarks/blocks.py [--json FILE] [--rounds N] [--rows TEXT] [--no-memory]
 
 A random model of GPT-2's size and a tokenizer made here; prompts of one length, so that nobody pads. Time as in
 `tracing.py`, three traces at a time, each contender in a process of its own. Memory as in `memory.py`.
@@ -189,6 +189,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only those with this in their name")
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", nargs=2, metavar=("ROW", "CONTENDER"), help="MB of one, in this process")
     parser.add_argument("--together", action="store_true", help="all contenders in one process")
     parser.add_argument("--serve", metavar="CONTENDER", help="answer `apart.py`")
@@ -204,7 +206,7 @@ def main() -> None:
     print(everything["versions"])
     print("\n| time | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | of the least |")
     print("|---" * 7 + "|")
-    table, apart = rows(), Apart()
+    table, apart = {name: row for name, row in rows().items() if options.rows in name}, Apart()
     for row, contenders in table.items():
         elsewhere = None if options.together else partial(apart.time, "", row, 3)
         figures = everything[row] = measure(contenders, 3, options.rounds, elsewhere=elsewhere)
@@ -216,6 +218,8 @@ def main() -> None:
             f"| {least['ours'] / least['hooks']:.2f}, {least['ours'] / sight_least:.2f} |",
             flush=True,
         )
+    if options.no_memory:
+        table = {}
     print(
         "\n| memory: peak (above before) | ours | hooks | nnsight | ours/nnsight, of the peak |\n"
         + "|---" * 5

@@ -13,10 +13,11 @@ it end, and waits for its own turn before it goes on. What decides in a block's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident
+from threading import get_ident, get_native_id
 from typing import TYPE_CHECKING, Any
 
 from nnatomy.core.block import OpenBlocks
+from nnatomy.core.cores import bring_here, run_on
 from nnatomy.core.frames import user_line
 from nnatomy.core.interrupts import Cancelled
 from nnatomy.core.joining import Joining
@@ -76,6 +77,7 @@ class Ensemble:
                 raise self.error
             return
         member.at_work.end()
+        release_helpers()
         try:
             self.hand_over(self.next())
             self._sleep(member)
@@ -87,6 +89,7 @@ class Ensemble:
     def hand_over(self, following: Member) -> None:
         if following is self.turn:
             return
+        bring_here(following.asleep)
         self.turn = following
         try:
             following.wake()
@@ -96,10 +99,15 @@ class Ensemble:
             self.caller.wake()
 
     def _sleep(self, member: Member) -> None:
-        while self.turn is not member:
-            if not wait_for(member.alarm, OWNER_SECONDS) and self.run.owner() is None:
-                self.over = True  # the caller was interrupted before it could say so
-                raise Cancelled
+        member.asleep = get_native_id()
+        try:
+            while self.turn is not member:
+                if not wait_for(member.alarm, OWNER_SECONDS) and self.run.owner() is None:
+                    self.over = True  # the caller was interrupted before it could say so
+                    raise Cancelled
+        finally:
+            member.asleep = 0
+            run_on(self.run.cores)
 
     def _recall(self, at_once: bool = False) -> None:
         """Have the block that is at work end, and wait until it is the caller's turn.

@@ -50,6 +50,8 @@ class Member(Block):
         self.lasting = lasting
         self.failure: BaseException | None = None
         self.thread = 0
+        #: Its thread, by its native identifier, while that sleeps.
+        self.asleep = 0
         self.at_work = Interruptible()
         self.job: Job | None = None
         self._begin = Lock()  # taken by its thread when it begins, or else by `keep_from_beginning`

@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 from nnatomy.core.points import Slot, described, versions
 from nnatomy.errors import AssignmentError, RowsError
 
+#: How many entries torch computes in one thread (its GRAIN_SIZE is 32,768).
+_SERIAL = 1 << 14
+
 
 class Rows(NamedTuple):
     """The rows `start` to `stop` of a `batch` of prompts of `seq` positions, the first `pad` of them padding.
@@ -97,7 +100,7 @@ class Rows(NamedTuple):
             )
         if old.shape == whole.shape:
             return mine
-        new = whole if in_place else whole.clone()
+        new = whole if in_place else _copy(whole)
         place = self._view(new)
         assert place is not None
         place.copy_(mine.reshape(place.shape))
@@ -202,6 +205,16 @@ class RowSlot(Slot):
 
     def skip(self, value: Any) -> None:
         self.replace_output(value)
+
+
+def _copy(whole: Tensor) -> Tensor:
+    """A clone; where it can be, in pieces too small for this thread to start OpenMP's helpers (see `openmp`)."""
+    if whole.requires_grad or whole.device.type != "cpu" or not whole.is_contiguous():
+        return whole.clone()
+    new = torch.empty_like(whole)
+    for piece, part in zip(whole.view(-1).split(_SERIAL), new.view(-1).split(_SERIAL), strict=True):
+        part.copy_(piece)
+    return new
 
 
 def _shares(view: Tensor, whole: Tensor) -> bool:

@@ -95,7 +95,7 @@ class Run:
         self._answered.acquire()  # released to let the block go on
         self._done.acquire()  # released when the worker is through
         self._records_gradients = state.grad
-        self._cores = state.cores
+        self.cores = state.cores
         self._ident = self._worker = self._waiter = 0
         self._began = 0.0  # when the worker did
         self._in_model = Interruptible()
@@ -128,7 +128,7 @@ class Run:
             self.cancel()
             raise
         finally:
-            run_on(self._cores)
+            run_on(self.cores)
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
@@ -188,7 +188,7 @@ class Run:
             raise
         finally:
             self.here = None
-            run_on(self._cores)
+            run_on(self.cores)
 
     def interrupt(self) -> None:
         """End the forward pass, called by a thread that is not the one that waits for it."""
@@ -346,7 +346,7 @@ class Run:
                     break
         finally:
             self._parked = False
-            run_on(self._cores)
+            run_on(self.cores)
         if self.cancelled:
             raise Cancelled
 

@@ -38,6 +38,23 @@ def test_the_same_cores_in_block_model_and_after(cores) -> None:
         assert (in_block, model.cores, os.sched_getaffinity(0)) == (allowed, allowed, allowed)
 
 
+def test_the_same_cores_in_each_of_several_blocks(cores) -> None:
+    model = net()
+    view = Traceable(model)
+    for allowed in (cores, {min(cores)}, cores):
+        os.sched_setaffinity(0, allowed)
+        seen = []
+        with view.trace() as tracer:
+            for _ in range(3):
+                with tracer.invoke(x()):
+                    view.layers[0].output
+                    seen.append(os.sched_getaffinity(0))
+                    view.layers[1].output
+                    seen.append(os.sched_getaffinity(0))
+        assert seen == [allowed] * 6
+        assert os.sched_getaffinity(0) == allowed
+
+
 @pytest.mark.parametrize("ending", ["stopped", "to the end", "error in the block", "error in the model"])
 def test_after_every_ending(cores, ending) -> None:
     view = Traceable(net())
