@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,13 @@ def is_near(one: Tensor, other: Tensor, roundings: int = 1000) -> bool:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """How far `one` is from `other`, relative to the largest entry of `other`, but those that stand for minus infinity."""
+    """How far `one` is from `other`, relative to the largest entry of `other`, but those that stand for minus infinity.
+
+    Infinite where one has values that are no numbers.
+    """
     if one.shape != other.shape:
         return float("inf")
     sizes = other.abs()
     scale = max(float(sizes.where(sizes < torch.finfo(other.dtype).max / 2, 0).max()), 1e-30)
-    return float((one.float() - other.float().to(one.device)).abs().max()) / scale
+    off = float((one.float() - other.float().to(one.device)).abs().max()) / scale
+    return float("inf") if math.isnan(off) else off

@@ -266,6 +266,16 @@ def test_a_reading_that_changes_the_model_is_found(
         StandardizedTransformer(zoo.build_class(name, model_type))
 
 
+def test_padding_that_gives_no_numbers_is_refused() -> None:
+    """In float64, whose lowest number a softmax in float32 takes for minus infinity: a row of it has no numbers."""
+    model = StandardizedTransformer(build("gemma2").double())
+    (padding,) = (row for row in model.validation if row.name == "padding")
+    assert padding.status == "refused"
+    assert padding.detail == "it shows in layers_output[-1], by inf (relative)"
+    (reading,) = (row for row in model.validation if row.name == "reading")
+    assert reading.status == "verified"
+
+
 def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
