@@ -67,9 +67,9 @@ def example_ids(vocab: int, batch: int, seq: int) -> Tensor:
 def example_inputs(model: Module, batch: int, seq: int, device: torch.device) -> dict[str, Any]:
     """Arguments of the model's forward, in which all prompts differ; `seq` is that of what the layers read.
 
-    An encoder is given three tokens more than the decoder, so that what is the encoder's shows.
+    An encoder is given a token more than the decoder, so that what is the encoder's shows.
     """
-    read = seq + 3 * has_decoder(model)
+    read = seq + has_decoder(model)
     inputs = beside_tokens(model, batch, read)
     if main_input(model) == "input_ids":
         vocab = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]

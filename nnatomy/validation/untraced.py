@@ -15,8 +15,8 @@ from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH, Passes
 from nnatomy.validation.reading import Reading
 
-#: How many positions are padding.
-PADDING = 2
+#: How long both prompts are with padding.
+PADDED = 8
 
 
 def check_untraced(passes: Passes, reading: Reading) -> None:
@@ -59,11 +59,12 @@ def check_untraced(passes: Passes, reading: Reading) -> None:
 def _off_padded(passes: Passes, output: Callable[[Any], Tensor], whole: Tensor, bound: float) -> float:
     prompts = passes.model._prompts
     first, second = passes.inputs["input_ids"].tolist()
+    longer_first = first + first[: PADDED - len(first)]
     more = {name: passes.inputs[name] for name in ("decoder_input_ids",) if name in passes.inputs}
 
     def off_by() -> float:
         try:
-            longer, padded = output(passes.plain(passes.prepare([first + first[:PADDING], second], **more)))
+            longer, padded = output(passes.plain(passes.prepare([longer_first, second], **more)))
         except RuntimeError:  # Reformer fills prompts up, but not their positions
             if not prompts.takes_positions:
                 raise

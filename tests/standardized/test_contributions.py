@@ -678,6 +678,16 @@ def test_validation_is_four_passes_of_sixteen_tokens(
     assert sizes[before:] == positions
 
 
+def test_an_encoder_is_given_sixteen_tokens_at_most() -> None:
+    hf = zoo.build_class("T5ForConditionalGeneration", "t5")
+    sizes: list[int] = []
+    hf.encoder.block[0].register_forward_hook(
+        lambda _module, args, _output: sizes.append(args[0].shape[:2].numel())
+    )
+    StandardizedTransformer(hf)
+    assert max(sizes) == 16
+
+
 def test_what_is_found_is_not_kept() -> None:
     model = StandardizedTransformer(zoo.build("llama"))
     assert model._sums.layers is not None

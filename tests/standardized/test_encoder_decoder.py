@@ -209,7 +209,7 @@ def test_cross_attention_under_the_name_of_self_attention_does_not_pass() -> Non
         layers="model.decoder.layers", self_attn="encoder_attn", absent={"mlp": "fc1 and fc2"}
     )
     with pytest.raises(
-        ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 6, 9\), not \(2, 4, 6, 6\)"
+        ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 6, 7\), not \(2, 4, 6, 6\)"
     ):
         StandardizedTransformer(build("BartForConditionalGeneration"), arch_config=config)
 
