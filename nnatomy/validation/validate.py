@@ -13,9 +13,9 @@ Four forward passes of two short prompts:
    adds for the second; just that has to be missing then. This is a pass of its own, as in the second nothing of a
    layer is as it was for either prompt. What the additions are has been found in the first. Neurons and the routing
    of experts are changed in this pass, too (see `neurons`, `routers`).
-4. untraced: to the last layer's output, by a hook of PyTorch's; it is what was read, but for rounding. The second prompt is
-   padded on the left, beside a longer one, and so shows whether padding changes anything. (Where it does, or there is nothing to pad, the
-   prompts are run once more as they were read.)
+4. untraced: to the last layer's output, by a hook of PyTorch's; it is what was read, but for rounding. The second
+   prompt is padded on the left, beside a longer one, and so shows whether padding changes anything. (Where it does,
+   or there is nothing to pad, the prompts are run once more as they were read.)
 
 A pass has two prompts of 6 tokens, the last of 8: 16 at most. The last shows, too, whether a model is causal that does
 not say so.
