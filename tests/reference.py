@@ -16,6 +16,14 @@ def first(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
+def in_memory_of_its_own(model: nn.Module) -> nn.Module:
+    """The model, with its weights no longer where a file is mapped: at other addresses (not at multiples of 64) the
+    mathematics library adds up in another order on some processors, and the last bits differ."""
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()
+    return model
+
+
 def hooked(
     model: nn.Module, call: Callable[[], Any], points: dict[Any, tuple[nn.Module, str]]
 ) -> dict[Any, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import LONG_HEAD, PLACES, TYPES, build, prompt_ids, shared
-from reference import edited, hooked
+from reference import edited, hooked, in_memory_of_its_own
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
@@ -68,6 +68,7 @@ def test_loads_from_a_saved_folder_and_validates(model_type: str, tmp_path: Any)
     config = model.config.get_text_config()
     assert (model.num_layers, model.hidden_size) == (config.num_hidden_layers, 32)
     assert model._head.short == (model_type not in LONG_HEAD)
+    in_memory_of_its_own(model.hf_model)
     ids = prompt_ids()
     assert torch.equal(
         plain_logits(model, ids), plain_logits(StandardizedTransformer(shared(model_type)), ids)
