@@ -24,7 +24,7 @@ from nnatomy.core.joining import Joining
 from nnatomy.core.member import END, Given, Member
 from nnatomy.core.openmp import release_helpers
 from nnatomy.core.run import OWNER_SECONDS, PATIENCE_SECONDS, Run
-from nnatomy.core.worker import Worker, wait_for
+from nnatomy.core.worker import HELPERS_SECONDS, Worker, wait_for
 from nnatomy.errors import OutOfOrderError, UsageError
 
 if TYPE_CHECKING:
@@ -101,8 +101,15 @@ class Ensemble:
     def _sleep(self, member: Member) -> None:
         member.asleep = get_native_id()
         try:
+            patience = (
+                0.0 if Worker.was_long else HELPERS_SECONDS
+            )  # the caller's; a block's thread has no helpers left
             while self.turn is not member:
-                if not wait_for(member.alarm, OWNER_SECONDS) and self.run.owner() is None:
+                if member is self.caller:
+                    came = wait_for(member.alarm, OWNER_SECONDS, patience)
+                else:
+                    came = member.alarm.acquire(timeout=OWNER_SECONDS)
+                if not came and self.run.owner() is None:
                     self.over = True  # the caller was interrupted before it could say so
                     raise Cancelled
         finally:

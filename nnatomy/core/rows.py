@@ -130,7 +130,7 @@ class UnknownRows:
 class RowSlot(Slot):
     """A slot as one block sees it: its own rows."""
 
-    __slots__ = ("_given", "_rows", "_versions", "replace_output", "whole")
+    __slots__ = ("_given", "_leaves", "_rows", "_structure", "_versions", "replace_output", "whole")
 
     def __init__(self, whole: Slot, rows: Rows, replace_output: Any) -> None:
         self.whole = whole
@@ -142,12 +142,12 @@ class RowSlot(Slot):
 
     @property
     def value(self) -> Any:
-        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
         if self._given is None:
-            first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), 0)
-            self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(leaves)]
+            self._leaves, self._structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
+            first = next((i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)), 0)
+            self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(self._leaves)]
             self._versions = [versions(leaf) if isinstance(leaf, Tensor) else None for leaf in self._given]
-        return pytree.tree_unflatten(self._given, structure)
+        return pytree.tree_unflatten(self._given, self._structure)
 
     @value.setter
     def value(self, new: Any) -> None:
@@ -178,8 +178,7 @@ class RowSlot(Slot):
         """Make in-place edits of what had to be copied to be given; go on with what is to get a gradient."""
         if self._given is None:
             return
-        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
-        changed = False
+        leaves, changed = self._leaves, False  # nobody else has been at work since
         for i, (leaf, given, version) in enumerate(zip(leaves, self._given, self._versions, strict=True)):
             if not isinstance(given, Tensor) or given is leaf:
                 continue
@@ -189,8 +188,9 @@ class RowSlot(Slot):
                 leaves[i] = self._put(leaf, given)
                 changed = True
         if changed:
-            self.whole.value = pytree.tree_unflatten(leaves, structure)
+            self.whole.value = pytree.tree_unflatten(leaves, self._structure)
         self._given = None
+        del self._leaves
 
     def _put(self, leaf: Tensor, mine: Any) -> Tensor:
         # What autograd has recorded must not change. (A new tensor for each of many blocks costs: its pages are new.)

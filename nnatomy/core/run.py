@@ -112,18 +112,18 @@ class Run:
         self.watch()
         self._waiter = get_native_id()
         try:
+            # If the last one was long, then this one will be, most likely.
+            long = monotonic() - self._began > HELPERS_SECONDS if self.started else Worker.was_long
+            if long:
+                release_helpers()
             if self.started:
-                if monotonic() - self._began > HELPERS_SECONDS:
-                    release_helpers()
                 bring_here(self._worker)
                 self._parked = False
                 self._wake.release()
             else:
-                if Worker.was_long:  # then this one will be, most likely
-                    release_helpers()
                 self.started, self._began = True, monotonic()
                 Worker.start(self._work)
-            wait_for(self._answered)
+            wait_for(self._answered, patience=0.0 if long else HELPERS_SECONDS)
         except BaseException:  # Ctrl-C
             self.cancel()
             raise

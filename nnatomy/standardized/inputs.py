@@ -54,6 +54,7 @@ class Prompts:
         self.decoder_start = decoder_start
         self.needed = needed
         self.places_images = places_images
+        self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
         #: Why prompts of unequal length cannot be in one batch.
         self.no_padding = ""
 
@@ -136,26 +137,39 @@ class Prompts:
                 raise InputError(f"The prompt is empty: token ids of shape {tuple(rows.shape)}.")
             ids = rows.long() if rows.ndim == 2 else rows.long()[None]
             mask = torch.ones_like(ids)
+            self._check_vocabulary(*(int(bound) for bound in ids.aminmax()))
         else:
-            lists = [self._one(prompt, i) for i, prompt in enumerate(_as_batch(prompts))]
-            length = max(len(one) for one in lists)
-            self.check_lengths([len(one) for one in lists])
-            pads = [length - len(one) for one in lists]
-            ids = torch.tensor(
-                [[self.pad_token_id] * pad + one for pad, one in zip(pads, lists, strict=True)]
-            )
-            mask = torch.tensor([[0] * pad + [1] * len(one) for pad, one in zip(pads, lists, strict=True)])
+            lists = self.token_lists(prompts)
+            ids, mask = self.padded(lists, max(map(len, lists)))
             if self.decoder_start is not None:  # an encoder counts positions from the left, mask or none
-                turned = [torch.tensor([*range(pad, length), *range(pad)]) for pad in pads]
-                ids, mask = (value.gather(1, torch.stack(turned)) for value in (ids, mask))
-        low, high = (int(bound) for bound in ids.aminmax())
+                order = mask.argsort(stable=True, dim=1, descending=True)
+                ids, mask = ids.gather(1, order), mask.gather(1, order)
+        return ids, mask
+
+    def token_lists(self, prompts: Any) -> list[list[int]]:
+        """The tokens of each prompt: strings, chats, ids (see `prepare`). Raises InputError."""
+        lists = [self._one(prompt, i) for i, prompt in enumerate(_as_batch(prompts))]
+        self.check_lengths([len(one) for one in lists])
+        self._check_vocabulary(min(map(min, lists)), max(map(max, lists)))
+        return lists
+
+    def padded(
+        self, lists: list[list[int]], seq: int
+    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        """Ids and mask, padded on the left to `seq` positions."""
+        pads = [seq - len(one) for one in lists]
+        ids = torch.tensor([[self.pad_token_id] * pad + one for pad, one in zip(pads, lists, strict=True)])
+        if not any(pads):
+            return ids, torch.ones_like(ids)
+        return ids, (torch.arange(seq) >= torch.tensor(pads)[:, None]).long()
+
+    def _check_vocabulary(self, low: int, high: int) -> None:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise InputError(
                 f"Token id {bad} is outside of the model's vocabulary of {self.vocab_size} (0 to "
                 f"{self.vocab_size - 1}): were these ids made by this model's tokenizer?"
             )
-        return ids, mask
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
         """Raise InputError if prompts of these lengths have to be padded, and that is not to be had."""

@@ -37,33 +37,57 @@ class JoinPrompts(Joining):
         self._call = call
         self._prompts = prompts
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | list[list[int]]:
+        if (
+            self._prompts.reads_tokens_alone
+            and args
+            and not kwargs
+            and isinstance(args[0], (str, list, tuple))
+        ):
+            return self._prompts.token_lists(args[0])  # tensors are made once, of all blocks' together
         return self._prepare(*args, **kwargs)
 
-    def join(self, prepared: Sequence[dict[str, Any]]) -> tuple[Callable[[], Any], list[Rows]]:
-        if any("decoder_input_ids" in one or "attention_mask" not in one for one in prepared):
-            raise InputError(
-                "Several blocks with prompts of their own are for models that read one sequence of tokens: here, trace one "
-                "batch and take rows of it."
-            )
-        masks = [one["attention_mask"] for one in prepared]
-        # How many positions no prompt of a block uses: it does not see them.
-        unused = [int((mask != 0).any(0).long().argmax()) for mask in masks]
-        lengths = [mask.shape[1] - pad for mask, pad in zip(masks, unused, strict=True)]
+    def join(
+        self, prepared: Sequence[dict[str, Any] | list[list[int]]]
+    ) -> tuple[Callable[[], Any], list[Rows]]:
+        blocks = [one for one in prepared if isinstance(one, list)]
+        if len(blocks) == len(prepared):
+            prompts = [prompt for block in blocks for prompt in block]
+            lengths, counts = [max(map(len, block)) for block in blocks], [len(block) for block in blocks]
+            self._prompts.check_lengths([len(prompt) for prompt in prompts])
+            seq = self._length(lengths, len(prompts))
+            ids, mask = self._prompts.padded(prompts, seq)
+            joined = self._prepare({"input_ids": ids, "attention_mask": mask})
+        else:
+            given = [self._prepare(one) if isinstance(one, list) else one for one in prepared]
+            if any("decoder_input_ids" in one or "attention_mask" not in one for one in given):
+                raise InputError(
+                    "Several blocks with prompts of their own are for models that read one sequence of tokens: here, trace one "
+                    "batch and take rows of it."
+                )
+            masks = [one["attention_mask"] for one in given]
+            # How many positions no prompt of a block uses: it does not see them.
+            unused = [int((mask != 0).any(0).long().argmax()) for mask in masks]
+            lengths = [mask.shape[1] - pad for mask, pad in zip(masks, unused, strict=True)]
+            counts = [len(mask) for mask in masks]
+            self._prompts.check_lengths(lengths)
+            seq = self._length(lengths, sum(counts))
+            padded = [self._padded(one, seq) for one in given]
+            joined = {
+                name: join_leaves([one[name] for one in padded if name in one])
+                for name in dict.fromkeys(name for one in padded for name in one)
+            }
+            joined |= self._prompts.positions(joined)
+        return self._call(joined), rows_of(counts, seq, [seq - length for length in lengths])
+
+    def _length(self, lengths: list[int], batch: int) -> int:
+        """How many positions the joined batch has."""
         seq = max(lengths)
-        self._prompts.check_lengths(lengths)
         if len(set(lengths)) > 1:
-            sizes = self._sizes() | {sum(len(mask) for mask in masks)}
+            sizes = self._sizes() | {batch}
             while seq in sizes:  # so that an axis of this size is one of positions
                 seq += 1
-        padded = [self._padded(one, seq) for one in prepared]
-        joined = {
-            name: join_leaves([one[name] for one in padded if name in one])
-            for name in dict.fromkeys(name for one in padded for name in one)
-        }
-        joined |= self._prompts.positions(joined)
-        pads = [seq - length for length in lengths]
-        return self._call(joined), rows_of([len(mask) for mask in masks], seq, pads)
+        return seq
 
     def _padded(self, inputs: dict[str, Any], seq: int) -> dict[str, Any]:
         now = inputs["attention_mask"].shape[1]
