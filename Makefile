@@ -22,9 +22,10 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 # The models are tiny, so that several threads in each worker only wait for one another. What is asked of one type of
-# model goes to one worker (conftest.py), which loads it once.
+# model goes to one worker (conftest.py), which loads it once. Compiled modules are kept, whatever the environment says:
+# the workers and the many processes of the tests share them.
 tests: $(VENV)/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # torch first and alone: the newest build that some other package's range allows may be another one.
 $(VENV)/installed: pyproject.toml constraints.txt

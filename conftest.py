@@ -1,15 +1,47 @@
 """Runtime shape checks for the whole suite, switched on before the library is imported."""
 
+import gc
 import importlib
+import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
-install_import_hook("nnatomy", "beartype.beartype")
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def checked(function: Any = None, *, typechecker: Callable[..., Any]) -> Any:
+    """What the import hook puts on every function: `jaxtyped`, or where no annotation is of a shape, the type checker
+    alone, which checks the same. (`jaxtyped` binds the arguments of each call to their names, which made half of what
+    the suite takes.)"""
+    if function is None:
+        return partial(checked, typechecker=typechecker)
+    if inspect.isfunction(function):
+        try:
+            hints = get_type_hints(function, include_extras=True)
+        except (
+            NameError,
+            TypeError,
+            AttributeError,
+        ):  # a name that only type checkers have: jaxtyping leaves those out
+            pass
+        else:
+            if "jaxtyping" not in repr(hints):
+                return typechecker(function)
+    return _jaxtyped(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook("nnatomy", "beartype.beartype")
 # Before pytest imports a single file, which would put the module `logit_lens` in the place of the function.
 importlib.import_module("nnatomy.methods")
+gc.collect()
+gc.freeze()  # what is imported stays: not to be looked through at each collection
 sys.path.insert(0, str(Path(__file__).parent / "tests"))  # `architectures`, `reference`
 
 
