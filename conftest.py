@@ -21,7 +21,9 @@ def checked(function: Any = None, *, typechecker: Callable[..., Any]) -> Any:
     the suite takes.)"""
     if function is None:
         return partial(checked, typechecker=typechecker)
-    if inspect.isfunction(function):
+    if (
+        inspect.isfunction(function) and "<locals>" not in function.__qualname__
+    ):  # there beartype leaves a cycle
         try:
             hints = get_type_hints(function, include_extras=True)
         except (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch.nn import Module
 from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.calls import Calls, Inputs, first_argument, with_first_argument
 from nnatomy.core.frames import hide_our_frames
+from nnatomy.core.points import described
 from nnatomy.core.source import Source
-from nnatomy.errors import NoSuchModuleError
+from nnatomy.errors import AssignmentError, NoSuchModuleError
 
 
 class ModuleView:
@@ -61,7 +62,13 @@ class ModuleView:
         return self._block().reach(self.module, "input", f"{self.path}.inputs", self._call).value
 
     @inputs.setter
-    def inputs(self, value: Inputs) -> None:
+    def inputs(self, value: Any) -> None:
+        two = isinstance(value, (tuple, list)) and len(value) == 2
+        if not (two and isinstance(value[0], (tuple, list)) and isinstance(value[1], Mapping)):
+            raise AssignmentError(
+                f"{self.path}.inputs is all that the module is called with: assign (args, kwargs), a tuple and a dict; got "
+                f"{described(value)}."
+            )
         args, kwargs = value
         slot = self._block().reach(self.module, "input", f"{self.path}.inputs", self._call)
         slot.value = tuple(args), dict(kwargs)

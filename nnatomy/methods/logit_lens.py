@@ -20,10 +20,11 @@ from nnatomy.standardized.accessors import read_together
 Lens = Callable[[Float[Tensor, "*rows layer hidden"]], Float[Tensor, "*rows layer hidden"]]
 Values = Float[Tensor, "prompt layer *position vocab"] | list[Float[Tensor, "layer position vocab"]]
 
-_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "probs": lambda logits: logits.softmax(-1),
-    "logits": lambda logits: logits,
-    "log_probs": lambda logits: logits.log_softmax(-1),
+#: From logits to what is asked for, written to the place for it.
+_OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "probs": lambda logits, place: torch.softmax(logits, -1, out=place),
+    "logits": lambda logits, place: place.copy_(logits),
+    "log_probs": lambda logits, place: torch.log_softmax(logits, -1, out=place),
 }
 #: How many rows go through the head at once.
 _ROWS = 96
@@ -109,18 +110,22 @@ def _states(
 def _through(
     lens: Lens | None,
     head: Callable[[Tensor], Tensor],
-    convert: Callable[[Tensor], Tensor],
+    convert: Callable[[Tensor, Tensor], Tensor],
     hidden: Float[Tensor, "token layer hidden"],
 ) -> Float[Tensor, "token layer vocab"]:
     """A few tokens at a time: to touch so much memory for the first time takes as long as the product that fills it."""
     found, start = torch.empty(0), 0
     for part in hidden.split(max(1, _ROWS // hidden.shape[1])):
-        values = convert(head(part if lens is None else lens(part)))
+        logits = head(part if lens is None else lens(part))
         if start == 0:
-            found = torch.empty((len(hidden), *values.shape[1:]), dtype=values.dtype)
-        found[start : start + len(part)] = values
+            found = torch.empty((len(hidden), *logits.shape[1:]), dtype=logits.dtype)
+        place = found[start : start + len(part)]
+        if logits.device == place.device:
+            convert(logits, place)
+        else:
+            place.copy_(convert(logits, torch.empty_like(logits)))
         start += len(part)
-        del values
+        del logits
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from nnatomy.core import Traceable
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.errors import (
+    AssignmentError,
     CacheError,
     NoSuchModuleError,
     NotReachedError,
@@ -379,10 +381,12 @@ def test_a_module_put_in_meanwhile() -> None:
         tracer.result
 
 
-def test_skip_value_and_wrong_inputs_assignment() -> None:
+@pytest.mark.parametrize("value", [(1, 2, 3), (1, {}), ((1,), 2), 3])
+def test_inputs_are_arguments_and_keyword_arguments(value: Any) -> None:
     view = Traceable(net())
-    with view.trace(x()), pytest.raises((TypeError, ValueError)):
-        view.embed.inputs = (1, 2, 3)
+    text = r"embed\.inputs is all that the module is called with: assign \(args, kwargs\), a tuple and a dict; got a (tuple|int)\."
+    with view.trace(x()), pytest.raises(AssignmentError, match=text):
+        view.embed.inputs = value
 
 
 def test_an_error_of_nothing_but_our_frames_loses_all_of_them() -> None:
