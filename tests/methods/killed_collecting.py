@@ -49,16 +49,28 @@ def main(folder: str) -> None:
         if not (child := os.fork()):
             collect(model, folder)
             os._exit(0)
-        time.sleep(draw.uniform(0, whole / 4))
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended:
+        enough = shards(folder) + draw.randrange(4)  # by shards, as a machine's speed may change meanwhile
+        while shards(folder) < enough and not ended(child):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, whole / 40))
+        if not ended(child):
             os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             sys.stdout.write(f"{len(left)} {' '.join(map(str, left))}")
             sys.stdout.flush()
             sys.exit(os.WEXITSTATUS(status))
-        left.append(len(list(Path(folder).glob("*.safetensors"))))
+        left.append(shards(folder))
+
+
+def shards(folder: str) -> int:
+    """How many are done."""
+    return len(list(Path(folder).glob("*.safetensors")))
+
+
+def ended(child: int) -> bool:
+    """Whether the process is through, which can be asked again."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 if __name__ == "__main__":
