@@ -21,17 +21,12 @@ def checked(function: Any = None, *, typechecker: Callable[..., Any]) -> Any:
     the suite takes.)"""
     if function is None:
         return partial(checked, typechecker=typechecker)
-    if (
-        inspect.isfunction(function) and "<locals>" not in function.__qualname__
-    ):  # there beartype leaves a cycle
+    # In a function beartype leaves a cycle.
+    if inspect.isfunction(function) and "<locals>" not in function.__qualname__:
         try:
             hints = get_type_hints(function, include_extras=True)
-        except (
-            NameError,
-            TypeError,
-            AttributeError,
-        ):  # a name that only type checkers have: jaxtyping leaves those out
-            pass
+        except (NameError, TypeError, AttributeError):
+            pass  # a name that only type checkers have: jaxtyping leaves it out
         else:
             if "jaxtyping" not in repr(hints):
                 return typechecker(function)

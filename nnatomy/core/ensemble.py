@@ -101,13 +101,11 @@ class Ensemble:
     def _sleep(self, member: Member) -> None:
         member.asleep = get_native_id()
         try:
-            patience = (
-                0.0 if Worker.was_long else HELPERS_SECONDS
-            )  # the caller's; a block's thread has no helpers left
             while self.turn is not member:
                 if member is self.caller:
+                    patience = 0.0 if Worker.was_long else HELPERS_SECONDS
                     came = wait_for(member.alarm, OWNER_SECONDS, patience)
-                else:
+                else:  # it has no helpers left to give up
                     came = member.alarm.acquire(timeout=OWNER_SECONDS)
                 if not came and self.run.owner() is None:
                     self.over = True  # the caller was interrupted before it could say so
