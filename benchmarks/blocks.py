@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ from words import make_prompts, make_tokenizer
 from nnatomy import StandardizedTransformer
 
 PROMPTS, LENGTH, STEPS = 8, 16, 20
-TRACES = 10
-READ, EDITED = 3, 6
+TRACES = 1
+EARLY, EDITED = 3, 6
 
 
 def rows(check: bool = True) -> Rows:
@@ -56,23 +57,40 @@ def rows(check: bool = True) -> Rows:
         encoded = tokenizer(prompts, return_tensors="pt")
         return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
-    def invokes() -> Any:
-        reads, ends = [], []
+    def read_early() -> Any:
+        reads = []
         with model.trace() as tracer:
             for prompt in prompts:
                 with tracer.invoke(prompt):
-                    reads.append(model.layers_output[READ])
+                    model.layers_output[EARLY][:, -1] += vector
+                    reads.append(model.layers_output[EDITED])
+        return reads
+
+    def edit_in_place() -> Any:
+        ends = []
+        with model.trace() as tracer:
+            for prompt in prompts:
+                with tracer.invoke(prompt):
                     model.layers_output[EDITED][:, -1] += vector
                     ends.append(model.logits[:, -1])
-        return reads + ends
+        return ends
 
-    def invokes_assigned() -> Any:
+    def edit_assigned() -> Any:
+        ends = []
+        with model.trace() as tracer:
+            for prompt in prompts:
+                with tracer.invoke(prompt):
+                    model.layers_output[EDITED] = model.layers_output[EDITED] + vector
+                    ends.append(model.logits[:, -1])
+        return ends
+
+    def two_reads() -> Any:
         reads, ends = [], []
         with model.trace() as tracer:
             for prompt in prompts:
                 with tracer.invoke(prompt):
-                    reads.append(model.layers_output[READ])
-                    model.layers_output[EDITED] = model.layers_output[EDITED] + vector
+                    reads.append(model.layers_output[EARLY])
+                    model.layers_output[EDITED][:, -1] += vector
                     ends.append(model.logits[:, -1])
         return reads + ends
 
@@ -90,23 +108,23 @@ def rows(check: bool = True) -> Rows:
 
     # By hooks.
 
-    def hooks_invokes() -> Any:
-        def edit(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            output[:, -1] += vector
-
-        with ExitStack() as stack:
-            stack.callback(blocks[EDITED].register_forward_hook(edit).remove)
-            read, result = hooked([blocks[READ]], lambda: hf(**tokenized(prompts)))
-        return [*read.split(1), *result.logits[:, -1].split(1)]
+    def add_to_last(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        output[:, -1] += vector
 
     def add(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return output + vector
 
-    def hooks_invokes_assigned() -> Any:
+    def with_hook(layer: int, hook: Callable[..., Any], read: list[nn.Module]) -> list[Any]:
         with ExitStack() as stack:
-            stack.callback(blocks[EDITED].register_forward_hook(add).remove)
-            read, result = hooked([blocks[READ]], lambda: hf(**tokenized(prompts)))
-        return [*read.split(1), *result.logits[:, -1].split(1)]
+            stack.callback(blocks[layer].register_forward_hook(hook).remove)
+            return hooked(read, lambda: hf(**tokenized(prompts)))
+
+    def ends_of(result: Any) -> list[Tensor]:
+        return list(result.logits[:, -1].split(1))
+
+    def hooks_two_reads() -> Any:
+        read, result = with_hook(EDITED, add_to_last, [blocks[EARLY]])
+        return [*read.split(1), *ends_of(result)]
 
     def hooks_generation() -> Any:
         with ExitStack() as stack:
@@ -126,8 +144,19 @@ def rows(check: bool = True) -> Rows:
         unedited = hf.generate(**tokenized(prompts[:1]), **greedy)
         assert not agree({"edited": hooks_generation(), "not": unedited}), "the edit has to show"
     table: Rows = {
-        "eight invokes, edits in place": {"ours": invokes, "hooks": hooks_invokes},
-        "eight invokes, edits assigned": {"ours": invokes_assigned, "hooks": hooks_invokes_assigned},
+        "eight invokes, an edit and a later layer": {
+            "ours": read_early,
+            "hooks": lambda: list(with_hook(EARLY, add_to_last, [blocks[EDITED]])[0].split(1)),
+        },
+        "eight invokes, an edit in place and logits": {
+            "ours": edit_in_place,
+            "hooks": lambda: ends_of(with_hook(EDITED, add_to_last, [])[0]),
+        },
+        "eight invokes, an edit assigned and logits": {
+            "ours": edit_assigned,
+            "hooks": lambda: ends_of(with_hook(EDITED, add, [])[0]),
+        },
+        "eight invokes, an edit in place and two reads": {"ours": two_reads, "hooks": hooks_two_reads},
         "an edit in each of 20 steps": {"ours": generation, "hooks": hooks_generation},
         "a cache of all modules": {"ours": cache, "hooks": hooks_cache},
     }
@@ -140,23 +169,40 @@ def rows(check: bool = True) -> Rows:
     sight = nnsight.TransformersModel(copy.deepcopy(hf), tokenizer=tokenizer, task="text-generation")
     layers = sight.transformer.h
 
-    def sight_invokes() -> Any:
+    def sight_read_early() -> Any:
         with sight.trace() as tracer:
-            reads, ends = nnsight.save([]), nnsight.save([])
+            reads = nnsight.save([])
             for prompt in prompts:
                 with tracer.invoke(prompt):
-                    reads.append(layers[READ].output)
+                    layers[EARLY].output[:, -1] += vector
+                    reads.append(layers[EDITED].output)
+        return reads
+
+    def sight_edit_in_place() -> Any:
+        with sight.trace() as tracer:
+            ends = nnsight.save([])
+            for prompt in prompts:
+                with tracer.invoke(prompt):
                     layers[EDITED].output[:, -1] += vector
                     ends.append(sight.output.logits[:, -1])
-        return reads + ends
+        return ends
 
-    def sight_invokes_assigned() -> Any:
+    def sight_edit_assigned() -> Any:
+        with sight.trace() as tracer:
+            ends = nnsight.save([])
+            for prompt in prompts:
+                with tracer.invoke(prompt):
+                    layers[EDITED].output = layers[EDITED].output + vector
+                    ends.append(sight.output.logits[:, -1])
+        return ends
+
+    def sight_two_reads() -> Any:
         with sight.trace() as tracer:
             reads, ends = nnsight.save([]), nnsight.save([])
             for prompt in prompts:
                 with tracer.invoke(prompt):
-                    reads.append(layers[READ].output)
-                    layers[EDITED].output = layers[EDITED].output + vector
+                    reads.append(layers[EARLY].output)
+                    layers[EDITED].output[:, -1] += vector
                     ends.append(sight.output.logits[:, -1])
         return reads + ends
 
@@ -172,7 +218,10 @@ def rows(check: bool = True) -> Rows:
             kept = tracer.cache()
         return [tensor_of(kept[f"model.{path}" if path else "model"].output) for path in paths]
 
-    sights = (sight_invokes, sight_invokes_assigned, sight_generation, sight_cache)
+    sights = (
+        *(sight_read_early, sight_edit_in_place, sight_edit_assigned, sight_two_reads),
+        *(sight_generation, sight_cache),
+    )
     for row, contender in zip(table.values(), sights, strict=True):
         row["nnsight"] = contender
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -84,13 +85,13 @@ def measure(
     elsewhere: Callable[[str], float] | None = None,
 ) -> dict[str, Any]:
     """Times in microseconds (medians; the least under "least"), and the ratios of ours to each other one, round
-    by round. `elsewhere` times a contender, by name, in a process of its own."""
+    by round (in each in another order). `elsewhere` times a contender, by name, in a process of its own."""
     if not same({name: run() for name, run in contenders.items()}):
         raise SystemExit("The contenders do not agree.")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, run in contenders.items():
-            times[name].append(elsewhere(name) if elsewhere else timed(run, repetitions))
+        for name in random.sample(list(contenders), len(contenders)):
+            times[name].append(elsewhere(name) if elsewhere else timed(contenders[name], repetitions))
     figures: dict[str, Any] = {name: statistics.median(taken) for name, taken in times.items()}
     figures["least"] = {name: min(taken) for name, taken in times.items()}
     for other in contenders:

@@ -23,8 +23,9 @@ from nnatomy.errors import CaptureError
 _parsed: dict[str, tuple[int, ast.Module]] = {}
 _parsing = Lock()  # CPython 3.11 counts the depth of all threads' trees in one number: SystemError
 _NOTHING = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}  # all there is in a body of `pass`
-#: Each with the names that it binds, and whether it does nothing. (Codes are equal whatever their files.)
-_bodies: dict[tuple[str, CodeType, int], tuple[CodeType, frozenset[str], bool]] = {}
+#: Each with the names that it binds, whether it makes functions, and whether it does nothing. (Codes are equal whatever
+#: their files.)
+_bodies: dict[tuple[str, CodeType, int], tuple[CodeType, frozenset[str], bool, bool]] = {}
 
 
 class SkipBodyError(BaseException):
@@ -36,6 +37,7 @@ class Body:
 
     Attributes:
         binds: the names that it binds.
+        makes_functions: whether it has functions of its own, which look up names when it is over.
         names: what the frame's names meant when it was captured.
 
     Raises:
@@ -49,8 +51,9 @@ class Body:
             body = _compile(frame)
             instructions = list(dis.get_instructions(body))
             binds = frozenset(i.argval for i in instructions if i.opname == "STORE_NAME")
-            _bodies[key] = body, binds, {i.opname for i in instructions} <= _NOTHING
-        self._code, self.binds, self._is_empty = _bodies[key]
+            operations = {i.opname for i in instructions}
+            _bodies[key] = body, binds, "MAKE_FUNCTION" in operations, operations <= _NOTHING
+        self._code, self.binds, self.makes_functions, self._is_empty = _bodies[key]
         self.names = dict(frame.f_locals)
         self._before: tuple[Any, Any, bool] | None = None
 

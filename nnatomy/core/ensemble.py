@@ -46,6 +46,8 @@ class Ensemble:
         self.started = False
         #: Who is at work. To assign it is to hand over.
         self.turn: Member = self.caller
+        #: How often the forward pass has been let go on. Only that brings a point, so each wait is looked at once a time.
+        self.moves = 0
         #: Whether the caller's block is over, and waits for the others.
         self.ending = False
         #: Whether all blocks are to end, wherever they are.
@@ -158,12 +160,16 @@ class Ensemble:
                 stuck[0].failure = _deadlock(stuck)
                 stuck[0].waits_for, stuck[0].at_barrier = None, False
                 return stuck[0]
+            self.moves += 1
             run.wait(tuple(want for want in wants if want.kind != END))
 
     def _can_go_on(self, member: Member) -> bool:
         if member.done:
             return False
         if member.want is not None:
+            if member.looked_at == self.moves:
+                return False
+            member.looked_at = self.moves
             (module, kind, call, step, _, _), run, here = member.want, self.run, self.run.here
             if kind == END or run.ended:
                 come = run.ended
@@ -248,7 +254,7 @@ class Ensemble:
     def forget(self) -> None:
         """Drop what the blocks hold: they and this hold each other, and would keep it until Python looks for cycles."""
         for invoke in self.invokes:
-            if invoke.body is not None:
+            if invoke.body is not None and invoke.body.makes_functions:
                 invoke.names.look_up = self._look_up_after(invoke)
         for invoke in self.invokes + self.without_block:
             invoke.forget()

@@ -32,6 +32,7 @@ class Member(Block):
     Attributes:
         rows: its rows of the joined batch; None for all of them.
         want: the point it waits for.
+        looked_at: after how many moves of the forward pass it was seen that the point has not come.
         waits_for: the name that it waits for another block to bind, and where it does so.
     """
 
@@ -43,6 +44,7 @@ class Member(Block):
         self.line = user_line()
         self.rows: Rows | None = None
         self.want: Want | None = None
+        self.looked_at = -1
         self.waits_for: tuple[str, Invoke, str] | None = None
         self.at_barrier = False
         self.done = False
@@ -60,7 +62,7 @@ class Member(Block):
         self._view: tuple[Slot, RowSlot] | None = None
 
     def wait(self, want: Want | None) -> None:
-        self.want = want or Want(self.run.root, END, 0, 0, None, "the result")
+        self.want, self.looked_at = want or Want(self.run.root, END, 0, 0, None, "the result"), -1
         self.halt()
 
     def halt(self) -> None:
@@ -75,7 +77,7 @@ class Member(Block):
         """Have it look whose turn it is."""
         if self.job is not None:
             job, self.job = self.job, None
-            Worker.start(job, newest=False)  # the newest one last ran a forward pass, and has what that needs
+            Worker.start(job, computes=False)
         else:
             with suppress(RuntimeError):  # somebody has done so already
                 self.alarm.release()

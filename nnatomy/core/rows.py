@@ -112,6 +112,18 @@ def is_opaque(value: Any) -> bool:
     return not isinstance(value, (tuple, list, dict))
 
 
+_TENSOR = pytree.tree_structure(0)
+
+
+def _flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Its leaves and its structure. Most values are one tensor, of which pytree takes as long as of a tree."""
+    return ([value], _TENSOR) if isinstance(value, Tensor) else pytree.tree_flatten(value, is_leaf=is_opaque)
+
+
+def _unflatten(leaves: list[Any], structure: pytree.TreeSpec) -> Any:
+    return leaves[0] if structure is _TENSOR else pytree.tree_unflatten(leaves, structure)
+
+
 class UnknownRows:
     """Stands among a module's further arguments or results where nobody can tell which rows are the block's."""
 
@@ -137,30 +149,30 @@ class RowSlot(Slot):
         self.replace_output = replace_output
         self._rows = rows
         self._given: list[Any] | None = None
-        for name in ("module", "kind", "call", "step", "skipped"):
-            setattr(self, name, getattr(whole, name))
+        self.module, self.kind, self.call, self.step = whole.module, whole.kind, whole.call, whole.step
+        self.skipped = whole.skipped
 
     @property
     def value(self) -> Any:
         if self._given is None:
-            self._leaves, self._structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
+            self._leaves, self._structure = _flatten(self.whole.value)
             first = next((i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)), 0)
             self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(self._leaves)]
             self._versions = [versions(leaf) if isinstance(leaf, Tensor) else None for leaf in self._given]
-        return pytree.tree_unflatten(self._given, self._structure)
+        return _unflatten(self._given, self._structure)
 
     @value.setter
     def value(self, new: Any) -> None:
         given = self._given
         self.settle()
-        leaves, structure = pytree.tree_flatten(self.whole.value, is_leaf=is_opaque)
-        mine, same = pytree.tree_flatten(new, is_leaf=is_opaque)
+        leaves, structure = _flatten(self.whole.value)
+        mine, same = _flatten(new)
         if same != structure:
             raise AssignmentError(f"The value is a {structure}; what was assigned is a {same}.")
         for i, (leaf, part) in enumerate(zip(leaves, mine, strict=True)):
             if isinstance(leaf, Tensor) and not (given and part is given[i]):
                 leaves[i] = self._put(leaf, part)
-        self.whole.value = pytree.tree_unflatten(leaves, structure)
+        self.whole.value = _unflatten(leaves, structure)
         self._given = None
 
     def _mine(self, leaf: Any, is_first: bool) -> Any:
@@ -188,7 +200,7 @@ class RowSlot(Slot):
                 leaves[i] = self._put(leaf, given)
                 changed = True
         if changed:
-            self.whole.value = pytree.tree_unflatten(leaves, self._structure)
+            self.whole.value = _unflatten(leaves, self._structure)
         self._given = None
         del self._leaves
 

@@ -75,7 +75,8 @@ class Worker:
 
     was_long = False
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, computes: bool = True) -> None:
+        self._computes = computes
         self._go = Lock()
         self._go.acquire()
         self._job: Job | None = job
@@ -97,19 +98,29 @@ class Worker:
             self._work()
 
     @classmethod
-    def start(cls, job: Job, newest: bool = True) -> None:
-        """Run `job` in a worker: the one that has been idle for the shortest time, or else for the longest."""
-        try:
-            worker = _idle.pop(-1 if newest else 0)
-        except IndexError:
-            cls(job)
+    def start(cls, job: Job, computes: bool = True) -> None:
+        """Run `job` in a worker: the one that has been idle for the shortest time.
+
+        Args:
+            computes: whether it runs a model, and not a block. Either is run where such a one ran before: a thread that has
+                computed keeps the mathematics library's buffers (9 MB), which the next pass needs and a block does not.
+        """
+        for worker in reversed(_idle.copy()):
+            if worker._computes == computes:
+                try:
+                    _idle.remove(worker)
+                except ValueError:  # taken just now
+                    continue
+                break
         else:
-            worker._job = job
-            if worker._gone:
-                cls(job)  # should both come to it: a run begins once
-            else:
-                bring_here(worker._thread)
-                worker._go.release()
+            cls(job, computes)
+            return
+        worker._job = job
+        if worker._gone:
+            cls(job, computes)  # should both come to it: a run begins once
+        else:
+            bring_here(worker._thread)
+            worker._go.release()
 
     def _work(self) -> None:
         self._thread = get_native_id()

@@ -182,7 +182,8 @@ class Prompts:
 
     def _one(self, prompt: Any, index: int) -> list[int]:
         if isinstance(prompt, str):
-            ids = list(self._need_tokenizer()(prompt)["input_ids"])
+            tokenizer = self._need_tokenizer()
+            ids = tokenizer(prompt, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
         elif _is_chat(prompt):
             tokenizer = self._need_tokenizer()
             if not tokenizer.chat_template:
