@@ -22,7 +22,7 @@ from nnatomy.standardized import StandardizedTransformer
 TOKENS = 4096
 
 #: How many rows of logits are computed, and held, at once.
-_ENDS = 32
+_ENDS = 16
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ the short way is used where it has been shown to be the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map_only
 
 from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device, takes
-from nnatomy.core import Collector, Slot, Traceable
+from nnatomy.core import Collector, Slot, Trace, Traceable
+from nnatomy.core.openmp import release_buffers
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.accessors import with_output
 
@@ -45,7 +47,24 @@ class Head:
     def __call__(self, hidden: Hidden) -> Logits:
         if self.refused:
             raise NotInThisModelError(f"project_on_vocab: {self.refused}.")
-        return self.short_way(hidden) if self.short else self.long_way(hidden)
+        return self._where_layers_run(self.short_way, hidden) if self.short else self.long_way(hidden)
+
+    def sparing(self, hidden: Hidden) -> Logits:
+        """The same with 10 MB less, where layers have been run before: their buffers go first (1 to 2 ms)."""
+        return self._where_layers_run(self._sparing, hidden) if self.short else self(hidden)
+
+    def _sparing(self, hidden: Hidden) -> Logits:
+        release_buffers()
+        try:
+            return self.short_way(hidden)
+        finally:
+            release_buffers()
+
+    def _where_layers_run(self, way: Callable[[Hidden], Logits], hidden: Hidden) -> Logits:
+        """In the thread that has run them, and so has OpenMP's helpers and the mathematics library's buffers."""
+        if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return way(hidden)  # what `torch.func` transforms, it transforms in its own thread
+        return Trace(self._root, partial(way, hidden)).run()
 
     def short_way(self, hidden: Hidden) -> Logits:
         """The final norm, then the unembedding."""
