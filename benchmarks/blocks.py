@@ -3,7 +3,7 @@
     python benchmarks/blocks.py [--json FILE] [--rounds N] [--rows TEXT] [--no-memory]
 
 A random model of GPT-2's size and a tokenizer made here; prompts of one length, so that nobody pads. Time as in
-`tracing.py`, ten traces at a time, each contender in a process of its own. Memory as in `memory.py`.
+`tracing.py`, of one trace after one that is not timed, each contender in a process of its own. Memory as in `memory.py`.
 """
 
 from __future__ import annotations
