@@ -182,8 +182,7 @@ class Prompts:
 
     def _one(self, prompt: Any, index: int) -> list[int]:
         if isinstance(prompt, str):
-            tokenizer = self._need_tokenizer()
-            ids = tokenizer(prompt, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+            ids = list(self._need_tokenizer()(prompt)["input_ids"])
         elif _is_chat(prompt):
             tokenizer = self._need_tokenizer()
             if not tokenizer.chat_template:
