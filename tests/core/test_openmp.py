@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -58,19 +57,6 @@ def test_a_trace_leaves_helpers_to_the_thread_that_computes() -> None:
         assert settles(lambda: threads() <= without + 1)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="another library multiplies")
-def test_buffers_of_products_are_given_back() -> None:
-    matrix, result = torch.ones(50_000, 256), torch.zeros(16, 50_000)
-    openmp.release_buffers()
-    before = resident()
-    torch.mm(torch.ones(16, 256), matrix.T, out=result)
-    after = resident()
-    openmp.release_buffers()
-    assert after - before > 2_000
-    assert resident() - before < (after - before) / 2
-    assert result[0, 0] == 256
-
-
 def test_a_block_has_no_thread_that_has_run_a_model() -> None:
     models, blocks = set(), set()
 
@@ -94,13 +80,6 @@ def test_a_block_has_no_thread_that_has_run_a_model() -> None:
     assert len(blocks) > 1
     assert models
     assert not models & blocks
-
-
-def resident() -> int:
-    """KiB of anonymous memory."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
 
 
 def test_where_there_is_no_such_library_nothing_happens(
