@@ -13,7 +13,6 @@ from weakref import ref
 from torch.nn import Module
 
 from nnatomy.core.frames import frame_of_with, is_ours, line_of, user_frames, user_line
-from nnatomy.core.gates import has_gate
 from nnatomy.core.points import Slot, Tap, Want
 from nnatomy.core.run import Run
 from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError
@@ -59,7 +58,7 @@ class Block:
                 if run.error is not None:
                     raise run.error.with_traceback(run.traceback)
                 raise self._out_of_order(want)
-            if not has_gate(module):
+            if not run.sees(module):
                 raise self._unseen(want)
         if self.alone:
             run.wait((want,))

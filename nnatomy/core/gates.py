@@ -1,7 +1,7 @@
 """Gates: how a forward pass tells that it enters and leaves a module.
 
-While a run is open, every submodule of its root carries a *gate*: an instance attribute
-`_call_impl`, which `torch.nn.Module.__call__` looks up and calls. The gate counts the call, lets
+While a run is open, the submodules of its root that questions may concern (see `nesting`) carry a *gate*: an instance
+attribute `_call_impl`, which `torch.nn.Module.__call__` looks up and calls. The gate counts the call, lets
 the run look at (and replace) the inputs, calls the module's own `_call_impl` with all of its hooks,
 and lets the run look at the output. When the run ends the attributes are deleted; outside of a run
 a model carries none.
@@ -101,21 +101,23 @@ def is_compiled(module: Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
-def put_gates(modules: list[Module]) -> None:
-    """Put a gate on each of the modules. The same list takes them off again."""
+def put_gates(modules: Iterable[Module], gated: list[Module]) -> None:
+    """Put a gate on each of the modules, and note them in `gated`, which takes them off again."""
     with _lock:
-        _gated.append(modules)
+        if not gated:
+            _gated.append(gated)
+        gated.extend(modules)
         for module in modules:
             # A bound method, so that a copy or a pickle of the module made meanwhile binds to the copy.
             module.__dict__[_GATE] = MethodType(_call_impl, module)
 
 
-def remove_gates(modules: list[Module]) -> None:
-    """Take off the gates that `put_gates` put on, but for those another open run needs."""
+def remove_gates(gated: list[Module]) -> None:
+    """Take off the gates that `put_gates` has noted there, but for those another open run needs."""
     with _lock:
-        _gated[:] = [other for other in _gated if other is not modules]
+        _gated[:] = [other for other in _gated if other is not gated]
         needed = {module for other in _gated for module in other}
-        free: Iterable[Module] = (m for m in modules if m not in needed) if needed else modules
+        free: Iterable[Module] = (m for m in gated if m not in needed) if needed else gated
         for module in free:
             module.__dict__.pop(_GATE, None)
 

@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 
 from nnatomy.core.cores import bring_here, run_on
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.core.gates import modules_seen, put_gates, remove_gates, runs
+from nnatomy.core.gates import has_gate, modules_seen, put_gates, remove_gates, runs
 from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.core.nesting import Observer, callers_in
 from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Axes, Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
@@ -88,6 +89,11 @@ class Run:
         self.modes: list[tuple[int, Tap, TorchFunctionMode]] = []
         self._taps: list[tuple[Module, str, Tap]] = []  # those waited for
         self._tapped: set[tuple[Module, int, str]] = set()
+        #: The modules with a gate; who calls those that may have none (see `nesting`), and the callers of those without.
+        self._gated: list[Module] = []
+        self._callers: dict[Module, Module] = {}
+        self._closed: set[Module] = set()
+        self._observer: Observer | None = None
         self._job: tuple[ThreadState, Callable[[], Any]] | None = (state, call)
         self._begin = Lock()  # taken by the worker when it begins, or else by `cancel`
         self._wake, self._answered, self._done = Lock(), Lock(), Lock()
@@ -152,6 +158,55 @@ class Run:
                     if tap is not None:
                         self._taps += [(module, kind, tap) for module in collector.modules]
         self.watched_inputs, self.watched_outputs = inputs, outputs
+        if self._closed:
+            self._put_more_gates()
+
+    def _put_gates(self) -> None:
+        """Put on the gates that the pass begins with."""
+        if not self.open_to_questions:
+            watched = {self.root, self.whole}.union(self.watched_inputs, self.watched_outputs)
+            put_gates([module for module in self.modules() if module in watched], self._gated)
+            return
+        modules = modules_seen(self.whole)
+        callers = callers_in(self.whole, modules)
+        if callers is None:
+            self._observer = Observer(self.whole, modules, self.stack)
+            self.collectors.append(self._observer)
+            self.watch()
+        elif callers:
+            self._callers, self._closed = callers, set(callers.values()) - {self.root}
+            modules = [module for module in modules if callers.get(module) not in self._closed]
+        put_gates(modules, self._gated)
+        for guest in self.guests:
+            put_gates(modules_seen(guest), self._gated)
+        if self._closed:
+            self._put_more_gates()
+
+    def _put_more_gates(self) -> None:
+        """Put them on, too, where what is watched lies, and what the block may ask for while the pass stands there."""
+        callers, closed = self._callers, self._closed
+        opened = set(closed) if self._taps else set[Module]()
+        for module in (*self.watched_inputs, *(callers.get(one, one) for one in self.watched_outputs)):
+            while module in callers:
+                opened.add(module)
+                module = callers[module]
+            if module is not self.root and module is not self.whole:  # it may be called anywhere
+                opened = set(closed)
+        if opened := opened & closed:
+            more = [module for module, caller in callers.items() if caller in opened]
+            self.entered.update((module, calls) for module in more if (calls := self._calls(module)))
+            put_gates(more, self._gated)
+            self._closed = closed - opened
+
+    def _calls(self, module: Module) -> int:
+        """How often it has been called in this step: without a gate, as often as its caller."""
+        while (caller := self._callers.get(module)) in self._closed:
+            module = caller
+        return self.entered.get(module, 0)
+
+    def sees(self, module: Module) -> bool:
+        """Whether the run sees the calls of this module, or will once they are asked for."""
+        return has_gate(module) or self._callers.get(module) in self._closed
 
     def call_instead(self, call: Callable[[], Any]) -> None:
         """Run this, and not what the run was made for; before it starts."""
@@ -227,7 +282,7 @@ class Run:
             return False
         if self.ended or step != self.step:
             return self.ended or step < self.step
-        if call >= self.entered.get(module, 0):
+        if call >= self._calls(module):
             return False
         if kind == "input" or (module, call) not in self.stack:
             return True
@@ -243,13 +298,8 @@ class Run:
         self._job = None
         self._ident, self._worker = get_ident(), get_native_id()
         runs[self._ident] = self
-        gated: list[Module] = []
         try:
-            gated = self.modules()
-            if not self.open_to_questions:
-                watched = {self.root, self.whole}.union(self.watched_inputs, self.watched_outputs)
-                gated = [module for module in gated if module in watched]
-            put_gates(gated)
+            self._put_gates()
             self._in_model.begin()
             try:
                 if self.cancelled:
@@ -266,8 +316,11 @@ class Run:
                 self.traceback = error.__traceback__
         finally:
             self._in_model.end()  # again: a Cancelled may have come just before it
-            remove_gates(gated)
+            remove_gates(self._gated)
             del runs[self._ident]
+            if self._observer is not None and self.step:
+                self._observer.finish(self.root)
+            self._observer = None
             self.only_within = bool(self.entered) and not self.step and self.root not in self.entered
             self.entered.clear()
             self.stack.clear()
