@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device, takes
 from nnatomy.core import Collector, Slot, Trace, Traceable
-from nnatomy.core.openmp import release_buffers
+from nnatomy.core.openmp import release_buffers, release_memory
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.accessors import with_output
 
@@ -50,11 +50,12 @@ class Head:
         return self._where_layers_run(self.short_way, hidden) if self.short else self.long_way(hidden)
 
     def sparing(self, hidden: Hidden) -> Logits:
-        """The same with 10 MB less, where layers have been run before: their buffers go first (1 to 2 ms)."""
+        """The same with 20 MB less, where layers have been run before: what is kept of theirs goes first (2 to 5 ms)."""
         return self._where_layers_run(self._sparing, hidden) if self.short else self(hidden)
 
     def _sparing(self, hidden: Hidden) -> Logits:
-        release_buffers()
+        if hidden.device.type == "cpu":
+            release_memory()
         try:
             return self.short_way(hidden)
         finally:

@@ -86,5 +86,20 @@ def test_where_there_is_no_such_library_nothing_happens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    assert openmp._load()(1) is None
-    assert openmp._load_free()() is None
+    assert openmp._function("libgomp*.so*", "omp_pause_resource_all")(1) is None
+    assert openmp._function("libtorch_cpu.so", "mkl_serv_thread_free_buffers")() is None
+
+
+def test_memory_that_has_been_freed_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+    openmp.release_memory()
+    before = resident()
+    kept = [torch.ones(1000) for _ in range(20_000)]  # 4 kB each: 80 MB of the heap
+    last = kept[-1]  # at the heap's top: malloc cannot give back what is below of itself
+    assert resident() > before + 60
+    del kept
+    openmp.release_memory()
+    assert resident() < before + 40
+    assert last[0] == 1

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from architectures import build
+from tqdm import tqdm
 
 from nnatomy import StandardizedTransformer
 from nnatomy.methods import collect_activations
@@ -40,6 +42,9 @@ def collect(model: StandardizedTransformer, folder: str) -> None:
 def main(folder: str) -> None:
     """Prints how many were killed, and how many shards each of them left."""
     torch.set_num_threads(1)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is common to forked processes, and one that is killed may keep it
     model = StandardizedTransformer(build("gpt2"))
     start = time.perf_counter()
     collect(model, f"{folder}-whole")
