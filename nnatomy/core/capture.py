@@ -20,7 +20,7 @@ from typing import Any
 
 from nnatomy.errors import CaptureError
 
-_parsed: dict[str, tuple[int, ast.Module]] = {}
+_parsed: dict[str, tuple[int, list[ast.With]]] = {}
 _parsing = Lock()  # CPython 3.11 counts the depth of all threads' trees in one number: SystemError
 _NOTHING = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}  # all there is in a body of `pass`
 #: Each with the names that it binds, whether it makes functions, and whether it does nothing. (Codes are equal whatever
@@ -142,7 +142,8 @@ def _compile(frame: FrameType) -> CodeType:
     with _parsing:
         if filename not in _parsed or _parsed[filename][0] != hash(source):
             try:
-                _parsed[filename] = hash(source), ast.parse(source)
+                nodes = ast.walk(ast.parse(source))
+                _parsed[filename] = hash(source), [node for node in nodes if isinstance(node, ast.With)]
             except SyntaxError as error:
                 raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
     statement = _find(_parsed[filename][1], list(code.co_positions())[frame.f_lasti // 2])
@@ -164,13 +165,12 @@ def _compile(frame: FrameType) -> CodeType:
         ) from None
 
 
-def _find(tree: ast.AST, position: tuple[int | None, ...]) -> ast.With | None:
-    """The `with` statement at that position, which is its own or that of its expression."""
+def _find(statements: list[ast.With], position: tuple[int | None, ...]) -> ast.With | None:
+    """The one at that position, which is its own or that of its expression."""
     line, _, column, _ = position
-    for node in ast.walk(tree):
-        if isinstance(node, ast.With):
-            places: list[Any] = [node, *(item.context_expr for item in node.items)]
-            # Columns are in bytes in both.
-            if any((place.lineno, place.col_offset) == (line, column) for place in places):
-                return node
+    for node in statements:
+        places: list[Any] = [node, *(item.context_expr for item in node.items)]
+        # Columns are in bytes in both.
+        if any((place.lineno, place.col_offset) == (line, column) for place in places):
+            return node
     return None

@@ -24,6 +24,7 @@ from nnatomy.arch_configs import (
 from nnatomy.core import ModuleView, Trace, Traceable
 from nnatomy.core.block import OpenBlocks
 from nnatomy.core.gates import is_compiled
+from nnatomy.core.openmp import release_buffers
 from nnatomy.errors import InputError
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder
@@ -163,6 +164,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             self.validation = validate_shapes(self)
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
+        release_buffers()  # this thread has computed some of it, and will not run the model
 
 
 def _example(hf_model: Any, device: torch.device, blocks: OpenBlocks) -> Trace:
