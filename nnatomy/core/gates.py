@@ -101,7 +101,7 @@ def is_compiled(module: Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
-def put_gates(modules: Iterable[Module], gated: list[Module]) -> None:
+def put_gates(modules: list[Module], gated: list[Module]) -> None:
     """Put a gate on each of the modules, and note them in `gated`, which takes them off again."""
     with _lock:
         if not gated:

@@ -174,7 +174,9 @@ class Run:
             self.collectors.append(self._observer)
             self.watch()
         elif callers:
-            self._callers, self._closed = callers, set(callers.values()) - {self.root}
+            # `generate` calls an encoder by itself, which the root may hold, or a module that the root calls.
+            outermost = {self.root, *(module for module, caller in callers.items() if caller is self.root)}
+            self._callers, self._closed = callers, set(callers.values()) - outermost
             modules = [module for module in modules if callers.get(module) not in self._closed]
         put_gates(modules, self._gated)
         for guest in self.guests:

@@ -117,6 +117,20 @@ def test_steps() -> None:
         assert torch.equal(one, other)
 
 
+def test_an_encoder_that_is_called_before_the_root_is_past() -> None:
+    """As `generate` does: a trace's forward pass has called it by way of the model within the root."""
+    root = stack()
+    root.inner.encoder = encoder = stack()
+    root.inner.function = lambda self, x: self.layers[0](x if self.given else self.encoder(x))
+    root.inner.given = False
+    view = seen_whole(root)
+    root.inner.given = True
+    with view.trace_call(lambda: root(encoder(x()))) as tracer:
+        for _ in tracer.iter[:1]:
+            with pytest.raises(OutOfOrderError, match="already past it"):
+                view.inner.encoder.inner.output
+
+
 def test_a_shared_module_may_be_called_within_a_layer_without_gates() -> None:
     torch.manual_seed(0)
     shared = nn.Linear(2, 2)

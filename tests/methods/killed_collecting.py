@@ -42,9 +42,8 @@ def collect(model: StandardizedTransformer, folder: str) -> None:
 def main(folder: str) -> None:
     """Prints how many were killed, and how many shards each of them left."""
     torch.set_num_threads(1)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is common to forked processes, and one that is killed may keep it
+    # Its own lock is common to forked processes, and one that is killed may keep it.
+    tqdm.set_lock(threading.RLock())
     model = StandardizedTransformer(build("gpt2"))
     start = time.perf_counter()
     collect(model, f"{folder}-whole")
