@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Int
 from torch import Tensor
 
 #: How many tokens, padding counted, a forward pass has at most where no number of prompts is given (but one prompt).
@@ -31,33 +29,38 @@ def batches(lengths: Sequence[int], size: int | None) -> Iterator[list[int]]:
         yield batch
 
 
-def by_length(
-    inputs: Mapping[str, Any], size: int | None
-) -> Iterator[tuple[Int[Tensor, " part"], dict[str, Any]]]:
-    """A batch in such parts, without what is padding to the left of all of them.
+class Part(NamedTuple):
+    """Some of a batch's prompts, to be run at once.
 
-    Positions counted from the end stay what they are.
+    Attributes:
+        prompts: which.
+        inputs: the arguments of the model's forward.
+        rows, ends: for each prompt, its row in them, and the position there that comes after its last.
+    """
+
+    prompts: list[int]
+    inputs: dict[str, Any]
+    rows: list[int]
+    ends: list[int]
+
+
+def by_length(inputs: Mapping[str, Any], size: int | None) -> Iterator[Part]:
+    """A batch in such parts, without what is padding to the left of all of them.
 
     Args:
         inputs: what `model.prepare` gives. It stays whole unless every tensor is of (batch, seq, ...).
         size: as in `batches`.
-
-    Yields:
-        Which prompts these are, and their inputs.
     """
     mask = inputs.get("attention_mask")
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if mask is None or mask.ndim != 2 or any(one.shape[:2] != mask.shape for one in tensors):
-        count = len(inputs["inputs_embeds"] if mask is None else mask)
-        yield torch.arange(count), dict(inputs)
+        count, seq = (inputs["inputs_embeds"] if mask is None else mask).shape[:2]
+        yield Part([*range(count)], dict(inputs), [*range(count)], [seq] * count)
         return
-    for part in batches(mask.sum(1).tolist(), size):
-        rows = torch.tensor(part)
-        first = int(mask[rows].any(0).nonzero()[0])
-        yield (
-            rows,
-            {
-                name: value[rows, first:] if isinstance(value, Tensor) else value
-                for name, value in inputs.items()
-            },
-        )
+    for prompts in batches(mask.sum(1).tolist(), size):
+        first = int(mask[prompts].any(0).nonzero()[0])
+        cut = {
+            name: value[prompts, first:] if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        yield Part(prompts, cut, [*range(len(prompts))], [mask.shape[1] - first] * len(prompts))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.by_length import by_length
+from nnatomy.methods.by_length import Part, by_length
+from nnatomy.methods.packed_rows import NotPackedError, packed
+from nnatomy.methods.patched_runs import NOT_THERE, is_close
 from nnatomy.methods.positions import positions_from_end
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
@@ -26,8 +29,10 @@ _OUTPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logits": lambda logits, place: place.copy_(logits),
     "log_probs": lambda logits, place: torch.log_softmax(logits, -1, out=place),
 }
-#: How many rows go through the head at once.
-_ROWS = 96
+#: How many logits there are at once, for which the head is read once: 160 MB in float32.
+_LOGITS = 40_000_000
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -58,7 +63,7 @@ def logit_lens(
             the state speaks against.
         lens: what each layer's stream goes through before the head, such as a `TunedLens`.
         batch_size: how many prompts, of similar length, run at once; by default such that they have 1024 tokens at
-            most, 40 of them padding.
+            most, 40 of them padding. Short ones of many lengths then share rows, on a model that keeps them apart.
 
     Returns:
         (prompt, layer, vocab) for one position, (prompt, layer, position, vocab) for several, and for "all" a list with
@@ -81,30 +86,45 @@ def logit_lens(
         raise InputError(f"output={output!r}: it is one of {', '.join(map(repr, _OUTPUTS))}.")
     inputs = {**model.prepare(plain(prompts)), "use_cache": False}
     where = positions_from_end(inputs, positions)
-    states = [torch.empty(0)] * len(where)
-    for some, part in by_length(inputs, batch_size):
-        chosen = [where[i] for i in some]
-        each = _states(model, part, chosen).split([len(one) for one in chosen])
-        for i, values in zip(some.tolist(), each, strict=True):
-            states[i] = values
-    hidden = torch.cat(states)
+    hidden = _states(model, inputs, where, batch_size)
     heads: list[Callable[[Tensor], Tensor]] = [model.project_on_vocab]
     if return_inv_logits:
         heads.append(partial(inverse_logits, model))
-    found = [_through(lens, head, convert, hidden) for head in heads]
+    found = [_through(lens, head, convert, hidden, _LOGITS // model.vocab_size) for head in heads]
     first, *second = (_by_prompt(values, positions, list(map(len, where))) for values in found)
     return (first, second[0]) if second else first
 
 
 def _states(
-    model: StandardizedTransformer, inputs: dict[str, Any], positions: list[Tensor]
+    model: StandardizedTransformer, inputs: dict[str, Any], where: list[Tensor], size: int | None
 ) -> Float[Tensor, "token layer hidden"]:
-    rows = torch.cat([torch.full_like(one, i) for i, one in enumerate(positions)])
-    columns = torch.cat(positions)
-    with model.trace(**inputs):
-        every = [(model.layers_output, range(model.num_layers))]
-        (stream,) = read_together(every, lambda h: h[rows, columns].to(model.device))
-    return torch.stack(stream, dim=1)
+    """The residual stream at these positions of each prompt, counted from the end, after each layer."""
+    if size is None:
+        try:
+            return _together(model, packed(model, inputs), where)
+        except (NotPackedError, *NOT_THERE) as error:
+            _log.info("Prompts in rows of their own: %s", error)
+    return _together(model, by_length(inputs, size), where)
+
+
+def _together(model: StandardizedTransformer, parts: Iterable[Part], where: list[Tensor]) -> Tensor:
+    found: dict[int, Tensor] = {}
+    for prompts, inputs, numbers, ends in parts:
+        rows = torch.cat([torch.full_like(where[i], row) for i, row in zip(prompts, numbers, strict=True)])
+        columns = torch.cat([where[i] + end for i, end in zip(prompts, ends, strict=True)])
+        keep = partial(_at, rows=rows, columns=columns, device=model.device)
+        with model.trace(**inputs):
+            (stream,) = read_together([(model.layers_output, range(model.num_layers))], keep)
+        each = torch.stack(stream, dim=1).split([len(where[i]) for i in prompts])
+        for i, values in zip(prompts, each, strict=True):
+            again = found.setdefault(i, values)
+            if not all(map(is_close, values.unbind(1), again.unbind(1))):
+                raise NotPackedError("the model mixes prompts that share a row")
+    return torch.cat([found[i] for i in range(len(where))])
+
+
+def _at(hidden: Tensor, rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
+    return hidden[rows, columns].to(device)
 
 
 def _through(
@@ -112,13 +132,15 @@ def _through(
     head: Callable[[Tensor], Tensor],
     convert: Callable[[Tensor, Tensor], Tensor],
     hidden: Float[Tensor, "token layer hidden"],
+    size: int,
 ) -> Float[Tensor, "token layer vocab"]:
-    """A few tokens at a time: to touch so much memory for the first time takes as long as the product that fills it."""
+    """`size` rows at a time."""
     found, start = torch.empty(0), 0
-    for part in hidden.split(max(1, _ROWS // hidden.shape[1])):
+    for part in hidden.split(max(1, size // hidden.shape[1])):
         logits = head(part if lens is None else lens(part))
         if start == 0:
-            found = torch.empty((len(hidden), *logits.shape[1:]), dtype=logits.dtype)
+            fits = len(part) == len(hidden) and logits.device == found.device
+            found = logits if fits else torch.empty((len(hidden), *logits.shape[1:]), dtype=logits.dtype)
         place = found[start : start + len(part)]
         if logits.device == place.device:
             convert(logits, place)

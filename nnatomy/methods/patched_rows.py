@@ -100,10 +100,8 @@ class PatchedRows:
             raise _WholePromptsError("edits may count positions")
         if not takes(model.steps_of, "past_key_values") or "decoder_input_ids" in self._inputs:
             raise _WholePromptsError("the model takes no keys and values")
-        config: Any = model.steps_of.config
-        layers = DynamicCache(config=config).layers
-        if other := {type(layer).__name__ for layer in layers if type(layer) not in _STANDARD}:
-            raise _WholePromptsError(f"the model's cache has {', '.join(sorted(other))}")
+        if other := other_caches(model):
+            raise _WholePromptsError(f"the model's cache has {other}")
 
     def _end(self, rows: Tensor, **inputs: Any) -> Tensor:
         with self._model.trace(**inputs):
@@ -127,6 +125,13 @@ class PatchedRows:
         }
         kept: list[Any] = [_Kept(layer, self._kind[rows[:, 1]], before) for layer in layers]
         return {**inputs, "past_key_values": Cache(layers=kept), "use_cache": True}
+
+
+def other_caches(model: StandardizedTransformer) -> str:
+    """What the model's cache has beside keys and values."""
+    config: Any = model.steps_of.config
+    layers = DynamicCache(config=config).layers
+    return ", ".join(sorted({type(layer).__name__ for layer in layers if type(layer) not in _STANDARD}))
 
 
 def of_rows(inputs: dict[str, Any], prompts: Int[Tensor, " row"]) -> dict[str, Any]:

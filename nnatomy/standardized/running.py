@@ -24,7 +24,8 @@ class Running(Parts):
         """The arguments that `prompts` (see `trace`) give to the model's forward.
 
         Returns:
-            `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded.
+            `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded. (No attention mask
+            where it is given as None, beside `position_ids`.)
         """
         return self._prompts.prepare(prompts, kwargs, self.device)
 
@@ -41,7 +42,8 @@ class Running(Parts):
                 padded on the left, so that `[:, -1]` is each prompt's last token.
             early_stop: cancel the forward pass when the block ends. With PEFT's `adapter_names`, give False: it
                 takes back what they put on the model only if the call returns.
-            **kwargs: go to the model's forward.
+            **kwargs: go to the model's forward. Several prompts in one row, told apart by `position_ids` that begin anew, are
+                given with `attention_mask=None` and `use_cache=False`, as Transformers has it.
 
         Raises:
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
