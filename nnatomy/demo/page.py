@@ -26,7 +26,9 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: va
        color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
 h1 { margin: 0 0 .25rem; font-size: 1.9rem; } h2 { margin: 3rem 0 .25rem; font-size: 1.35rem; }
 p { max-width: 46rem; margin: .4rem 0 1rem; } .soft { color: var(--soft); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
+        margin-bottom: 1rem; }
+.pair.wide { grid-template-columns: 1fr; }
 .card { min-width: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
         padding: .9rem; overflow-x: auto; }
 .card h3 { margin: 0 0 .3rem; font-size: 1rem; } .card p { margin: .3rem 0 0; font-size: .92rem; }
@@ -34,6 +36,9 @@ details { margin: .6rem 0 1.2rem; } summary { cursor: pointer; color: var(--acce
 pre { overflow-x: auto; padding: .8rem; background: var(--card); border: 1px solid var(--line);
       border-radius: .5rem; font-size: .84rem; line-height: 1.45; }
 """
+
+#: How many tokens of a lens can be read in half the page.
+_COLUMNS = 7
 
 # Plots have no background of their own; their text and grid follow the page's colours, also when they change.
 _SCRIPT = """
@@ -66,8 +71,9 @@ def page(all_results: Sequence[Results]) -> str:
         "Read a column upwards: the answer forms over the layers.</p>",
         _code(analysis.lens),
     ]
-    for i in range(len(all_results[0].lenses)):
-        body.append(_pair(_card(r, lens_plot(r.lenses[i])) for r in all_results))
+    for i, lens in enumerate(all_results[0].lenses):
+        wide = len(lens.tokens) > _COLUMNS
+        body.append(_pair((_card(r, lens_plot(r.lenses[i])) for r in all_results), wide))
     body += [
         "<h2>Activation patching: where the answer is carried</h2>",
         "<p>One position of one layer's output is taken from the clean run and put into the corrupted one. "
@@ -117,6 +123,7 @@ def lens_plot(lens: Lens) -> go.Figure:
             colorbar={"title": "p", "thickness": 10},
         )
     )
+    figure.update_yaxes(dtick=1)
     return _laid_out(figure, lens.prompt, "layer", 330)
 
 
@@ -137,6 +144,7 @@ def patching_plot(patching: Patching) -> go.Figure:
             colorbar={"title": "effect", "thickness": 10},
         )
     )
+    figure.update_yaxes(dtick=1)
     return _laid_out(figure, f"{patching.clean} / {patching.corrupted}", "layer", 330)
 
 
@@ -220,8 +228,10 @@ def _card(results: Results, figure: go.Figure, note: str = "") -> str:
     return f"<h3>demo:{html.escape(results.name)}</h3>{plot}{below}"
 
 
-def _pair(cards: Any) -> str:
-    return f"<div class=pair>{''.join(f'<div class=card>{card}</div>' for card in cards)}</div>"
+def _pair(cards: Any, wide: bool = False) -> str:
+    """Cards side by side; wide ones one below the other."""
+    kind = "'pair wide'" if wide else "pair"
+    return f"<div class={kind}>{''.join(f'<div class=card>{card}</div>' for card in cards)}</div>"
 
 
 def _code(function: Any) -> str:
