@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import PLACES, prompt_ids, shared
+from architectures import PLACES, prompt_ids
+from architectures import shared as shared_tiny
 from reference import hooked
 from torch import Tensor
+from zoo.build import shared as zoo_shared
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
@@ -20,14 +22,19 @@ from nnatomy.methods import (
     get_token_activations,
 )
 
-TYPES = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "mpt")
+HYBRID = "qwen3_next"
+TYPES = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "mpt", HYBRID)
 PROMPTS = [prompt_ids(1, length, seed=length)[0].tolist() for length in (5, 3, 9)]
+
+
+def shared(model_type: str) -> Any:
+    return zoo_shared(model_type) if model_type == HYBRID else shared_tiny(model_type)
 
 
 def expected(model_type: str, token: int, part: str | None = None) -> Tensor:
     """(layer, prompt, hidden)."""
     hf = shared(model_type)
-    layers = list(hf.get_submodule(PLACES[model_type][0]))
+    layers = list(hf.get_submodule("model.layers" if model_type == HYBRID else PLACES[model_type][0]))
     modules = [layer.get_submodule(part) if part else layer for layer in layers]
     points = {i: (module, "output") for i, module in enumerate(modules)}
     rows = []

@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import PLACES, build, prompt_ids, shared
+from architectures import PLACES, build, prompt_ids
+from architectures import shared as shared_tiny
 from reference import edited, hooked
 from safetensors.torch import save_file
 from torch import Tensor
+from zoo.build import shared as zoo_shared
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
 from nnatomy.methods import Prompt, TunedLens, lens_statistics, logit_lens
 
-SOME = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "opt")
+HYBRID = "qwen3_next"
+SOME = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "opt", HYBRID)
 demo = functools.cache(lambda name: StandardizedTransformer(f"demo:{name}"))
 COUNTRIES = (
     "France",
@@ -46,12 +49,26 @@ def texts() -> list[str]:
     return [phrase.format(country) for country in COUNTRIES for phrase in phrases]
 
 
+def shared(model_type: str) -> Any:
+    return zoo_shared(model_type) if model_type == HYBRID else shared_tiny(model_type)
+
+
+def layers_of(model_type: str) -> list[Any]:
+    path = "model.layers" if model_type == HYBRID else PLACES[model_type][0]
+    return list(shared(model_type).get_submodule(path))
+
+
+def some_lens(layers: list[Any]) -> TunedLens:
+    torch.manual_seed(0)
+    return TunedLens(0.1 * torch.randn(len(layers) - 1, 32, 32), 0.1 * torch.randn(len(layers) - 1, 32))
+
+
 def naive_step(
     model_type: str, prompts: list[list[int]], weight: Tensor, bias: Tensor, lr: float
 ) -> list[Tensor]:
     """One step of gradient descent: each prompt alone, each layer's stream in the last layer's place, by plain hooks."""
     hf = shared(model_type)
-    layers = list(hf.get_submodule(PLACES[model_type][0]))
+    layers = layers_of(model_type)
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     total, tokens = torch.zeros(()), sum(map(len, prompts))
     for prompt in prompts:
@@ -75,8 +92,7 @@ def naive_step(
 def test_one_step_is_the_naive_one(model_type: str) -> None:
     model = StandardizedTransformer(shared(model_type))
     prompts = [prompt_ids(1, n, seed=n)[0].tolist() for n in (5, 8)]
-    torch.manual_seed(0)
-    start = TunedLens(0.1 * torch.randn(2, 32, 32), 0.1 * torch.randn(2, 32))
+    start = some_lens(layers_of(model_type))
     expected = naive_step(model_type, prompts, start.weight, start.bias, 0.5)
     lens = TunedLens.train(
         model, prompts, steps=1, batch_size=2, start=start, optimizer=lambda p: torch.optim.SGD(p, lr=0.5)
@@ -89,14 +105,12 @@ def test_one_step_is_the_naive_one(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", SOME)
 def test_what_the_lens_shows_is_the_translated_stream(model_type: str) -> None:
-    hf, ids = shared(model_type), prompt_ids()
-    layers = list(hf.get_submodule(PLACES[model_type][0]))
-    torch.manual_seed(0)
-    lens = TunedLens(0.1 * torch.randn(2, 32, 32), 0.1 * torch.randn(2, 32))
+    hf, ids, layers = shared(model_type), prompt_ids(), layers_of(model_type)
+    lens = some_lens(layers)
     probs = logit_lens(StandardizedTransformer(hf), ids, lens=lens)
     hidden = hooked(hf, lambda: hf(ids), {i: (layer, "output") for i, layer in enumerate(layers)})
     for i in range(len(layers)):
-        h = hidden[i] if i == 2 else hidden[i] + hidden[i] @ lens.weight[i].T + lens.bias[i]
+        h = hidden[i] if i == len(layers) - 1 else hidden[i] + hidden[i] @ lens.weight[i].T + lens.bias[i]
         logits = edited(lambda: hf(ids), layers[-1], "output", lambda _, h=h: h).logits  # type: ignore[misc]
         torch.testing.assert_close(probs[:, i], logits[:, -1].softmax(-1), rtol=1e-3, atol=2e-5)
 
