@@ -117,8 +117,9 @@ def _together(model: StandardizedTransformer, parts: Iterable[Part], where: list
             (stream,) = read_together([(model.layers_output, range(model.num_layers))], keep)
         each = torch.stack(stream, dim=1).split([len(where[i]) for i in prompts])
         for i, values in zip(prompts, each, strict=True):
-            again = found.setdefault(i, values)
-            if not all(map(is_close, values.unbind(1), again.unbind(1))):
+            if i not in found:
+                found[i] = values
+            elif not all(map(is_close, values.unbind(1), found[i].unbind(1))):
                 raise NotPackedError("the model mixes prompts that share a row")
     return torch.cat([found[i] for i in range(len(where))])
 
@@ -134,7 +135,7 @@ def _through(
     hidden: Float[Tensor, "token layer hidden"],
     size: int,
 ) -> Float[Tensor, "token layer vocab"]:
-    """`size` rows at a time."""
+    """The head's output, `size` rows at a time. On the CPU those of one time stay where they are computed."""
     found, start = torch.empty(0), 0
     for part in hidden.split(max(1, size // hidden.shape[1])):
         logits = head(part if lens is None else lens(part))
