@@ -92,7 +92,11 @@ class Prompts:
         ids, mask = self._ids_and_mask(given["input_ids"])
         given["input_ids"] = ids
         given = self._with_decoder(given)
-        if given.get("attention_mask", mask) is None and given.get("position_ids") is not None and mask.all():
+        if (
+            kwargs.get("attention_mask", mask) is None
+            and given.get("position_ids") is not None
+            and mask.all()
+        ):
             return _to(given, device)  # several prompts in a row, which the model knows by their positions
         if given.get("attention_mask") is None:
             given["attention_mask"] = mask

@@ -66,6 +66,11 @@ class JoinPrompts(Joining):
                     "batch and take rows of it."
                 )
             masks = [one["attention_mask"] for one in given]
+            if any(mask is None for mask in masks):
+                raise InputError(
+                    "A block's prompts share a row (attention_mask=None): beside other blocks they would be padded, which "
+                    "needs a mask. Give each prompt a block, or trace that row alone."
+                )
             # How many positions no prompt of a block uses: it does not see them.
             unused = [int((mask != 0).any(0).long().argmax()) for mask in masks]
             lengths = [mask.shape[1] - pad for mask, pad in zip(masks, unused, strict=True)]

@@ -25,7 +25,7 @@ class Running(Parts):
 
         Returns:
             `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded. (No attention mask
-            where it is given as None, beside `position_ids`.)
+            where `attention_mask=None` is given beside `position_ids`.)
         """
         return self._prompts.prepare(prompts, kwargs, self.device)
 

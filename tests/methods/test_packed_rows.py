@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, masking_utils
 from zoo.build import shared as zoo_shared
 
 from nnatomy import StandardizedTransformer
+from nnatomy.errors import InputError
 from nnatomy.methods import logit_lens, packed_rows
 from nnatomy.methods.packed_rows import ROW, SHORT, _rows
 
@@ -196,3 +197,24 @@ def test_a_trace_takes_prompts_that_share_a_row() -> None:
         torch.testing.assert_close(part, alone, rtol=1e-3, atol=2e-5)
     with model.trace([one, other], attention_mask=None, position_ids=positions[:, :9].repeat(2, 1)):
         assert model.attention_mask.sum(1).tolist() == [9, 6]  # one is padded: it needs a mask
+
+
+def test_a_mask_of_none_that_is_not_asked_for_is_made() -> None:
+    """In a dict of what a tokenizer gave, say: methods count positions by it."""
+    model, ids = wrapped("gemma2"), prompts()[1]
+    given = {"input_ids": [ids], "attention_mask": None, "position_ids": torch.arange(len(ids))[None]}
+    assert model.prepare(given)["attention_mask"].tolist() == [[1] * len(ids)]
+    torch.testing.assert_close(logit_lens(model, given), logit_lens(model, [ids]))
+
+
+def test_a_row_of_several_prompts_beside_other_blocks_is_refused() -> None:
+    model, ids = wrapped("gemma2"), prompts()[1]
+    with pytest.raises(InputError) as error, model.trace() as tracer:
+        with tracer.invoke([ids], attention_mask=None, position_ids=torch.arange(len(ids))[None]):
+            _ = model.logits
+        with tracer.invoke([ids[:4]]):
+            _ = model.logits
+    assert str(error.value) == (
+        "A block's prompts share a row (attention_mask=None): beside other blocks they would be padded, which "
+        "needs a mask. Give each prompt a block, or trace that row alone."
+    )
