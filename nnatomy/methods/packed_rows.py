@@ -109,5 +109,5 @@ def _part(inputs: Mapping[str, Any], lengths: list[int], rows: list[list[int]], 
         positions[number, end:] -= positions[number, end:][:1].clone()
     prompts, numbers, ends = map(list, zip(*places, strict=True))
     # An attention mask, even one of ones, would say that a row is one prompt; so would a cache.
-    packed = {"input_ids": ids, "attention_mask": None, "position_ids": positions, "use_cache": False}
-    return Part(prompts, packed, numbers, ends)
+    arguments = {"input_ids": ids, "attention_mask": None, "position_ids": positions, "use_cache": False}
+    return Part(prompts, arguments, numbers, ends)

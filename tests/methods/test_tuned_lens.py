@@ -92,6 +92,7 @@ def naive_step(
 def test_one_step_is_the_naive_one(model_type: str) -> None:
     model = StandardizedTransformer(shared(model_type))
     prompts = [prompt_ids(1, n, seed=n)[0].tolist() for n in (5, 8)]
+    model.hf_model.zero_grad()  # what other tests have left on the model they share
     start = some_lens(layers_of(model_type))
     expected = naive_step(model_type, prompts, start.weight, start.bias, 0.5)
     lens = TunedLens.train(
