@@ -10,7 +10,7 @@ import torch
 from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 from jaxtyping import TypeCheckError
 
-from nnatomy.core import worker
+from nnatomy.core.threads import worker
 from nnatomy.methods import kl_divergence
 from nnatomy.standardized.inputs import Prompts
 

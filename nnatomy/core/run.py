@@ -20,15 +20,15 @@ from weakref import ref
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from nnatomy.core.cores import bring_here, run_on
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.gates import has_gate, modules_seen, put_gates, remove_gates, runs
-from nnatomy.core.interrupts import Cancelled, Interruptible
 from nnatomy.core.nesting import Observer, callers_in
-from nnatomy.core.openmp import release_helpers
 from nnatomy.core.points import Axes, Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
-from nnatomy.core.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
+from nnatomy.core.threads.cores import bring_here, run_on
+from nnatomy.core.threads.interrupts import Cancelled, Interruptible
+from nnatomy.core.threads.openmp import release_helpers
+from nnatomy.core.threads.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
 from nnatomy.errors import OutsideTraceError
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.

@@ -13,14 +13,14 @@ from torch.nn import Module
 
 from nnatomy.core.attach import Attachment
 from nnatomy.core.block import Block
+from nnatomy.core.blocks.ensemble import Ensemble
+from nnatomy.core.blocks.invoke import Barrier, Invoke
+from nnatomy.core.blocks.joining import Joining
 from nnatomy.core.cache import Cache
 from nnatomy.core.compat import mount_save
-from nnatomy.core.ensemble import Ensemble
-from nnatomy.core.invoke import Barrier, Invoke
-from nnatomy.core.joining import Joining
 from nnatomy.core.run import Run
+from nnatomy.core.threads.worker import ThreadState
 from nnatomy.core.views import ModuleView
-from nnatomy.core.worker import ThreadState
 from nnatomy.errors import NotReachedError, OutsideTraceError, UsageError
 
 

@@ -12,8 +12,8 @@ from torch.nn import Module
 
 from nnatomy.core.attach import Attachment, Point, first_tensor, with_first_tensor
 from nnatomy.core.block import OpenBlocks
-from nnatomy.core.edits import EditBlock, with_edit
-from nnatomy.core.joining import JoinTensors
+from nnatomy.core.blocks.edits import EditBlock, with_edit
+from nnatomy.core.blocks.joining import JoinTensors
 from nnatomy.core.scan import on_fake_tensors
 from nnatomy.core.trace import Trace
 from nnatomy.core.views import ModuleView

@@ -16,8 +16,8 @@ from torch.nn import Module
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.attach import Point
 from nnatomy.core.block import Block, OpenBlocks
+from nnatomy.core.blocks.rows import RowSlot
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.core.rows import RowSlot
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
 
 #: The name of the argument that holds the hidden states, where they are passed by name.

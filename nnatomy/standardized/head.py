@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device, takes
 from nnatomy.core import Collector, Slot, Trace, Traceable
-from nnatomy.core.openmp import release_buffers, release_memory
+from nnatomy.core.threads.openmp import release_buffers, release_memory
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.accessors import with_output
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.core.joining import Joining, join_leaves, rows_of
-from nnatomy.core.rows import Rows
+from nnatomy.core.blocks.joining import Joining, join_leaves, rows_of
+from nnatomy.core.blocks.rows import Rows
 from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import Prompts
 

@@ -24,7 +24,7 @@ from nnatomy.arch_configs import (
 from nnatomy.core import ModuleView, Trace, Traceable
 from nnatomy.core.block import OpenBlocks
 from nnatomy.core.gates import is_compiled
-from nnatomy.core.openmp import release_buffers
+from nnatomy.core.threads.openmp import release_buffers
 from nnatomy.errors import InputError
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder

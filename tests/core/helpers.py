@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnatomy.core import worker
+from nnatomy.core.threads import worker
 
 #: A name that must not appear in any module's `__dict__` when no run is open.
 GATE = "_call_impl"

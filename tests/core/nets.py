@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnatomy.core import gates, worker
+from nnatomy.core import gates
+from nnatomy.core.threads import worker
 
 
 class Block(nn.Module):

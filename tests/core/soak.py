@@ -28,7 +28,8 @@ from helpers import busy_threads, settles, state_of
 from nets import Net
 from torch import Tensor, nn
 
-from nnatomy.core import Trace, Traceable, gates, worker
+from nnatomy.core import Trace, Traceable, gates
+from nnatomy.core.threads import worker
 from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError
 
 

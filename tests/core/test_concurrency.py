@@ -23,7 +23,8 @@ import torch
 from helpers import Net, hooks, net, no_leaks, settles, x
 from torch import Tensor
 
-from nnatomy.core import Traceable, gates, worker
+from nnatomy.core import Traceable, gates
+from nnatomy.core.threads import worker
 from nnatomy.errors import OutsideTraceError
 
 HERE = Path(__file__).parent

@@ -17,9 +17,10 @@ import pytest
 from helpers import Calls, busy_threads, net, no_leaks, settles, x
 from torch import nn
 
-from nnatomy.core import Trace, Traceable, gates, worker
-from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.core import Trace, Traceable, gates
 from nnatomy.core.run import OWNER_SECONDS
+from nnatomy.core.threads import worker
+from nnatomy.core.threads.interrupts import Cancelled, Interruptible
 
 
 def busy(self, _):

@@ -19,7 +19,9 @@ import torch
 from helpers import Calls, hooks, net, no_gc, no_leaks, our_frames, settles
 from torch import nn
 
-from nnatomy.core import Traceable, capture, worker
+from nnatomy.core import Traceable
+from nnatomy.core.blocks import capture
+from nnatomy.core.threads import worker
 from nnatomy.errors import AssignmentError, CaptureError, InputError, OutOfOrderError, RowsError, UsageError
 
 ONE = torch.tensor([[0.5, -1.0]])
@@ -486,7 +488,7 @@ def test_steps_of_a_generation_in_two_blocks() -> None:
             x = step_model(x)
         return x
 
-    from nnatomy.core.joining import JoinTensors
+    from nnatomy.core.blocks.joining import JoinTensors
     from nnatomy.core.trace import Trace
 
     with torch.no_grad(), Trace(view, lambda: None, joining=JoinTensors(generate)) as tracer:

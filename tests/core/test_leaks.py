@@ -7,7 +7,8 @@ import torch
 from helpers import Calls, Weak, busy_threads, forward_threads, net, no_gc, no_leaks, settles, x
 from torch import nn
 
-from nnatomy.core import Traceable, worker
+from nnatomy.core import Traceable
+from nnatomy.core.threads import worker
 from nnatomy.errors import NotReachedError, OutOfOrderError
 
 

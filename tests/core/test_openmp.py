@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import Calls, settles
 
-from nnatomy.core import Traceable, openmp
+from nnatomy.core import Traceable
+from nnatomy.core.threads import openmp
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no helpers here")
 

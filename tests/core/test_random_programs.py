@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnatomy.core import Trace, Traceable
+from nnatomy.core.blocks.joining import JoinTensors
 from nnatomy.core.gates import modules_seen
-from nnatomy.core.joining import JoinTensors
 from nnatomy.core.nesting import callers_in
 from nnatomy.errors import NotReachedError, OutOfOrderError
 

@@ -20,8 +20,8 @@ import torch
 from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
-from nnatomy.core.cores import bring_here, cores_of_this_thread, run_on
-from nnatomy.core.openmp import release_helpers
+from nnatomy.core.threads.cores import bring_here, cores_of_this_thread, run_on
+from nnatomy.core.threads.openmp import release_helpers
 
 IDLE_SECONDS = 2.0
 POLL_SECONDS = 0.2

@@ -6,7 +6,7 @@ import copy
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from nnatomy.core.capture import Body, Names
+from nnatomy.core.blocks.capture import Body, Names
 from nnatomy.core.frames import frame_of_with
 
 View = TypeVar("View")

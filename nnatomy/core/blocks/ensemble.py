@@ -17,18 +17,18 @@ from threading import get_ident, get_native_id
 from typing import TYPE_CHECKING, Any
 
 from nnatomy.core.block import OpenBlocks
-from nnatomy.core.cores import bring_here, run_on
+from nnatomy.core.blocks.joining import Joining
+from nnatomy.core.blocks.member import END, Given, Member
 from nnatomy.core.frames import user_line
-from nnatomy.core.interrupts import Cancelled
-from nnatomy.core.joining import Joining
-from nnatomy.core.member import END, Given, Member
-from nnatomy.core.openmp import release_helpers
 from nnatomy.core.run import OWNER_SECONDS, PATIENCE_SECONDS, Run
-from nnatomy.core.worker import HELPERS_SECONDS, Worker, wait_for
+from nnatomy.core.threads.cores import bring_here, run_on
+from nnatomy.core.threads.interrupts import Cancelled
+from nnatomy.core.threads.openmp import release_helpers
+from nnatomy.core.threads.worker import HELPERS_SECONDS, Worker, wait_for
 from nnatomy.errors import OutOfOrderError, UsageError
 
 if TYPE_CHECKING:
-    from nnatomy.core.invoke import Invoke
+    from nnatomy.core.blocks.invoke import Invoke
 
 
 class Ensemble:

@@ -11,16 +11,16 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from nnatomy.core.block import Block
+from nnatomy.core.blocks.rows import Rows, RowSlot, is_opaque
 from nnatomy.core.frames import user_line
-from nnatomy.core.interrupts import Interruptible
 from nnatomy.core.points import Collector, Slot, Want
-from nnatomy.core.rows import Rows, RowSlot, is_opaque
-from nnatomy.core.worker import Job, Worker
+from nnatomy.core.threads.interrupts import Interruptible
+from nnatomy.core.threads.worker import Job, Worker
 from nnatomy.errors import RowsError
 
 if TYPE_CHECKING:
-    from nnatomy.core.ensemble import Ensemble
-    from nnatomy.core.invoke import Invoke
+    from nnatomy.core.blocks.ensemble import Ensemble
+    from nnatomy.core.blocks.invoke import Invoke
 
 #: What a block waits for that wants the forward pass to run to its end.
 END = "end"

@@ -7,12 +7,12 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from nnatomy.core.capture import Body, Names
-from nnatomy.core.ensemble import Ensemble
+from nnatomy.core.blocks.capture import Body, Names
+from nnatomy.core.blocks.ensemble import Ensemble
+from nnatomy.core.blocks.member import Member
 from nnatomy.core.frames import frame_of_with, hide_our_frames
-from nnatomy.core.interrupts import Cancelled
-from nnatomy.core.member import Member
-from nnatomy.core.worker import ThreadState
+from nnatomy.core.threads.interrupts import Cancelled
+from nnatomy.core.threads.worker import ThreadState
 from nnatomy.errors import UsageError
 
 

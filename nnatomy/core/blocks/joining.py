@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.rows import Rows, is_opaque
+from nnatomy.core.blocks.rows import Rows, is_opaque
 from nnatomy.errors import InputError
 
 

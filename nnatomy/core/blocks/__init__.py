@@ -1,0 +1,1 @@
+"""Several blocks on one forward pass: `Trace.invoke` and lasting edits, each with rows of its own of the joined batch."""
