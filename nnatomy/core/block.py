@@ -146,8 +146,9 @@ class Block:
                 f" The model is in step {self.run.step} and this question means step {self.step}: to ask in "
                 "another step, do so inside `for step in tracer.iter[...]:`."
             )
+        uncounted = "" if self.run.counts(want.module) else " (or past where it would be, had it been called)"
         return OutOfOrderError(
-            f"{want} was asked for at {user_line()}, but the forward pass is already past it: it stands "
+            f"{want} was asked for at {user_line()}, but the forward pass is already past it{uncounted}: it stands "
             f"behind {last}, asked for at {line}. Ask for values in the order the model computes them: move "
             f"this line above {line}.{steps}"
         )

@@ -206,9 +206,13 @@ class Run:
             module = caller
         return self.entered.get(module, 0)
 
+    def counts(self, module: Module) -> bool:
+        """Whether its calls have been counted, and are not taken to be as many as its caller's."""
+        return self._callers.get(module) not in self._closed
+
     def sees(self, module: Module) -> bool:
         """Whether the run sees the calls of this module, or will once they are asked for."""
-        return has_gate(module) or self._callers.get(module) in self._closed
+        return has_gate(module) or not self.counts(module)
 
     def call_instead(self, call: Callable[[], Any]) -> None:
         """Run this, and not what the run was made for; before it starts."""

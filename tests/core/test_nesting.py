@@ -88,6 +88,23 @@ def test_what_is_over_with_its_caller_is_past() -> None:
             view.inner.layers[0].attn.calls[1].output
 
 
+def test_a_module_without_a_gate_may_not_have_been_called() -> None:
+    """Only the caller's calls are known then, and the error does not say more than that."""
+    root = stack()
+    view = seen_whole(root)
+    root.inner.layers[0].function = lambda self, x: x + self.mlp(x)
+    with view.trace(x()):
+        view.inner.layers[1].output
+        with pytest.raises(
+            OutOfOrderError, match=r"already past it \(or past where it would be, had it been called\)"
+        ):
+            view.inner.layers[0].attn.output
+    with view.trace(x()):
+        view.inner.layers[0].inputs
+        with pytest.raises(NotReachedError, match="does not call that module"):
+            view.inner.layers[0].attn.output
+
+
 def test_a_module_that_is_called_twice_and_all_within_it_has_a_gate() -> None:
     body = stack()
     twice = Calls(lambda self, x: self.head(self.body(self.body(x))), body=body, head=stack())
