@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.random import fork_rng
 from torch.utils import _pytree as pytree
 
 from nnatomy.core.gates import unseen
@@ -55,7 +56,7 @@ class Attachment(Collector):
         self._point = point
         self._takes = takes
         self._how = how
-        self._taken: Tensor | None = None
+        self._taken: tuple[int, Tensor] | None = None  # in which step, what
 
     def for_run(self) -> Attachment:
         """The same for one run, which it keeps a value of."""
@@ -64,17 +65,19 @@ class Attachment(Collector):
     def take(self, slot: Slot) -> None:
         point, takes = self._point, self._takes
         if slot.module is takes.module and slot.kind == takes.kind:
-            self._taken = self._tensor(takes, slot)
+            self._taken = slot.step, self._tensor(takes, slot)
         if slot.module is not point.module or slot.kind != point.kind:
             return
-        x, self._taken = self._taken, None
-        if x is None:
+        taken, self._taken = self._taken, None
+        if taken is None or taken[0] != slot.step:
             raise UsageError(f"{self}: the forward pass comes to {point.name} before {takes.name}.")
-        given = self._tensor(point, slot)
+        x, given = taken[1], self._tensor(point, slot)
         mine = next((p for p in self.module.parameters() if p.is_floating_point()), x)
         x = x.to(mine.device, mine.dtype)
         if self._how == "error":
-            with unseen(), torch.no_grad():
+            # With the same dropout as below.
+            devices = [x.device] if x.is_cuda else []
+            with unseen(), torch.no_grad(), fork_rng(devices, enabled=self.module.training):
                 error = x - self.module(x)
         result = self.module(x)
         if self._how == "read":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -173,6 +174,10 @@ class Block:
         )
 
 
+#: The blocks that have been opened in this context (a task of asyncio has that of the one that made it), newest first.
+_opened_here: ContextVar[tuple[ref[Block], ...]] = ContextVar("opened_here", default=())
+
+
 class OpenBlocks:
     """The blocks that are open on one model, by thread."""
 
@@ -186,6 +191,8 @@ class OpenBlocks:
         block.frame = frame_of_with()
         thread = get_ident()
         self._by_thread.setdefault(thread, []).append(ref(block))
+        before = (other for other in _opened_here.get() if (outer := other()) and outer.frame is not None)
+        _opened_here.set((ref(block), *before))
         return thread
 
     def replace(self, block: Block, other: Block, thread: int) -> None:
@@ -193,6 +200,7 @@ class OpenBlocks:
         other.frame = block.frame
         blocks = self._by_thread[thread]
         blocks[[entry() for entry in blocks].index(block)] = ref(other)
+        _opened_here.set(tuple(ref(other) if one() is block else one for one in _opened_here.get()))
 
     def remove(self, block: Block, thread: int) -> None:
         block.frame = None
@@ -204,8 +212,8 @@ class OpenBlocks:
     def current(self, name: str) -> Block:
         """The block that the user's line stands in.
 
-        In one thread several can be open: one in the other (the inner one is meant), or in suspended
-        generators (then the one is meant whose frame the line runs in).
+        In one thread several can be open: one in the other (the inner one is meant), in suspended generators (then
+        the one is meant whose frame the line runs in), or in several tasks of asyncio, or those that made them.
         """
         refs = self._by_thread.get(get_ident(), ())
         if len(refs) == 1 and (block := refs[0]()) is not None:
@@ -221,6 +229,9 @@ class OpenBlocks:
                 for block in reversed(blocks):
                     if block.frame is frame:
                         return block
+            for opened in _opened_here.get():
+                if (block := opened()) in blocks:
+                    return block
         return blocks[-1]
 
     @contextmanager

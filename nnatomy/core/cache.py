@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Cache(Collector):
         dtype: torch.dtype | None = None,
         clone: bool = False,
         view: Callable[[Slot], Slot] | None = None,
+        aliases: Callable[[], Mapping[str, Module]] = dict,
     ) -> None:
         self.modules = set(paths)
         self.kinds = dict.fromkeys(kinds)
@@ -59,6 +60,8 @@ class Cache(Collector):
         self._dtype = dtype
         self._clone = clone
         self._view = view
+        #: Further paths of modules: a shared one has several.
+        self._aliases = aliases
         #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
@@ -79,7 +82,7 @@ class Cache(Collector):
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
         if isinstance(module, str):
-            path, found = module, self._by_path.get(module)
+            path, found = module, self._find(module)
         else:
             path, found = module.path, module.module
         taken = self._taken.get(found) if found is not None else None
@@ -102,6 +105,9 @@ class Cache(Collector):
                 calls[step, call] = CachedCall(step, call, value, known and known.inputs)
         return CachedCalls(path, calls.values())
 
+    def _find(self, path: object) -> Module | None:
+        return self._by_path.get(path) or self._aliases().get(path)  # type: ignore[call-overload]
+
     @cached_property
     def _by_path(self) -> dict[Any, Module]:
         return {path: module for module, path in self._paths.items()}
@@ -113,7 +119,7 @@ class Cache(Collector):
         return len(self._taken)
 
     def __contains__(self, module: object) -> bool:
-        return (module.module if isinstance(module, ModuleView) else self._by_path.get(module)) in self._taken
+        return (module.module if isinstance(module, ModuleView) else self._find(module)) in self._taken
 
     def keys(self) -> Iterable[str]:
         """The paths of the modules that have been called, in the order of their first call's first value."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
 from types import FrameType, MethodType
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch._C import _current_graph_task_id as current_graph_task_id
+from torch.compiler import is_compiling
 from torch.nn import Module
 
 from nnatomy.core.frames import frames
@@ -40,9 +41,11 @@ _lock = Lock()
 
 
 def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
+    if is_compiling():  # torch.compile looks into this, and is to find the module alone
+        return type(self)._call_impl(self, *args, **kwargs)
     run = runs.get(get_ident())
     if run is None or current_graph_task_id() != -1:
-        return type(self)._call_impl(self, *args, **kwargs)
+        return _ungated(self)(*args, **kwargs)
     entered = run.entered
     call = entered.get(self, 0)
     stack = run.stack
@@ -69,7 +72,18 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+def _ungated(module: Module) -> Callable[..., Any]:
+    """The call of the gate's module, or of the shallow copy of it that has brought the gate along (and loses it here)."""
+    called = next((frame for frame in frames() if frame.f_code is _WRAPPED_CODE), None)
+    caller = module if called is None else called.f_locals["self"]
+    if caller is not module and getattr(caller.__dict__.get(_GATE), "__self__", None) is module:
+        del caller.__dict__[_GATE]
+        module = caller
+    return MethodType(type(module)._call_impl, module)
+
+
 _GATE_CODE = inspect.unwrap(_call_impl).__code__
+_WRAPPED_CODE = Module._wrapped_call_impl.__code__
 _CALL_CODE = inspect.unwrap(Module._call_impl).__code__
 
 

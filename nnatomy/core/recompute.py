@@ -8,8 +8,10 @@ So where gradients are recorded, an edit inside a checkpointed part is refused.
 from __future__ import annotations
 
 import sys
+from operator import is_
 from types import FrameType
 
+from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from nnatomy.core.points import Slot, versions
@@ -32,12 +34,19 @@ class Unedited:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._value = slot.value
+        self._leaves = pytree.tree_leaves(slot.value)
         self._versions = versions(slot.value)
 
     def check(self, name: str) -> None:
         """Raise AssignmentError if it has."""
         slot = self._slot
-        if slot.skipped or slot.value is not self._value or versions(slot.value) != self._versions:
+        leaves = pytree.tree_leaves(slot.value)
+        same = (
+            slot.value is self._value
+            and len(leaves) == len(self._leaves)
+            and all(map(is_, leaves, self._leaves))
+        )
+        if slot.skipped or not same or versions(slot.value) != self._versions:
             raise AssignmentError(
                 f"{name} was changed inside a part of the model that is under gradient checkpointing: "
                 "`backward` computes that part again, without the change, and would give gradients of "

@@ -17,6 +17,7 @@ from types import CodeType, TracebackType
 from typing import Any, NamedTuple
 from weakref import ref
 
+from torch._C import _functorch
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -29,7 +30,7 @@ from nnatomy.core.threads.cores import bring_here, run_on
 from nnatomy.core.threads.interrupts import Cancelled, Interruptible
 from nnatomy.core.threads.openmp import release_helpers
 from nnatomy.core.threads.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
-from nnatomy.errors import OutsideTraceError
+from nnatomy.errors import OutOfOrderError, OutsideTraceError, UsageError
 
 #: How long an interrupted block waits, when interrupted again, for a model that catches everything.
 PATIENCE_SECONDS = 1.0
@@ -93,6 +94,8 @@ class Run:
         self._gated: list[Module] = []
         self._callers: dict[Module, Module] = {}
         self._closed: set[Module] = set()
+        #: Those that have got their gate in this step after their caller was called, whose calls are a guess.
+        self._uncounted: set[Module] = set()
         self._observer: Observer | None = None
         self._job: tuple[ThreadState, Callable[[], Any]] | None = (state, call)
         self._begin = Lock()  # taken by the worker when it begins, or else by `cancel`
@@ -100,7 +103,7 @@ class Run:
         self._wake.acquire()  # released to let the parked worker go on
         self._answered.acquire()  # released to let the block go on
         self._done.acquire()  # released when the worker is through
-        self._records_gradients = state.grad
+        self._records_gradients, self._transforms = state.grad, len(state.transforms)
         self.cores = state.cores
         self._ident = self._worker = self._waiter = 0
         self._began = 0.0  # when the worker did
@@ -196,7 +199,9 @@ class Run:
                 opened = set(closed)
         if opened := opened & closed:
             more = [module for module, caller in callers.items() if caller in opened]
-            self.entered.update((module, calls) for module in more if (calls := self._calls(module)))
+            called = {module: calls for module in more if (calls := self._calls(module))}
+            self.entered.update(called)
+            self._uncounted.update(called)
             put_gates(more, self._gated)
             self._closed = closed - opened
 
@@ -365,6 +370,8 @@ class Run:
             else:
                 break
             unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
+            if module in self._uncounted or _functorch.peek_interpreter_stack() is not None:
+                self._check(want)
             self._hand_over(slot)
             if unedited is not None:
                 unedited.check(str(want))
@@ -374,6 +381,19 @@ class Run:
         if self._taps and not slot.skipped:
             self._enter_taps()
         return slot
+
+    def _check(self, want: Want) -> None:
+        """Raise if the value is not that of the point, or is none for the block."""
+        if want.module in self._uncounted:
+            raise OutOfOrderError(
+                f"{want}: the module is called more often than its caller, otherwise than in the pass that was looked at "
+                "first, and its first calls have not been counted. Ask for one of them, or its input, before."
+            )
+        if len(_functorch.get_interpreter_stack() or ()) != self._transforms:
+            raise UsageError(
+                f"{want} is inside a transform of torch.func (grad, vmap, ...) in the model's own code: its value is "
+                "nothing outside of that. Ask for a module around it, or put a hook on it."
+            )
 
     def _replace(self, slot: Slot) -> None:
         self.arriving.append(slot)
@@ -390,6 +410,7 @@ class Run:
             self._hand_over(None)
         self.step += 1
         self.entered.clear()
+        self._uncounted.clear()
         self._tapped.clear()
 
     def _hand_over(self, slot: Slot | None) -> None:

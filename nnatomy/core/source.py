@@ -203,7 +203,7 @@ class SourceMode(TorchFunctionMode):
         if func.__name__ == "__get__" or run is None or not run.stack or run.stack[-1][0] is not self._module:
             return func(*args, **kwargs)
         places = self._places()
-        if not places:  # a hook of torch's own
+        if not places:
             return func(*args, **kwargs)
         name, time = ".".join(place.name for place in places), self._count(places)
         args, kwargs = self._visit((args, kwargs), _kind(name, time, "input")).value
@@ -218,6 +218,8 @@ class SourceMode(TorchFunctionMode):
     def _places(self) -> list[Place]:
         """Where the forward, the helper that it called there, and so on to the torch function, are."""
         outer = frames_from(self._forward)
+        if not outer or (self._forward is not None and outer[0].f_code is not self._forward):
+            return []  # a hook's, a decorator's, or of a module that the model does not know
         inner = [*outer[1:], None]
         return [
             _place(frame.f_code, frame.f_lasti)
@@ -235,7 +237,7 @@ class SourceMode(TorchFunctionMode):
 
 def forward_code(module: Module) -> CodeType | None:
     """The code of a module's forward, whatever decorates it."""
-    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return getattr(inspect.unwrap(module.forward), "__code__", None)
 
 
 def frames_from(forward: CodeType | None) -> list[FrameType]:

@@ -245,12 +245,17 @@ class Trace:
         kinds = ["input"] * include_inputs + ["output"] * include_output
         block = self.block
         view = None if self._ensemble is None else block.peek
-        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=view)
+        aliases = partial(_all_paths, self._root.module)
+        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=view, aliases=aliases)
         run = block.run
         run.collectors.append(cache)
         run.run_to_end = True
         run.watch()
         return cache
+
+
+def _all_paths(root: Module) -> dict[str, Module]:
+    return dict(root.named_modules(remove_duplicate=False))
 
 
 class Steps:

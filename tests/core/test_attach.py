@@ -238,3 +238,29 @@ def test_sessions_group_traces() -> None:
         with view.trace(-x()) as tracer:
             view.embed.output = hidden
             assert torch.equal(tracer.result, model(x()))
+
+
+def test_what_it_takes_is_of_the_same_step() -> None:
+    class InTurn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Identity(), nn.Identity()
+
+        def forward(self, x: Tensor, step: int) -> Tensor:
+            if step == 0:
+                self.a(x)
+            return self.b(x) if step == 1 else x
+
+    root = InTurn()
+    view = Traceable(root).attach("b.output", nn.Identity(), takes="a.output")
+    with pytest.raises(UsageError, match=r"comes to b\.output before a\.output"):
+        view.trace_call(lambda: [root(torch.full((1, 1), step + 1.0), step) for step in range(2)]).run()
+
+
+def test_the_error_term_has_the_dropout_of_what_it_is_the_error_of() -> None:
+    root = net()
+    spliced = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 4)).train()
+    view = Traceable(root).attach("embed.output", spliced, how="error")
+    with view.trace(x()):
+        value = view.embed.output
+    assert torch.allclose(value, root.embed(x()), atol=1e-5)

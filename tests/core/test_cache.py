@@ -171,3 +171,17 @@ def test_an_error_keeps_what_was_collected() -> None:
     with no_leaks(model):
         assert "layers.0" in cache
         assert "layers.2" not in cache
+
+
+def test_a_shared_module_is_there_under_each_of_its_paths() -> None:
+    shared = nn.Linear(2, 2)
+    root = Calls(lambda self, x: self.b(self.a(x)), a=shared, b=shared)
+    expected, view = outputs(root, lambda: root(x()))["a"], Traceable(root)
+    for modules in (None, ["a"], ["b"], ["a", "b"]):
+        with view.trace(x()) as tracer:
+            cache = tracer.cache(modules)
+        for path in ("a", "b"):
+            assert path in cache
+            assert all(torch.equal(call.output, one) for call, one in zip(cache[path], expected, strict=True))
+    with pytest.raises(CacheError, match="'c' is not in the cache"):
+        cache["c"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Net, hooks, net, no_leaks, settles, x
+from helpers import Net, hooks, net, no_leaks, outputs, settles, x
 from torch import Tensor
 
 from nnatomy.core import Traceable, gates
@@ -769,3 +769,31 @@ def test_traces_in_awaiting_cells_of_a_notebook(kernel: Kernel) -> None:
         torch.equal(result, expected), [torch.equal(g, torch.tanh(model.embed(k * x()))) for k, g in enumerate(got[:4])]
         """
     ) == ("(True, [True, True, True, True])", "")
+
+
+def test_tasks_that_tasks_with_a_trace_have_made() -> None:
+    root = net()
+    view, inputs = Traceable(root), [torch.randn(1, 2) for _ in range(3)]
+
+    async def read(view: Any) -> Tensor:
+        await asyncio.sleep(0)
+        return view.output
+
+    async def block(x: Tensor) -> tuple[Tensor, ...]:
+        with view.trace(x):
+            await asyncio.sleep(0.01)
+            (first,) = await asyncio.gather(read(view.embed))
+            with view.trace(2 * x):
+                (inner,) = await asyncio.gather(read(view.embed))
+            await asyncio.sleep(0.01)
+            (second,) = await asyncio.gather(read(view.layers[0].attn))
+        return first, inner, second
+
+    async def run() -> list[tuple[Tensor, ...]]:
+        return await asyncio.gather(*map(block, inputs))
+
+    with no_leaks(root):
+        for x, (first, inner, second) in zip(inputs, asyncio.run(run()), strict=True):
+            assert torch.equal(first, root.embed(x))
+            assert torch.equal(inner, root.embed(2 * x))
+            assert torch.equal(second, outputs(root, lambda x=x: root(x))["layers.0.attn"][0])

@@ -747,3 +747,59 @@ def test_one_thread_at_a_time_parses_a_file(monkeypatch: pytest.MonkeyPatch) -> 
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+TOTAL: Any = "before"
+
+
+def test_names_that_a_function_declares_global() -> None:
+    global TOTAL
+    root = net()
+    view, (one, other) = Traceable(root), torch.randn(2, 1, 2)
+    with no_leaks(root):
+        with view.trace() as tracer:
+            with tracer.invoke(one):
+                TOTAL = view.embed.output.sum()
+            with tracer.invoke(other):
+                TOTAL += view.embed.output.sum()
+        expected = root.embed(one).sum() + root.embed(other).sum()
+        assert torch.allclose(TOTAL, expected, atol=1e-5)
+        assert torch.allclose(globals()["TOTAL"], expected, atol=1e-5)
+        with view.trace() as tracer:
+            with tracer.invoke(one):
+                global COUNT
+                COUNT = 1 + len(view.embed.output)
+        assert globals()["COUNT"] == 2
+
+
+def test_what_is_put_into_a_dict() -> None:
+    part = Calls(lambda self, x, scale: {"h": self.a(x) * scale, "more": [x]}, a=nn.Linear(2, 2))
+    root = Calls(
+        lambda self, x: self.o(self.part(x, scale=torch.ones(len(x), 1))["h"]), part=part, o=nn.Linear(2, 2)
+    ).requires_grad_(False)
+    view, (one, other) = Traceable(root), torch.randn(2, 1, 2)
+    with no_leaks(root):
+        with view.trace() as tracer:
+            with tracer.invoke(one):
+                view.part.output["h"] = torch.full((1, 2), 3.0)
+                seen = view.part.output["h"]
+                first = tracer.result
+            with tracer.invoke(other):
+                second = tracer.result
+        assert torch.equal(seen, torch.full((1, 2), 3.0))
+        assert torch.allclose(first, root.o(torch.full((1, 2), 3.0)))
+        assert torch.allclose(second, root(other))
+        with view.trace() as tracer:
+            with tracer.invoke(one):
+                view.part.inputs[1]["scale"] = torch.full((1, 1), 2.0)
+                first = tracer.result
+            with tracer.invoke(other):
+                second = tracer.result
+        assert torch.allclose(first, root.o(2 * part.a(one)))
+        assert torch.allclose(second, root(other))
+        with pytest.raises(AssignmentError, match="what was assigned is a"), view.trace() as tracer:
+            with tracer.invoke(one):
+                view.part.output["new"] = torch.zeros(1, 2)
+                tracer.result
+            with tracer.invoke(other):
+                view.part.output

@@ -248,3 +248,31 @@ def test_nothing_is_kept_of_a_model() -> None:
     assert module() is not None
     del view
     assert module() is None
+
+
+def test_what_is_called_more_often_than_in_the_pass_that_was_looked_at() -> None:
+    """Asked for late, nobody can tell which of its calls comes; asked for in time, it is known."""
+    cell = Calls(lambda self, x: torch.tanh(self.lin(x)), lin=nn.Linear(2, 2))
+
+    def run(self: Any, x: Tensor) -> Tensor:
+        for _ in range(self.rounds):
+            x = self.cell(x)
+        return x
+
+    layer = Calls(run, cell=cell)
+    layer.rounds = 1
+    twice = Calls(lambda self, x: self.layer(self.layer(x)) if self.again else self.layer(x), layer=layer)
+    twice.again = False
+    root = Calls(lambda self, x: self.head(self.twice(x)), twice=twice, head=nn.Linear(2, 2))
+    view = seen_whole(root)
+    layer.rounds, twice.again = 3, True
+    expected = outputs(root, lambda: root(x()))["twice.layer.cell"]
+    for call in range(6):
+        with view.trace(x()):
+            assert torch.equal(view.twice.layer.cell.calls[call].output, expected[call])
+        with pytest.raises((OutOfOrderError, NotReachedError)), view.trace(x()):
+            view.twice.layer.output
+            view.twice.layer.cell.calls[call].output
+    with pytest.raises(OutOfOrderError, match="its first calls have not been counted"), view.trace(x()):
+        view.twice.layer.output
+        view.twice.layer.cell.calls[1].output

@@ -121,3 +121,16 @@ def test_what_backward_calls_again_is_no_call_of_a_step(reentrant: bool) -> None
         assert len(tracer.result) == 3
     assert len(got) == 3
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_another_tensor_put_into_a_checkpointed_dict_is_refused() -> None:
+    inner = Calls(lambda self, x: {"h": torch.tanh(self.a(x))}, a=nn.Linear(2, 2))
+    part = Calls(lambda self, x: self.o(self.inner(x)["h"]), inner=inner, o=nn.Linear(2, 2))
+    view = Traceable(Calls(lambda self, x: checkpoint(self.part, x, use_reentrant=False), part=part))
+    with (
+        pytest.raises(AssignmentError, match="gradient checkpointing"),
+        view.trace(torch.randn(1, 2)) as tracer,
+    ):
+        value = view.part.inner.output
+        value["h"] = value["h"] * 3
+        tracer.result

@@ -263,3 +263,50 @@ def test_blocks_see_their_own_rows() -> None:
     assert torch.allclose(torch.cat([one, two]), scores_of(net, x()), atol=1e-6)
     assert torch.allclose(result, finish(rest(net, torch.zeros(1, 3, 3), x()[:1])[-1]), atol=1e-6)
     assert torch.allclose(untouched, net(x()[1:]), atol=1e-6)
+
+
+def test_what_is_called_outside_the_forward_has_none_of_its_names() -> None:
+    """Hooks of the module and a module that it does not know: neither is the forward's own relu."""
+
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x - 1)
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(unknown(x) + 1)
+
+    unknown, module = Unknown(), Module()
+    module.register_forward_pre_hook(lambda _, args: (torch.relu(args[0]),))
+    view, x = Traceable(nn.Sequential(module)), torch.randn(2, 4)
+    with view.trace(x):
+        mine = view[0].source.relu.output
+    assert torch.equal(mine, torch.relu(torch.relu(torch.relu(x) - 1) + 1))
+    with view.trace(x) as tracer:
+        view[0].source.relu.output = torch.full((2, 4), 7.0)
+        result = tracer.result
+    assert torch.equal(result, torch.full((2, 4), 7.0))
+
+
+def test_a_decorated_forward() -> None:
+    class Rotary(nn.Module):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cos(x)
+
+    view, x = Traceable(nn.Sequential(Rotary())), torch.randn(2, 4)
+    with no_leaks(view.module):
+        with view.trace(x) as tracer:
+            cos = view[0].source.cos.output
+            result = tracer.result
+        assert torch.equal(cos, x.cos())
+        assert torch.equal(result, x.cos())
+
+
+def test_a_forward_of_the_instance() -> None:
+    module = nn.Identity()
+    module.forward = lambda x: torch.sin(x) + 1  # type: ignore[method-assign]
+    view, x = Traceable(nn.Sequential(module)), torch.randn(2, 4)
+    with view.trace(x):
+        sin = view[0].source.sin.output
+    assert torch.equal(sin, x.sin())

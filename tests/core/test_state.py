@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnatomy.core import Traceable
+from nnatomy.errors import UsageError
 
 VAR: contextvars.ContextVar[str] = contextvars.ContextVar("VAR", default="default")
 
@@ -182,3 +183,91 @@ def test_warnings_of_the_model_are_the_callers() -> None:
     view = Traceable(model)
     with pytest.warns(UserWarning, match="from the model"), view.trace(0) as tracer:
         tracer.result
+
+
+def doubled(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    return net[2](2 * net[1](net[0](x))).sum()
+
+
+@pytest.fixture
+def tanh() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap", "jacrev of vmap", "parameters"])
+def test_transforms_of_functions_with_a_trace(tanh: nn.Sequential, transform: str) -> None:
+    view, x = Traceable(tanh), torch.randn(3, 4)
+
+    def traced(x: torch.Tensor) -> torch.Tensor:
+        with view.trace(x) as tracer:
+            view[1].output = 2 * view[1].output
+            result = tracer.result
+        return result.sum()
+
+    def with_parameters(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        with view.trace_call(torch.func.functional_call, tanh, parameters, (x,)) as tracer:
+            view[1].output = 2 * view[1].output
+            result = tracer.result
+        return result.sum()
+
+    def of(function, rows: bool = False):
+        func = torch.func
+        match transform:
+            case "grad":
+                return func.grad(function)(x)
+            case "jvp":
+                return func.jvp(function, (x,), (x.sin(),))[1]
+            case "hessian":
+                return func.hessian(function)(x)
+            case "vmap":
+                return func.vmap(function)(x[:, None])
+            case "jacrev of vmap":
+                return func.jacrev(func.vmap(function))(x[:, None])
+
+    with no_leaks(tanh):
+        if transform == "parameters":
+            plain = lambda p: 2 * torch.func.functional_call(tanh, p, (x,)).sum() - 2 * 3 * p["2.bias"].sum()  # noqa: E731
+            shifted = lambda p: with_parameters(p) - 3 * p["2.bias"].sum()  # noqa: E731
+            mine, expected = (torch.func.grad(f)(dict(tanh.named_parameters())) for f in (shifted, plain))
+            assert all(torch.allclose(mine[name], expected[name], atol=1e-5) for name in expected)
+        else:
+            assert torch.allclose(of(traced), of(lambda x: doubled(tanh, x)), atol=1e-5)
+        assert traced(x).item() == pytest.approx(doubled(tanh, x).item(), rel=1e-5)
+
+
+def test_inside_a_transform_of_the_models_own() -> None:
+    inner = nn.Linear(4, 4)
+    root = Calls(
+        lambda self, x: self.after(torch.func.grad(lambda y: torch.tanh(self.inner(y)).sum())(x)),
+        inner=inner,
+        after=nn.Linear(4, 4),
+    )
+    view, x = Traceable(root), torch.randn(3, 4)
+    with no_leaks(root):
+        with (
+            pytest.raises(UsageError, match=r"inner\.output is inside a transform of torch\.func"),
+            view.trace(x),
+        ):
+            view.inner.output
+        with view.trace(x):
+            after = view.after.output
+        assert torch.equal(after, root(x))
+
+
+def test_hooks_on_saved_tensors(tanh: nn.Sequential) -> None:
+    view, x = Traceable(tanh), torch.randn(3, 4)
+    packed: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor)
+        return tensor
+
+    def count(run) -> int:
+        packed.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        return len(packed)
+
+    assert count(lambda: view.trace(x).run()) == count(lambda: tanh(x)) > 0
+    assert count(lambda: None) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -379,3 +380,40 @@ def test_save_returns_the_tensor_and_lets_nnsights_be_called(net: Traceable, mon
     monkeypatch.setattr(compat, "getattr", lambda *_: lambda t: saved.append(t) or t, raising=False)
     assert value.save() is value
     assert len(saved) == 1
+
+
+def test_a_shallow_copy_computes_with_its_own_parameters(net: Traceable, module: Net) -> None:
+    with nothing_left(module):
+        with net.trace(torch.ones(1, 4)):
+            hidden = net.blocks[0].inner.output
+            mine = copy.copy(module.head)
+            mine._parameters = {
+                name: torch.nn.Parameter(torch.zeros_like(p)) for name, p in mine.named_parameters()
+            }
+            assert not mine(hidden).any()
+        assert not mine(hidden).any()
+        assert "_call_impl" not in mine.__dict__
+
+
+def test_parts_that_are_compiled_in_a_trace() -> None:
+    compiled = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), backend="eager")
+    linear = nn.Linear(2, 2)
+    function = torch.compile(lambda x: linear(x) + 1, backend="eager", fullgraph=True)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.compiled, self.linear = nn.Linear(2, 2), compiled, linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.compiled(self.first(x)))
+
+    root = Root().requires_grad_(False)
+    view = Traceable(root)
+    with nothing_left(root):
+        for x in torch.randn(3, 1, 2):
+            with view.trace(x) as tracer:
+                first = view.first.output
+                result = tracer.result
+            assert torch.equal(first, root.first(x))
+            assert torch.allclose(result, root(x))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import dis
+import inspect
 import linecache
 import sys
 from collections.abc import Callable
@@ -50,11 +51,13 @@ class Body:
         if key not in _bodies:
             body = _compile(frame)
             instructions = list(dis.get_instructions(body))
-            binds = frozenset(i.argval for i in instructions if i.opname == "STORE_NAME")
+            binds = frozenset(i.argval for i in instructions if i.opname in ("STORE_NAME", "STORE_GLOBAL"))
             operations = {i.opname for i in instructions}
             _bodies[key] = body, binds, "MAKE_FUNCTION" in operations, operations <= _NOTHING
         self._code, self.binds, self.makes_functions, self._is_empty = _bodies[key]
         self.names = dict(frame.f_locals)
+        self._globals = _globals_of(frame.f_code, self.binds)
+        self.names |= {name: frame.f_globals[name] for name in self._globals & frame.f_globals.keys()}
         self._before: tuple[Any, Any, bool] | None = None
 
     def skip(self) -> None:
@@ -103,7 +106,8 @@ class Body:
     def bind(self, names: dict[str, Any]) -> None:
         """Give these names their values in the user's frame."""
         frame = self.frame
-        frame.f_locals.update(names)
+        frame.f_globals.update({name: value for name, value in names.items() if name in self._globals})
+        frame.f_locals.update({name: value for name, value in names.items() if name not in self._globals})
         if sys.version_info < (3, 13):  # before, `f_locals` of a function is a copy
             ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
@@ -121,6 +125,13 @@ class Names(dict[str, Any]):
     def own(self) -> dict[str, Any]:
         """What the body has bound."""
         return {name: value for name, value in self.items() if name != "__builtins__"}
+
+
+def _globals_of(code: CodeType, names: frozenset[str]) -> frozenset[str]:
+    """Those of the names that are global in a function, as it declares them so."""
+    if not code.co_flags & inspect.CO_OPTIMIZED:
+        return frozenset()
+    return names.difference(code.co_varnames, code.co_cellvars, code.co_freevars)
 
 
 def _names_in(code: CodeType) -> set[str]:

@@ -124,6 +124,13 @@ def _unflatten(leaves: list[Any], structure: pytree.TreeSpec) -> Any:
     return leaves[0] if structure is _TENSOR else pytree.tree_unflatten(leaves, structure)
 
 
+def _leaves_in(value: Any, structure: pytree.TreeSpec) -> list[Any]:
+    leaves, same = _flatten(value)
+    if same != structure:
+        raise AssignmentError(f"The value is a {structure}; what was assigned is a {same}.")
+    return leaves
+
+
 class UnknownRows:
     """Stands among a module's further arguments or results where nobody can tell which rows are the block's."""
 
@@ -142,7 +149,7 @@ class UnknownRows:
 class RowSlot(Slot):
     """A slot as one block sees it: its own rows."""
 
-    __slots__ = ("_given", "_leaves", "_rows", "_structure", "_versions", "replace_output", "whole")
+    __slots__ = ("_given", "_leaves", "_rows", "_structure", "_value", "_versions", "replace_output", "whole")
 
     def __init__(self, whole: Slot, rows: Rows, replace_output: Any) -> None:
         self.whole = whole
@@ -159,16 +166,15 @@ class RowSlot(Slot):
             first = next((i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)), 0)
             self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(self._leaves)]
             self._versions = [versions(leaf) if isinstance(leaf, Tensor) else None for leaf in self._given]
-        return _unflatten(self._given, self._structure)
+            self._value = _unflatten(self._given, self._structure)
+        return self._value
 
     @value.setter
     def value(self, new: Any) -> None:
         given = self._given
         self.settle()
         leaves, structure = _flatten(self.whole.value)
-        mine, same = _flatten(new)
-        if same != structure:
-            raise AssignmentError(f"The value is a {structure}; what was assigned is a {same}.")
+        mine = _leaves_in(new, structure)
         for i, (leaf, part) in enumerate(zip(leaves, mine, strict=True)):
             if isinstance(leaf, Tensor) and not (given and part is given[i]):
                 leaves[i] = self._put(leaf, part)
@@ -191,7 +197,13 @@ class RowSlot(Slot):
         if self._given is None:
             return
         leaves, changed = self._leaves, False  # nobody else has been at work since
-        for i, (leaf, given, version) in enumerate(zip(leaves, self._given, self._versions, strict=True)):
+        given_then, self._given = self._given, None
+        now = _leaves_in(self._value, self._structure)
+        for i, (leaf, given, version) in enumerate(zip(leaves, given_then, self._versions, strict=True)):
+            if now[i] is not given and isinstance(leaf, Tensor):  # put into a dict or list
+                leaves[i] = self._put(leaf, now[i])
+                changed = True
+                continue
             if not isinstance(given, Tensor) or given is leaf:
                 continue
             # Where another block's rows have one, `requires_grad_()` does not show.
@@ -201,8 +213,7 @@ class RowSlot(Slot):
                 changed = True
         if changed:
             self.whole.value = _unflatten(leaves, self._structure)
-        self._given = None
-        del self._leaves
+        del self._leaves, self._value
 
     def _put(self, leaf: Tensor, mine: Any) -> Tensor:
         # What autograd has recorded must not change. (A new tensor for each of many blocks costs: its pages are new.)

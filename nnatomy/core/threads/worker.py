@@ -17,6 +17,9 @@ from time import monotonic
 from typing import Any
 
 import torch
+from torch._C import _functorch
+from torch._functorch import pyfunctorch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
@@ -158,7 +161,8 @@ class ThreadState:
     """What torch and Python keep per thread, as it was where the trace was opened.
 
     Grad mode, inference mode, autocast, the function and dispatch modes (a default device is one of
-    these), the number of threads, the cores to run on, the CUDA device and stream, and the context variables.
+    these), the transforms of `torch.func`, the hooks on saved tensors, the number of threads, the cores to run
+    on, the CUDA device and stream, and the context variables.
     """
 
     def __init__(self) -> None:
@@ -181,11 +185,17 @@ class ThreadState:
         self.dispatch_modes: list[Any] = []
         if torch._C._len_torch_dispatch_stack():
             self.dispatch_modes = dispatch._get_current_dispatch_mode_stack()
+        #: The transforms of `torch.func` that the caller is within, innermost first.
+        self.transforms: list[Any] = []
+        if _functorch.peek_interpreter_stack() is not None:
+            with pyfunctorch.temporarily_clear_interpreter_stack() as transforms:
+                self.transforms = transforms
+        self.saved_tensors_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self.cuda_stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
-        self.plain = not (
-            self.inference or self.autocast or self.function_modes or self.dispatch_modes or self.cuda_stream
-        )
+        modes = [*self.autocast, *self.function_modes, *self.dispatch_modes, *self.transforms]
+        others = (self.inference, self.saved_tensors_hooks, self.cuda_stream)
+        self.plain = not (modes or any(others))
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""
@@ -211,6 +221,9 @@ class ThreadState:
                     _push_mode(mode)
                 for mode in self.dispatch_modes:
                     dispatch._push_mode(mode)
+                if self.saved_tensors_hooks:
+                    stack.enter_context(saved_tensors_hooks(*self.saved_tensors_hooks))
+                stack.enter_context(pyfunctorch.temporarily_restore_interpreter_stack(self.transforms))
                 return function()
         finally:
             while torch._C._len_torch_function_stack():
