@@ -209,6 +209,11 @@ class OpenBlocks:
         if not blocks:
             self._by_thread.pop(thread, None)
 
+    @property
+    def is_open_here(self) -> bool:
+        """Whether this thread has opened one."""
+        return get_ident() in self._by_thread
+
     def current(self, name: str) -> Block:
         """The block that the user's line stands in.
 
@@ -237,7 +242,7 @@ class OpenBlocks:
     @contextmanager
     def looking_at(self, name: str) -> Iterator[Block]:
         """The block that the user's line stands in; outside of one, that of a trace of the example."""
-        if self.example is None or get_ident() in self._by_thread:
+        if self.example is None or self.is_open_here:
             yield self.current(name)
         else:
             with self.example(self) as tracer:

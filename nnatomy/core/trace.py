@@ -192,7 +192,8 @@ class Trace:
             CaptureError: if the body cannot be had from the source.
             InputError: if the inputs cannot be run, or (at the end) cannot be joined.
         """
-        if self._block is None or self._joining is None:
+        if self._joining is None or self._block is None:
+            self.block  # noqa: B018  raises if the trace is not open
             raise UsageError(
                 "This trace has inputs of its own. For blocks with an input each, open it with none: "
                 "`with model.trace() as tracer:`."
@@ -281,12 +282,12 @@ class Steps:
 
 
 def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
-    if isinstance(which, int):
-        which = [which]
     if not isinstance(which, slice):
-        steps = list(which)
-        if any(step < 0 for step in steps) or steps != sorted(set(steps)):
-            raise UsageError(f"tracer.iter[{steps}]: steps are counted from 0, each once, in rising order.")
+        steps: list[Any] = (
+            [which] if isinstance(which, int) or not isinstance(which, Iterable) else list(which)
+        )
+        if not all(isinstance(step, int) and step >= 0 for step in steps) or steps != sorted(set(steps)):
+            raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")
         return steps
     start, stop, stride = which.start or 0, which.stop, which.step or 1
     if start < 0 or stride < 1 or (stop is not None and stop < 0):

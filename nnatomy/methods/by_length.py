@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from nnatomy.methods.positions import mask_of
+
 #: How many tokens, padding counted, a forward pass has at most where no number of prompts is given (but one prompt).
 TOKENS = 1024
 #: How many positions of padding it then has at most: as many as one more pass costs, on the CPU of benchmarks/README.md.
@@ -54,7 +56,7 @@ def by_length(inputs: Mapping[str, Any], size: int | None) -> Iterator[Part]:
     mask = inputs.get("attention_mask")
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     if mask is None or mask.ndim != 2 or any(one.shape[:2] != mask.shape for one in tensors):
-        count, seq = (inputs["inputs_embeds"] if mask is None else mask).shape[:2]
+        count, seq = mask_of(inputs).shape
         yield Part([*range(count)], dict(inputs), [*range(count)], [seq] * count)
         return
     for prompts in batches(mask.sum(1).tolist(), size):

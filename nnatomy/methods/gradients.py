@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.points import accessor_of
-from nnatomy.methods.prompts import plain, token_texts
+from nnatomy.methods.positions import mask_of
+from nnatomy.methods.prompts import left_padded, token_texts
 from nnatomy.standardized import StandardizedTransformer
 
 #: From the logits of the next token, one number for each prompt.
@@ -21,6 +22,8 @@ Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
 
 _BY_HEAD = ("queries", "keys", "values")
 _PATTERNS = ("attention_scores", "attention_probabilities")
+#: What other modules may be given, too (a parallel MLP, the residual addition), whose share in the gradient is not meant.
+_SHARED_INPUTS = ("attentions_input", "mlps_input", "cross_attentions_input")
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,19 @@ class Pairs:
     @classmethod
     def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any) -> Pairs:
         """Raises InputError unless each clean prompt has as many tokens as its corrupted one."""
-        one, other = (model.prepare(plain(prompts)) for prompts in (clean, corrupted))
-        lengths = [inputs["attention_mask"].sum(-1).tolist() for inputs in (one, other)]
+        one, other = (model.prepare(left_padded(prompts)) for prompts in (clean, corrupted))
+        lengths = [mask_of(inputs).sum(-1).tolist() for inputs in (one, other)]
         if lengths[0] != lengths[1]:
             raise InputError(
                 f"Clean and corrupted prompts are compared token by token, but have {lengths[0]} and {lengths[1]} tokens."
             )
-        first = other["input_ids"][0]
+        first = other.get("decoder_input_ids", other["input_ids"])[0]
         return cls(one, other, tuple(token_texts(model, first)))
 
     @property
     def mask(self) -> Int[Tensor, "prompt seq"]:
         """1 for tokens, 0 for padding."""
-        return self.clean["attention_mask"]
+        return mask_of(self.clean)
 
 
 @torch.no_grad()
@@ -135,7 +138,10 @@ def gradients(
         model.token_embeddings = start.clone()
         for i in range(model.num_layers):
             before = model.layers_input[i] if i == drop else None
-            if i in layers and point != "layers_output":
+            if i in layers and point in _SHARED_INPUTS:
+                found.append(accessor[i].clone())
+                accessor[i] = found[-1]
+            elif i in layers and point != "layers_output":
                 found.append(accessor[i])
                 found[-1].retain_grad()  # so that a pattern under SDPA is what the model goes on with
             if before is not None:

@@ -166,6 +166,7 @@ def inverse_logits(
     model: StandardizedTransformer, hidden: Float[Tensor, "*rows hidden"]
 ) -> Float[Tensor, "*rows vocab"]:
     """`project_on_vocab` with the final norm's output negated: the model's own forward, all layers skipped."""
+    model = model.without_edits()  # they have been made in what is projected
     ln_final = model.ln_final
     rows = hidden.reshape(-1, 1, hidden.shape[-1])
     with model.trace(torch.zeros(rows.shape[:2], dtype=torch.long), use_cache=False):

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import NotInThisModelError, NotReachedError
 from nnatomy.methods.ends import end_logits, ends
 from nnatomy.methods.points import accessor_of, axes_of, layers_with
 from nnatomy.standardized import StandardizedTransformer
@@ -27,7 +27,7 @@ Cells = Bool[Tensor, "cell head seq"]
 _CLOSE = 1e-4
 
 #: What models' code raises where something that it relies on is not there.
-NOT_THERE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+NOT_THERE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, NotReachedError)
 
 
 class PatchedRuns:

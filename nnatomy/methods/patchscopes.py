@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from nnatomy.errors import InputError
 from nnatomy.methods.patched_rows import PatchedRows, of_rows
 from nnatomy.methods.positions import from_end, positions_from_end
-from nnatomy.methods.prompts import plain
+from nnatomy.methods.prompts import left_padded, plain
 from nnatomy.methods.target_prompts import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import LayerAccessor
@@ -153,11 +153,15 @@ def patchscope_generate(
     into = _written(nn_model, chosen, target_layers)
     count = states.shape[1]
     inputs, columns = _prepared(nn_model, TargetPromptBatch.auto(target_patch_prompt, count))
+    columns = columns % inputs["attention_mask"].shape[1]  # without a KV cache the prompt gets longer behind
     rows = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(count))
     found: dict[int, Tensor] = {}
     for i, one in _batches(rows, count * max(1, max_batch_size // count), progress):
         with nn_model.generate(**of_rows(inputs, one), max_new_tokens=max_length, **kwargs) as tracer:
-            _put(nn_model.layers_output, into[i], columns[one], states[i, one])
+            for step in tracer.iter[:]:
+                if step and nn_model.input_size[1] == 1:
+                    break  # the patched positions are in the KV cache
+                _put(nn_model.layers_output, into[i], columns[one], states[i, one])
             tokens = tracer.result
         written = [names[layer] for layer in i[::count]]
         found.update(zip(written, tokens.cpu().chunk(len(written)), strict=True))
@@ -198,11 +202,11 @@ def patch_object_attn_lens(
     accessor = nn_model.attentions_input
     if not nn_model.attention_layers:
         accessor.module(0)  # says why there is none
-    source = nn_model.prepare(plain(source_prompts))
+    source = nn_model.prepare(left_padded(source_prompts))
     columns = torch.cat(positions_from_end(source, -1))
     with nn_model.trace(**source, use_cache=False):
         states = {i: accessor[i][torch.arange(len(columns)), columns] for i in nn_model.attention_layers}
-    inputs = nn_model.prepare(plain(target_prompts))
+    inputs = nn_model.prepare(left_padded(target_prompts))
     columns = torch.cat(positions_from_end(inputs, attn_idx_patch))
     count = len(columns)
     if any(len(state) not in (1, count) for state in states.values()):

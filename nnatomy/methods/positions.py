@@ -12,6 +12,16 @@ from torch import Tensor
 from nnatomy.errors import InputError
 
 
+def mask_of(inputs: Mapping[str, Any]) -> Num[Tensor, "prompt seq"]:
+    """1 for the positions of the prompts that the layers have (an encoder-decoder's decoder), 0 for padding."""
+    decoder = "decoder_input_ids" in inputs
+    mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None:
+        read = inputs["decoder_input_ids" if decoder else "inputs_embeds"]
+        mask = torch.ones(read.shape[:2], dtype=torch.long, device=read.device)
+    return mask
+
+
 def positions_from_end(
     inputs: Mapping[str, Any], positions: str | int | Sequence[int]
 ) -> list[Int[Tensor, " position"]]:
@@ -27,8 +37,7 @@ def positions_from_end(
     Raises:
         InputError: if a prompt has no such position.
     """
-    mask = inputs.get("attention_mask")
-    mask = torch.ones(inputs["inputs_embeds"].shape[:2]) if mask is None else mask.cpu()
+    mask = mask_of(inputs).cpu()
     if isinstance(positions, str) and positions not in ("last", "all"):
         raise InputError(f'positions={positions!r}: it is "last", "all", or one or several numbers.')
     found = []

@@ -216,7 +216,7 @@ def compute_next_token_probs(nn_model: StandardizedTransformer, prompt: Any) -> 
     # Only where nothing else is read: some models shorten their last layers with it (Gemma 4).
     takes = "logits_to_keep" in inspect.signature(nn_model.steps_of.forward).parameters
     kwargs: dict[str, Any] = {"logits_to_keep": 1} if takes else {}
-    with nn_model.trace(plain(prompt), use_cache=False, **kwargs):
+    with nn_model.trace(left_padded(prompt), use_cache=False, **kwargs):
         probs = nn_model.next_token_probs
     return probs.cpu()
 
@@ -235,6 +235,17 @@ def plain(prompts: Any) -> Any:
     if isinstance(prompts, (list, tuple)):
         return [plain(prompt) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
     return prompts
+
+
+def left_padded(prompts: Any) -> Any:
+    """`plain`, where prompts that a dict pads on the right, as tokenizers do, are token ids: these are padded on the left."""
+    prompts = plain(prompts)
+    if not isinstance(prompts, Mapping) or {*prompts} != {"input_ids", "attention_mask"}:
+        return prompts
+    ids, mask = (torch.as_tensor(prompts[name]) for name in ("input_ids", "attention_mask"))
+    if mask.ndim != 2 or ids.shape != mask.shape or mask[:, -1].all():
+        return prompts
+    return [row[here].tolist() for row, here in zip(ids, mask.bool(), strict=True)]
 
 
 def token_texts(model: Any, ids: Any) -> list[str]:

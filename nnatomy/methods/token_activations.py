@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.prompts import plain
+from nnatomy.methods.positions import mask_of
+from nnatomy.methods.prompts import left_padded
 from nnatomy.standardized import StandardizedTransformer
 
 #: From the model and a layer, inside a trace, to a value of (batch, seq, hidden).
@@ -55,7 +56,7 @@ def get_token_activations(
     if tracer is None:
         if prompts is None:
             raise InputError("There are no prompts: give some, or a trace that is open (tracer=...).")
-        with model.trace(plain(prompts), use_cache=False):
+        with model.trace(left_padded(prompts), use_cache=False):
             found = _read(model, layers, get_activations or _layer_output, idx)
         return found.cpu()
     return _read(model, layers, get_activations or _layer_output, idx)
@@ -67,7 +68,8 @@ def _read(
     every = range(model.num_layers)
     wanted = list(every) if layers is None else [every[layer] for layer in layers]
     at = -1 if idx is None else idx
-    mask = model.attention_mask
+    given, _ = model._root_inputs("attention_mask")
+    mask = mask_of(given) if "decoder_input_ids" in given else model.attention_mask
     lengths = mask.sum(-1)
     if not bool(((at < lengths) & (-at <= lengths)).all()):
         raise InputError(f"idx={at}: the shortest prompt has {int(lengths.min())} tokens.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -130,6 +131,12 @@ class LayerAccessor:
     def module(self, layer: int) -> Module:
         """The module of that layer. Raises LayerIndexError or NotInThisModelError if there is none."""
         count = len(self.modules)
+        try:
+            layer = index(layer)
+        except TypeError:
+            raise LayerIndexError(
+                f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced."
+            ) from None
         if not count:
             raise NotInThisModelError(f"{self.name}: there is none: {self._none}.")
         if not -count <= layer < count:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from nnatomy.core.blocks.rows import RowSlot
+from nnatomy.core.calls import Inputs
 from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.names import Names
 
@@ -38,7 +42,30 @@ class Edits(Names):
                 self._checked(i)  # raises: it would not come
             layer = self._anatomy.layers[i]
             form = self._head.in_form(layer, skip_with)
-            self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}").skip(form)
+            slot = self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}")
+            if not (
+                slot.skipped or isinstance(slot, RowSlot)
+            ):  # else it has been done, or the layer runs for other blocks
+                self._leave_room(slot.value, i, skip_with)
+            slot.skip(form)
+
+    def _leave_room(self, inputs: Inputs, layer: int, given: Tensor) -> None:
+        """Put keys and values that are no numbers into the KV cache, where the skipped layer would have put its own.
+
+        The model takes how many positions there are from its first layers' part of the cache. (Should the layer run in a
+        later step, what it gives will show that they are none.)
+        """
+        args, kwargs = inputs
+        caches = [one for one in (*args, *kwargs.values()) if isinstance(one, Cache)]
+        index = getattr(self._anatomy.attentions[layer], "layer_idx", None)
+        heads, width = self.dimensions.num_kv_heads, self.dimensions.head_dim
+        if not caches or index is None or heads is None or width is None:
+            return
+        cache = getattr(caches[0], "self_attention_cache", caches[0])
+        kinds = {type(one) for one in getattr(cache, "layers", ())[index : index + 1]}
+        if isinstance(cache, DynamicCache) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            none = given.new_full((len(given), heads, given.shape[1], width), torch.nan)
+            cache.update(none, none, index)
 
     def _checked(self, layer: int) -> int:
         self.layers_input.module(layer)
@@ -63,9 +90,10 @@ class Edits(Names):
                 as in `tensor[batch_index, token_positions]`.
 
         Raises:
-            InputError: if the vector is not as wide as the stream.
+            InputError: if the vector is not as wide as the stream, or there are no such prompts or positions.
             LayerIndexError: for a layer that there is not.
         """
+        steering_vector = torch.as_tensor(steering_vector)
         if steering_vector.shape[-1:] != (self.hidden_size,):
             raise InputError(
                 f"The steering vector is of shape {tuple(steering_vector.shape)}, the model's residual stream of width "
@@ -80,5 +108,11 @@ class Edits(Names):
                 slice(None) if batch_index is None else batch_index,
                 slice(None) if token_positions is None else token_positions,
             )
-            hidden[where] += factor * steering_vector.to(hidden)
+            try:
+                hidden[where] += factor * steering_vector.to(hidden)
+            except (IndexError, TypeError, RuntimeError) as error:
+                raise InputError(
+                    f"batch_index={batch_index!r}, token_positions={token_positions!r} and a vector of "
+                    f"{tuple(steering_vector.shape)} do not fit a stream of {tuple(hidden.shape)}: {error}"
+                ) from None
             self.layers_output[layer] = hidden

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -88,7 +89,20 @@ class Prompts:
                 f"The model reads {' and '.join(missing)} beside tokens: give {'=..., '.join(missing)}=..., a row for each prompt."
             )
         if given.get("input_ids") is None:
+            embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+            if isinstance(embeds, Tensor) and isinstance(mask, Tensor) and mask.shape == embeds.shape[:2]:
+                given = {**self.positions(given), **given}
             return _to(self._with_decoder(given), device)
+        if (
+            isinstance(masks := given.get("attention_mask"), list)
+            and len({len(one) for one in masks if isinstance(one, list)}) > 1
+        ):
+            if not all(map(all, masks)):
+                raise InputError(
+                    "attention_mask is of rows of several lengths, and masks tokens: give tensors, padding=True."
+                )
+            del given["attention_mask"]  # a tokenizer's without padding: nothing is masked
+            kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         ids, mask = self._ids_and_mask(given["input_ids"])
         given["input_ids"] = ids
         given = self._with_decoder(given)
@@ -98,18 +112,19 @@ class Prompts:
             and mask.all()
         ):
             return _to(given, device)  # several prompts in a row, which the model knows by their positions
+        past = past_positions(given)
         if given.get("attention_mask") is None:
-            given["attention_mask"] = mask
+            given["attention_mask"] = F.pad(mask, (past, 0), value=1)
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
-        if mask.shape == ids.shape and given.get("position_ids") is None:
-            given |= self.positions(given)
+        if mask.shape == (len(ids), past + ids.shape[1]) and given.get("position_ids") is None:
+            given |= {name: value[:, past:] for name, value in self.positions(given).items()}
         return _to(given, device)
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
         """`position_ids` by the mask, where the batch is padded and the model is to be given any."""
         mask = given["attention_mask"]
-        text = all(value.shape == mask.shape for value in given.values() if isinstance(value, Tensor))
+        text = all(value.shape[:2] == mask.shape for value in given.values() if isinstance(value, Tensor))
         if not self.takes_positions or bool(mask.all()) or (self.places_images and not text):
             return {}
         return {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
@@ -218,8 +233,12 @@ def _as_batch(prompts: Any) -> Sequence[Any]:
         kinds = (str, Tensor)
         if all(isinstance(prompt, kinds) or _is_chat(prompt) or _is_ids(prompt) for prompt in prompts):
             return prompts
-    if isinstance(prompts, (list, tuple)) and (not prompts or any(prompt == [] for prompt in prompts)):
-        raise InputError(f"The prompt is empty: {prompts!r}.")
+    if isinstance(prompts, (list, tuple)):
+        if not prompts:
+            raise InputError(f"The prompt is empty: {prompts!r}.")
+        for i, prompt in enumerate(prompts):
+            if isinstance(prompt, (list, tuple)) and not prompt:
+                raise InputError(f"Prompt {i} is empty: {prompt!r}.")
     raise InputError(
         f"{type(prompts).__name__} is no prompt: give a string, a chat (a list of dicts with role and "
         f"content), token ids, a list of these, or a dict with input_ids; got {prompts!r:.200}."
@@ -244,6 +263,12 @@ def _is_ids(prompt: Any) -> bool:
 
 def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+
+
+def past_positions(given: Mapping[str, Any]) -> int:
+    """How many positions the KV cache that the model is given has."""
+    length = getattr(given.get("past_key_values"), "get_seq_length", None)
+    return int(length()) if length else 0
 
 
 def pad_token_id(tokenizer: Any, config: Any) -> int:

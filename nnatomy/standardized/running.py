@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from nnatomy.core import Trace
+from nnatomy.standardized.inputs import past_positions
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.prompt_trace import PromptTrace
@@ -62,10 +63,13 @@ class Running(Parts):
             **kwargs: go to the model's `generate`.
         """
 
-        started = "decoder_input_ids" in {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
+        given = {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
+        started, masked = "decoder_input_ids" in given, given.get("attention_mask") is not None
 
         def call(inputs: dict[str, Any]) -> Callable[[], Any]:
             inputs.pop("position_ids", None)  # generate makes its own, for every step
+            if not masked and (past := past_positions(inputs)):  # generate is given the prompt with its past
+                inputs["attention_mask"] = inputs["attention_mask"][:, past:]
             if not started:
                 inputs.pop("decoder_input_ids", None)
             if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:

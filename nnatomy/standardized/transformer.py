@@ -25,7 +25,8 @@ from nnatomy.core import ModuleView, Trace, Traceable
 from nnatomy.core.block import OpenBlocks
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.threads.openmp import release_buffers
-from nnatomy.errors import InputError
+from nnatomy.errors import AssignmentError, InputError, LoadError
+from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.head import NO_HEAD, Head
@@ -69,7 +70,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
     Args:
         model: a hub id, a folder, `demo:gpt2` or `demo:llama`, or a loaded Hugging Face model, also
             one in a wrapper (a PEFT model): steps, prompts and logits are those of the model in it.
-        tokenizer: a tokenizer, for a loaded model or in place of the id's own.
+        tokenizer: a tokenizer, or its id or folder, for a loaded model or in place of the id's own.
         arch_config: where the modules are, for an architecture that nnatomy does not know.
         validate: check at load that each standard name means what it promises. `"shapes"` checks the shapes alone, which
             a model on the meta device has too; False checks nothing. `validation` says what was found.
@@ -109,6 +110,8 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         allow_failures: bool = False,
         **kwargs: Any,
     ) -> None:
+        if validate not in (True, False, "shapes"):
+            raise InputError(f"validate={validate!r}: it is True, False or 'shapes'.")
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
@@ -116,10 +119,19 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
                     f"{', '.join(kwargs)}: arguments of from_pretrained, but the model is already loaded."
                 )
             hf_model = model
+            if not hasattr(hf_model, "config"):
+                raise InputError(
+                    f"{type(hf_model).__name__} is no Hugging Face model: it has no config. To look into any torch.nn.Module, "
+                    "without the standard names, take nnatomy.core.Traceable(module)."
+                )
         else:
             hf_model = load_model(model, kwargs)
             if tokenizer is None:
                 tokenizer, no_tokenizer = load_tokenizer(model, kwargs)
+        if isinstance(tokenizer, (str, Path)):
+            place, (tokenizer, why) = tokenizer, load_tokenizer(tokenizer, kwargs)
+            if tokenizer is None:
+                raise LoadError(f"The tokenizer {str(place)!r} could not be loaded: {why}")
         if is_compiled(hf_model):
             raise InputError(
                 "The model is compiled (torch.compile), so that nothing inside of it can be seen. Give the model as it was "
@@ -165,6 +177,20 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
         release_buffers()  # this thread has computed some of it, and will not run the model
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""
+        known = self.__dict__.get(name)
+        if isinstance(known, LayerAccessor) and not isinstance(value, LayerAccessor):
+            raise AssignmentError(
+                f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...]."
+            )
+        if not (name.startswith("_") or known is not None or hasattr(type(self), name)):
+            if name in self.module._modules:
+                raise AssignmentError(f"{name} is a module: assign its value, {name}.output = ...")
+            if self._blocks.is_open_here:
+                raise self._no_such(name)
+        super().__setattr__(name, value)
 
 
 def _example(hf_model: Any, device: torch.device, blocks: OpenBlocks) -> Trace:

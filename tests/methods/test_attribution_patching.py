@@ -393,3 +393,30 @@ def test_the_plot_shows_the_mean(point: str) -> None:
     shown = torch.tensor(found.plot().data[0].z).float()
     expected = found.effects if point == "layers_output" else found.heads
     assert torch.allclose(shown, expected.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["phi", "olmo2", "cohere", "falcon"])
+@pytest.mark.parametrize("point", ["attentions_input", "mlps_input"])
+def test_an_input_that_other_modules_are_given_too(model_type: str, point: str) -> None:
+    """Against a finite difference of what is assigned there: neither a parallel MLP nor the residual has a share."""
+    hf = build(model_type).double()
+    model, (clean, corrupted) = (
+        StandardizedTransformer(hf),
+        (ids(model_type, seed) for seed in (CLEAN, CORRUPTED)),
+    )
+    accessor = getattr(model, point)
+
+    def run(new: Tensor | None = None, prompt: Tensor = corrupted) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), model.trace(prompt, use_cache=False):
+            value = accessor[1].clone()
+            if new is not None:
+                accessor[1] = new
+            return value, metric(model.logits[:, -1])
+
+    there, here = run(prompt=clean)[0], run()[0]
+    up, down = (run(here + sign * 1e-2 * (there - here))[1] for sign in (1, -1))
+    effects = attribution_patching(model, clean, corrupted, metric, point=point, layers=1).effects
+    expected = (up - down) / 2e-2  # norms are computed in float32
+    assert torch.allclose(
+        effects.sum((1, 2)).double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import encoder_decoders
 import pytest
 import torch
 from architectures import PLACES, TYPES, prompt_ids, shared
@@ -254,3 +257,36 @@ def test_a_plot_of_nothing_is_said() -> None:
         found.plot("rank")
     with pytest.raises(InputError, match=r"prompt=1: there are 1, from 0 on"):
         found.plot(prompt=1)
+
+
+def test_of_an_encoder_decoder_positions_are_the_decoders() -> None:
+    hf = encoder_decoders.build("T5ForConditionalGeneration")
+    model, inputs = StandardizedTransformer(hf), encoder_decoders.inputs_of(hf)
+    inputs["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [4]])).long()
+    with torch.no_grad():
+        expected = hf(**inputs).logits
+    last, every = (logit_lens(model, inputs, output="logits", positions=where) for where in ("last", "all"))
+    assert torch.allclose(last[:, -1], expected[:, -1], atol=1e-4)
+    for mine, logits in zip(every, expected, strict=True):
+        assert torch.allclose(mine[-1], logits, atol=1e-4)
+
+
+def test_the_inverse_of_an_edited_view_has_the_edit_once() -> None:
+    model = demo()
+    vector = torch.randn(model.hidden_size, generator=torch.Generator().manual_seed(0))
+    edited_view = model.edit(lambda: model.steer(-1, vector, token_positions=3))
+    with torch.no_grad(), edited_view.trace("The capital of France is"):
+        hidden = edited_view.layers_output[-1][:, -1]
+    with torch.no_grad(), hooked_norm(model.ln_final.module):
+        expected = model.project_on_vocab(hidden)
+    _, inverse = logit_lens(edited_view, "The capital of France is", return_inv_logits=True, output="logits")
+    assert torch.allclose(inverse[:, -1], expected, atol=1e-4)
+
+
+@contextlib.contextmanager
+def hooked_norm(norm: torch.nn.Module) -> Iterator[None]:
+    handle = norm.register_forward_hook(lambda _, __, output: -output)
+    try:
+        yield
+    finally:
+        handle.remove()

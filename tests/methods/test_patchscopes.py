@@ -331,3 +331,17 @@ def test_an_edit_behind_the_last_layer_counts() -> None:
     ]
     handle.remove()
     close(found[0], torch.stack(expected))
+
+
+def test_generating_without_a_cache_is_patched_in_every_step() -> None:
+    model = demo()
+    target = TargetPrompt("The capital of Spain", index_to_patch=-1)
+    cached, anew = (
+        patchscope_generate(
+            model, ["The capital of Japan", "Oslo"], target, max_length=5, use_cache=use_cache
+        )
+        for use_cache in (True, False)
+    )
+    assert cached.keys() == anew.keys()
+    assert all(torch.equal(cached[layer], anew[layer]) for layer in cached)
+    assert len({tuple(tokens[0].tolist()) for tokens in cached.values()}) > 1

@@ -17,6 +17,7 @@ from nnatomy.methods import (
     Prompt,
     compute_next_token_probs,
     get_first_tokens,
+    get_token_activations,
     logit_lens,
     next_token_probs_unsqueeze,
     run_prompts,
@@ -178,3 +179,17 @@ def test_next_token_probs_are_the_models_own(model_type: str) -> None:
         expected = hf(ids).logits[:, -1].softmax(-1)
     torch.testing.assert_close(compute_next_token_probs(model, ids), expected)
     torch.testing.assert_close(next_token_probs_unsqueeze(model, ids), expected[:, None])
+
+
+def test_prompts_that_a_tokenizer_has_padded_on_the_right() -> None:
+    model, prompts = demo(), ["The capital of France is", "Japan is in"]
+    lists = model.tokenizer(prompts)["input_ids"]
+    wide = max(map(len, lists))
+    right = {
+        "input_ids": torch.tensor([one + [0] * (wide - len(one)) for one in lists]),
+        "attention_mask": torch.tensor([[1] * len(one) + [0] * (wide - len(one)) for one in lists]),
+    }
+    assert torch.allclose(compute_next_token_probs(model, right), compute_next_token_probs(model, prompts))
+    for idx in (None, 0, -2):
+        mine, expected = (get_token_activations(model, one, idx=idx) for one in (right, prompts))
+        assert torch.allclose(mine, expected, atol=1e-5)

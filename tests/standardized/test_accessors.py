@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import traceback
 from typing import Any
 
@@ -382,3 +384,66 @@ def test_steering_by_a_vector_of_another_width_is_said() -> None:
         model.trace("Japan is in"),
     ):
         model.steer(0, torch.zeros(32))
+
+
+def test_what_cannot_be_assigned_as_a_whole() -> None:
+    model = StandardizedTransformer(shared("gpt2"))
+    ids, accessor = prompt_ids(), model.mlps_output
+    for name in ("mlps_output", "layers_output", "queries", "neurons", "layers_mid"):
+        with (
+            pytest.raises(AssignmentError, match=rf"{name} is one for each layer: assign {name}\[i\] = "),
+            model.trace(ids),
+        ):
+            setattr(model, name, torch.zeros(1))
+    with pytest.raises(
+        AssignmentError, match=r"transformer is a module: assign its value, transformer\.output"
+    ):
+        model.transformer = torch.zeros(1)
+    with (
+        pytest.raises(NoSuchModuleError, match="has no submodule 'logitz'. Did you mean 'logits'"),
+        model.trace(ids),
+    ):
+        model.logitz = torch.zeros(1)
+    assert model.mlps_output is accessor
+    model.note = "mine"  # outside of a trace it is the user's own
+    assert model.note == "mine"
+
+
+def test_arguments_of_other_types() -> None:
+    """In a process of its own: in this one the runtime checks of types come first."""
+    script = """
+import torch
+from nnatomy import StandardizedTransformer
+model = StandardizedTransformer("demo:gpt2", validate=False)
+wide = model.hidden_size
+
+def refused(kind, text, ask):
+    try:
+        with model.trace([3, 4, 5]):
+            ask()
+    except Exception as error:
+        assert type(error).__name__ == kind and text in str(error), repr(error)
+    else:
+        raise AssertionError(text)
+
+for layer in ("3", None, [0, 1], 1.0):
+    refused("LayerIndexError", f"layers_output[{layer!r}]: layers are counted, 0 to", lambda: model.layers_output[layer])
+refused("InputError", "token_positions='last'", lambda: model.steer(0, torch.ones(wide), token_positions="last"))
+refused("InputError", "validate='shape': it is", lambda: StandardizedTransformer(model.hf_model, validate="shape"))
+with model.trace([3, 4, 5]):
+    model.steer(0, [1.0] * wide)
+    steered = model.layers_output[0]
+with model.trace([3, 4, 5]):
+    plain = model.layers_output[0]
+assert torch.allclose(steered, plain + 1, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_steering_that_does_not_fit() -> None:
+    model = StandardizedTransformer(shared("gpt2"))
+    wide = model.hidden_size
+    for where in ({"token_positions": 9}, {"batch_index": 3}):
+        with pytest.raises(InputError, match="do not fit a stream of"), model.trace([3, 4, 5]):
+            model.steer(0, torch.ones(wide), **where)

@@ -16,6 +16,7 @@ import torch
 from architectures import PLACES, build, prompt_ids
 from reference import edited
 from torch import Tensor
+from transformers import DynamicCache
 
 from nnatomy import StandardizedTransformer
 
@@ -357,3 +358,56 @@ def test_an_edit_goes_with_its_beam(model_type: str) -> None:
     expected = scores(forward(model, result.sequences, range(N - 1, N + STEPS)))
     torch.testing.assert_close(result.sequences_scores.double(), expected, rtol=1e-5, atol=1e-5)
     assert differs(expected, scores(forward(model, result.sequences)))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma3_text", "falcon", "gpt_neox"])
+def test_a_prompt_that_goes_on_from_a_cache(model_type: str) -> None:
+    hf = build(model_type)
+    model, ids = StandardizedTransformer(hf), prompt_ids()
+    full = hf(ids, use_cache=False).logits[:, -2:]
+
+    def cache() -> DynamicCache:
+        past = DynamicCache(config=hf.config)
+        hf(ids[:, :-2], past_key_values=past, use_cache=True)
+        return past
+
+    with torch.no_grad():
+        expected = hf(
+            ids[:, -2:], past_key_values=cache(), use_cache=True, attention_mask=torch.ones_like(ids)
+        ).logits
+        assert torch.allclose(expected, full, atol=1e-4)
+        with model.trace(ids[:, -2:], past_key_values=cache(), use_cache=True):
+            traced = model.logits
+        called = model(ids[:, -2:], past_key_values=cache(), use_cache=True).logits
+        with model.trace(ids[:, -2:], past_key_values=cache(), use_cache=True):
+            pattern = model.attention_probabilities[0]
+        with model.trace(ids):
+            whole = model.attention_probabilities[0]
+        generated = model.generate(ids, past_key_values=cache(), max_new_tokens=3, do_sample=False).run()
+        plain = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert torch.equal(traced, expected)
+    assert torch.equal(called, expected)
+    keys = pattern.shape[-1]  # of a window fewer
+    assert torch.allclose(pattern, whole[..., -2:, -keys:], atol=1e-5)
+    assert torch.equal(generated, plain)
+
+
+@pytest.mark.parametrize("layers", [(0, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("name", ["demo:gpt2", "demo:llama"])
+def test_layers_skipped_in_every_step_of_a_padded_batch(name: str, layers: tuple[int, int]) -> None:
+    """With a KV cache, whose length the model takes from its first layer; without; and the short prompt alone."""
+    edited_view = StandardizedTransformer(name).edit(lambda: edited_view.skip_layers(*layers))
+    prompts = ["The capital of France is", "Japan is in"]
+
+    def new(prompts: Any, **kwargs: Any) -> list[int]:
+        tokens = edited_view.generate(prompts, max_new_tokens=6, do_sample=False, **kwargs).run()
+        return tokens[-1, -6:].tolist()
+
+    assert new(prompts) == new(prompts, use_cache=False) == new(prompts[1:])
+    with edited_view.without_edits().generate(prompts, max_new_tokens=3) as tracer:
+        for step in tracer.iter[:]:
+            if step == 0:
+                edited_view.skip_layer(0)
+            else:
+                logits = edited_view.logits
+    assert logits.isnan().any()  # a layer that was skipped runs: it has no keys of the prompt

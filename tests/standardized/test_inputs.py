@@ -85,7 +85,7 @@ def test_embeddings_in_place_of_ids(no_tokenizer: StandardizedTransformer) -> No
         ("", "Prompt 0 is empty: '' has no tokens."),
         (["ok", ""], "Prompt 1 is empty: '' has no tokens."),
         ([], r"The prompt is empty: \[\]."),
-        ([[]], r"The prompt is empty: \[\[\]\]."),
+        ([[]], r"Prompt 0 is empty: \[\]."),
         (torch.empty(0, dtype=torch.long), r"The prompt is empty: token ids of shape \(0,\)."),
         (None, "There is no prompt: give a string, token ids, or a dict with input_ids."),
         ({"attention_mask": torch.ones(1, 2)}, "There is no prompt"),
@@ -142,3 +142,32 @@ def test_input_ids_and_mask_can_be_read_at_any_time(demo: StandardizedTransforme
         assert demo.input_ids.shape == late.shape[:2]
         assert demo.input_size == (2, 3)
         assert demo.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_embeddings_of_a_padded_batch_have_positions(demo: StandardizedTransformer) -> None:
+    prompts = ["The capital of France is", "Japan is in"]
+    inputs = demo.prepare(prompts)
+    embeds = demo.hf_model.get_input_embeddings()(inputs["input_ids"])
+    with torch.no_grad():
+        with demo.trace(prompts):
+            expected = demo.logits
+        with demo.trace(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]):
+            logits = demo.logits
+    assert torch.allclose(logits[:, -1], expected[:, -1], atol=1e-4)
+
+
+def test_what_a_tokenizer_gives_without_padding(demo: StandardizedTransformer) -> None:
+    prompts = ["The capital of France is", "Japan is in"]
+    given = demo.tokenizer(prompts)
+    expected = demo.prepare(prompts)
+    for one in (given, dict(given)):
+        inputs = demo.prepare({name: one[name] for name in ("input_ids", "attention_mask")})
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    with pytest.raises(InputError, match="rows of several lengths, and masks tokens"):
+        demo.prepare({"input_ids": [[3, 4], [5]], "attention_mask": [[0, 1], [1]]})
+
+
+def test_which_prompt_is_empty(demo: StandardizedTransformer) -> None:
+    with pytest.raises(InputError, match=r"Prompt 1 is empty: \[\]\."):
+        demo.trace([[1, 2], []])

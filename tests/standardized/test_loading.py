@@ -117,3 +117,16 @@ def test_call_is_the_model_on_prompts() -> None:
         assert torch.equal(output.logits, model.hf_model(ids).logits)
     assert len(output.hidden_states) == 4
     assert output.logits.shape[-1] == VOCAB
+
+
+def test_a_module_that_is_no_hugging_face_model() -> None:
+    with pytest.raises(InputError, match=r"Linear is no Hugging Face model: .*nnatomy\.core\.Traceable"):
+        StandardizedTransformer(torch.nn.Linear(2, 2))
+
+
+def test_a_tokenizer_by_its_folder() -> None:
+    demo = StandardizedTransformer("demo:gpt2")
+    model = StandardizedTransformer(demo.hf_model, tokenizer="demo:llama", validate=False)
+    assert model.tokenizer("Japan is in")["input_ids"] == demo.tokenizer("Japan is in")["input_ids"]
+    with pytest.raises(LoadError, match="The tokenizer '/no/where' could not be loaded"):
+        StandardizedTransformer(demo.hf_model, tokenizer="/no/where")
