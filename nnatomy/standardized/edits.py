@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from nnatomy.core.blocks.rows import RowSlot
 from nnatomy.core.calls import Inputs
 from nnatomy.errors import InputError, LayerIndexError
+from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.names import Names
 
 Indices = int | Sequence[int] | Tensor | None
@@ -31,18 +32,23 @@ class Edits(Names):
 
         Args:
             skip_with: what they give; the input of `start_layer` if None.
+
+        Raises:
+            AssignmentError: if `skip_with` is not of the shape, dtype and device of that input.
         """
         first, last = (range(self.num_layers)[self._checked(layer)] for layer in (start_layer, end_layer))
         if first > last:
             raise LayerIndexError(f"skip_layers({start_layer}, {end_layer}): no layers lie between these.")
-        if skip_with is None:
-            skip_with = self.layers_input[first]
+        given = skip_with
+        skip_with = self.layers_input[first] if given is None else given
         for i in range(first, last + 1):
             if self._anatomy.absent["layer"][i]:
                 self._checked(i)  # raises: it would not come
             layer = self._anatomy.layers[i]
             form = self._head.in_form(layer, skip_with)
             slot = self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}")
+            if given is not None and i == first and self.layers_input.modules[i] is not None:
+                check_fits(f"skip_with of layer {i}", self.layers_input.get(slot.value), given)
             if not (
                 slot.skipped or isinstance(slot, RowSlot)
             ):  # else it has been done, or the layer runs for other blocks

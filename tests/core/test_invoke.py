@@ -803,3 +803,23 @@ def test_what_is_put_into_a_dict() -> None:
                 tracer.result
             with tracer.invoke(other):
                 view.part.output
+
+
+class Experiment:
+    """Whose methods have private names, and annotations that there are only for type checkers."""
+
+    def __init__(self) -> None:
+        self.__scale = 3.0
+
+    def run(self, view: Traceable, *inputs: Any) -> Any:
+        with view.trace() as tracer:
+            for x in inputs:
+                with tracer.invoke(x):
+                    found: OnlyForTypeCheckers = view.embed.output * self.__scale  # noqa: F821
+        return found
+
+
+def test_blocks_in_methods() -> None:
+    root = net()
+    one, other = torch.randn(2, 1, 2)
+    assert torch.allclose(Experiment().run(Traceable(root), one, other), 3 * root.embed(other), atol=1e-5)

@@ -447,3 +447,14 @@ def test_steering_that_does_not_fit() -> None:
     for where in ({"token_positions": 9}, {"batch_index": 3}):
         with pytest.raises(InputError, match="do not fit a stream of"), model.trace([3, 4, 5]):
             model.steer(0, torch.ones(wide), **where)
+
+
+def test_skipping_with_what_does_not_fit() -> None:
+    model = StandardizedTransformer(shared("gpt2"))
+    for wrong in (torch.zeros(1, 3, 31), torch.zeros(1, 2, 32), torch.zeros(1, 3, 32, dtype=torch.float64)):
+        with pytest.raises(AssignmentError, match="skip_with of layer 1"), model.trace([3, 4, 5]):
+            model.skip_layers(1, 2, wrong)
+    with model.trace([3, 4, 5]):
+        model.skip_layers(1, 2, torch.ones(1, 3, 32))
+        last = model.layers_output[2]
+    assert torch.equal(last, torch.ones(1, 3, 32))

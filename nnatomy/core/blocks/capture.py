@@ -15,6 +15,7 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
@@ -168,12 +169,46 @@ def _compile(frame: FrameType) -> CodeType:
             f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone."
         )
     try:
-        return compile(ast.Module(statement.body, []), filename, "exec", dont_inherit=True)
+        in_function = _InFunction(code.co_qualname)
+        body = [in_function.visit(deepcopy(part)) for part in statement.body]
+        return compile(ast.Module(body, []), filename, "exec", dont_inherit=True)
     except SyntaxError as error:  # return, yield, await, or a break of an outer loop
         raise CaptureError(
             f"The block of `with tracer.invoke(...)` at {where} runs later, apart from what stands around it: "
             f"{error.msg} (line {error.lineno})."
         ) from None
+
+
+class _InFunction(ast.NodeTransformer):
+    """What the compiler does to code in a function, or in a method: private names have the class's name in them
+    (`self.__scale`), and annotations of variables are not evaluated."""
+
+    def __init__(self, name: str) -> None:
+        owners = [part.split(".") for part in name.split(".<locals>.")]
+        methods = [names for names in owners if len(names) > 1]
+        self._class = methods[-1][-2].lstrip("_") if methods else ""
+        self._is_module = name == "<module>"
+
+    def _mangled(self, name: str) -> str:
+        private = name.startswith("__") and not name.endswith("__") and self._class
+        return f"_{self._class}{name}" if private else name
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        node.attr = self._mangled(node.attr)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        node.id = self._mangled(node.id)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if self._is_module:
+            return self.generic_visit(node)
+        new = ast.Pass() if node.value is None else ast.Assign([node.target], node.value)
+        return self.generic_visit(ast.fix_missing_locations(ast.copy_location(new, node)))
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node  # which has private names and annotations of its own
 
 
 def _find(statements: list[ast.With], position: tuple[int | None, ...]) -> ast.With | None:
