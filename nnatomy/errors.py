@@ -76,6 +76,13 @@ class MissingPackageError(UsageError, ImportError):
     """An optional package that is needed here and not installed."""
 
 
+#: With the model's type and what it returned.
+NO_LOGITS = (
+    "{} returned a {}, and not an output with logits: call it without return_dict=False; a model of your own returns "
+    "transformers.modeling_outputs.CausalLMOutput(logits=...)."
+)
+
+
 class InputError(UsageError):
     """A prompt or token ids that cannot be run."""
 

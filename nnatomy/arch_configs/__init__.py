@@ -1,6 +1,7 @@
 """The naming of each architecture: from a Hugging Face model to its standard modules."""
 
 from nnatomy.arch_configs.config import ArchConfig as ArchConfig
+from nnatomy.arch_configs.example import accepts as accepts
 from nnatomy.arch_configs.example import beside_tokens as beside_tokens
 from nnatomy.arch_configs.example import example_inputs as example_inputs
 from nnatomy.arch_configs.example import has_decoder as has_decoder

@@ -37,6 +37,12 @@ def takes(model: Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def accepts(model: Module, name: str) -> bool:
+    """Whether the model's forward can be given an argument of that name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return takes(model, name) or any(one.kind is one.VAR_KEYWORD for one in parameters)
+
+
 def has_decoder(model: Module) -> bool:
     """Whether the model is an encoder and a decoder that reads what the encoder gives."""
     is_one = getattr(model.config, "is_encoder_decoder", False) or type(model).__name__ in ENCODER_DECODERS

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ from torch.utils import _pytree as pytree
 from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
 from nnatomy.core.points import Axes, Visit
+
+#: By attention module, the module in it that queries and keys are multiplied in.
+_scored_in: WeakKeyDictionary[Module, ref[Module]] = WeakKeyDictionary()
 
 #: What is found, and which of its axes are of positions.
 KINDS: dict[str, Axes] = {
@@ -146,15 +150,25 @@ class AttentionMode(TorchFunctionMode):
             return False
         if left.shape[-1] == 1:  # frequencies by positions: some compute their rotary embedding inside
             return False
-        if self._heads is None:  # not in a module within, which may choose keys, say
-            selves = (frame.f_locals.get("self") for frame in _model_frames())
-            return next((x for x in selves if isinstance(x, Module)), None) is self._module
-        return left.shape[0] % self._heads == 0 if left.ndim == 3 else left.shape[1] == self._heads
+        if self._heads is not None and (
+            left.shape[0] % self._heads if left.ndim == 3 else left.shape[1] != self._heads
+        ):
+            return False
+        # Not in a module within that chooses keys, say: its positions may be as many as there are heads.
+        known = _scored_in.get(self._module)
+        if known is None and self._heads is None:
+            known = ref(self._module)
+        return known is None or known() is _innermost_module()
+
+    def _note_where(self) -> None:
+        if self._module not in _scored_in and (inside := _innermost_module()) is not None:
+            _scored_in[self._module] = ref(inside)
 
     def _score(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor
     ) -> Tensor:
         self._product = left, right
+        self._note_where()
         self._weights.clear()  # of a softmax before, which weighs what keys are made of (DeepSeek-V4)
         query = self._show("queries", left)
         key = self._show_shared("keys", right, transposed=True)
@@ -229,6 +243,7 @@ class AttentionMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        self._note_where()
         query = self._show("queries", query)
         key = self._show_shared("keys", key)
         value = self._show_shared("values", value)
@@ -365,6 +380,11 @@ def _model_frames() -> Iterator[FrameType]:
         if not is_ours(frame):
             yield frame
         frame = frame.f_back
+
+
+def _innermost_module() -> Module | None:
+    selves = (frame.f_locals.get("self") for frame in _model_frames())
+    return next((one for one in selves if isinstance(one, Module)), None)
 
 
 def _replaced(arguments: tuple[Any, Any], new: dict[int, Tensor]) -> Any:

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from nnatomy.arch_configs import (
     ArchConfig,
+    accepts,
     causal_lm,
     dimensions,
     example_inputs,
@@ -139,6 +140,11 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             )
         super().__init__(hf_model)
         self.steps_of = causal = causal_lm(hf_model)
+        if main_input(causal) == "input_ids" and not accepts(causal, "attention_mask"):
+            raise InputError(
+                f"{type(causal).__name__}.forward has no attention_mask among its arguments, by which it would know padding: "
+                "add attention_mask=None. To look into any torch.nn.Module, take nnatomy.core.Traceable(module)."
+            )
         anatomy = resolve(causal, arch_config)
         self._anatomy = anatomy
         self._head = Head(Traceable(causal), anatomy)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotReachedError
+from nnatomy.core import Slot
+from nnatomy.errors import NO_LOGITS, InputError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
@@ -77,14 +78,21 @@ class Values(Parts):
     def logits(self) -> Float[Tensor, "batch seq vocab"]:
         """The model's logits, after all caps and scales; can be assigned."""
         self._check_refused("logits")
-        return self._blocks.current("logits").reach(self.steps_of, "output", "logits").value.logits
+        logits: Tensor = self._slot_of_logits().value.logits
+        return logits
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
         self._check_refused("logits")
-        slot = self._blocks.current("logits").reach(self.steps_of, "output", "logits")
+        slot = self._slot_of_logits()
         check_fits("logits", slot.value.logits, value)
         slot.value.logits = value
+
+    def _slot_of_logits(self) -> Slot:
+        slot = self._blocks.current("logits").reach(self.steps_of, "output", "logits")
+        if not hasattr(slot.value, "logits"):
+            raise InputError(NO_LOGITS.format(type(self.steps_of).__name__, type(slot.value).__name__))
+        return slot
 
     @property
     def next_token_probs(self) -> Float[Tensor, "batch vocab"]:

@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input, masks_windows
 from nnatomy.arch_configs.families import PREFIX_LMS
 from nnatomy.core import Collector, Trace
+from nnatomy.errors import NO_LOGITS, InputError
 from nnatomy.validation.names import MODULES
 from nnatomy.validation.report import Findings
 
@@ -86,7 +87,12 @@ class Passes:
 
     def given(self, result: Any) -> Tensor:
         """The logits, or what a model without a head gives in their place."""
-        logits: Tensor = result[0] if self.model._anatomy.lm_head is None else result.logits
+        if self.model._anatomy.lm_head is None:
+            first: Tensor = result[0]
+            return first
+        if not hasattr(result, "logits"):
+            raise InputError(NO_LOGITS.format(type(self.model.steps_of).__name__, type(result).__name__))
+        logits: Tensor = result.logits
         return logits
 
 

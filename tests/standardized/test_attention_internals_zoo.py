@@ -73,3 +73,30 @@ def test_a_type(model_type: str) -> None:
 
 def test_the_tables_are_of_types_that_there_are() -> None:
     assert {*WITHOUT_ATTENTION, *REFUSED} <= set(zoo.TYPES)
+
+
+CHOOSE_KEYS = ("axk2", "hy_v4", "deepseek_v32", "glm_moe_dsa", "gpt_neo", "big_bird", "roformer", "llama")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    [(name, how) for name in CHOOSE_KEYS for how in ("sdpa", "eager") if (name, how) != ("hy_v4", "sdpa")],
+)
+def test_as_many_positions_as_heads(model_type: str, implementation: str) -> None:
+    """Where a module within chooses keys, it has heads and positions in the places of positions and heads."""
+    hf = zoo.shared(model_type)
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation(implementation)
+    try:
+        model, ids = zoo.loaded(model_type), zoo.ids(hf, seq=12)
+        layer, heads = model.attention_layers[0], model.num_heads
+        assert heads is not None
+        for name in ("queries", "keys"):
+            with torch.no_grad(), model.trace(ids[:, :heads]):
+                few = getattr(model, name)[layer]
+            with torch.no_grad(), model.trace(ids[:, : heads + 1]):
+                more = getattr(model, name)[layer]
+            assert few.shape[-2] == heads
+            assert torch.allclose(few, more[:, :, :heads], atol=1e-4)
+    finally:
+        hf.set_attn_implementation(before)

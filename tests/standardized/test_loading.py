@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import VOCAB, shared
+from transformers import LlamaForCausalLM
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError, LoadError
@@ -130,3 +131,22 @@ def test_a_tokenizer_by_its_folder() -> None:
     assert model.tokenizer("Japan is in")["input_ids"] == demo.tokenizer("Japan is in")["input_ids"]
     with pytest.raises(LoadError, match="The tokenizer '/no/where' could not be loaded"):
         StandardizedTransformer(demo.hf_model, tokenizer="/no/where")
+
+
+def test_models_of_ones_own_that_are_not_as_hugging_faces() -> None:
+    class NoMask(LlamaForCausalLM):
+        def forward(self, input_ids: Any, use_cache: bool | None = None) -> Any:
+            return super().forward(input_ids, use_cache=use_cache)
+
+    class Tuple(LlamaForCausalLM):
+        def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            return super().forward(input_ids, attention_mask=attention_mask, return_dict=False, **kwargs)
+
+    config = shared("llama").config
+    with pytest.raises(InputError, match=r"NoMask\.forward has no attention_mask among its arguments"):
+        StandardizedTransformer(NoMask(config))
+    with pytest.raises(InputError, match=r"Tuple returned a tuple, and not an output with logits"):
+        StandardizedTransformer(Tuple(config))
+    model = StandardizedTransformer(shared("llama"))
+    with pytest.raises(InputError, match="returned a tuple"), model.trace([3, 4], return_dict=False):
+        model.logits
