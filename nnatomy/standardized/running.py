@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 from nnatomy.core import Trace
+from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import past_positions
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.prompt_trace import PromptTrace
 
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+
+
+def _at_the_users_line(method: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """The method; where prompts cannot be run, without the frames between it and where that was seen."""
+
+    @wraps(method)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        try:
+            return method(*args, **kwargs)
+        except InputError as error:
+            raise error.with_traceback(None)  # noqa: B904
+
+    return wrapped
+
 
 class Running(Parts):
     """A model that runs on prompts."""
 
+    @_at_the_users_line
     def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
         """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
         inputs = self.prepare(prompts, **kwargs)
         return self.trace(**inputs).run() if self.edits else self.hf_model(**inputs)
 
+    @_at_the_users_line
     def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
         """The arguments that `prompts` (see `trace`) give to the model's forward.
 
@@ -30,6 +49,7 @@ class Running(Parts):
         """
         return self._prompts.prepare(prompts, kwargs, self.device)
 
+    @_at_the_users_line
     def trace(  # type: ignore[override]
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
     ) -> Trace:
@@ -51,6 +71,7 @@ class Running(Parts):
         """
         return self._trace(lambda inputs: partial(self.hf_model, **inputs), prompts, early_stop, kwargs)
 
+    @_at_the_users_line
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
 
@@ -95,6 +116,7 @@ class Running(Parts):
         )
         return PromptTrace(self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
 
+    @_at_the_users_line
     def scan(  # type: ignore[override]
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
     ) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -171,3 +172,19 @@ def test_what_a_tokenizer_gives_without_padding(demo: StandardizedTransformer) -
 def test_which_prompt_is_empty(demo: StandardizedTransformer) -> None:
     with pytest.raises(InputError, match=r"Prompt 1 is empty: \[\]\."):
         demo.trace([[1, 2], []])
+
+
+def test_what_cannot_be_run_is_said_at_the_users_line(
+    demo: StandardizedTransformer, no_tokenizer: StandardizedTransformer
+) -> None:
+    for ask in (
+        lambda: demo.trace(""),
+        lambda: demo.generate([3, 10**6]),
+        lambda: demo.scan([]),
+        lambda: demo(torch.ones(2)),
+        lambda: no_tokenizer.prepare(PROMPT),
+    ):
+        with pytest.raises(InputError) as caught:
+            ask()
+        files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert sum("nnatomy/standardized/" in file or "nnatomy/core/" in file for file in files) <= 2
