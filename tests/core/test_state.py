@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import threading
 import warnings
 
 import pytest
@@ -271,3 +273,25 @@ def test_hooks_on_saved_tensors(tanh: nn.Sequential) -> None:
 
     assert count(lambda: view.trace(x).run()) == count(lambda: tanh(x)) > 0
     assert count(lambda: None) == 0
+
+
+def test_the_callers_cuda_stream(monkeypatch: pytest.MonkeyPatch, tanh: nn.Sequential) -> None:
+    """With stand-ins for torch's functions, as there may be no device: the pass runs within the caller's stream."""
+    mine, entered = object(), []
+
+    @contextlib.contextmanager
+    def enter(stream: object):
+        entered.append((stream, threading.get_ident()))
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: mine)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    ran: list[int] = []
+    tanh[1].register_forward_hook(lambda *_: ran.append(len(entered)))
+    Traceable(tanh).trace(torch.randn(3, 4)).run()
+    (stream, thread), left = entered
+    assert stream is mine
+    assert thread != threading.get_ident()
+    assert (ran, left) == ([1], "left")
