@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
-from nnatomy.methods import ablate_direction
+from nnatomy.methods import ablate_direction, activation_patching, logit_difference
 
 TYPES = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "gptj", "falcon", "olmo2")
 ZOO = ("falcon_h1", "jamba", "qwen3_next", "nemotron_h")
@@ -169,3 +169,25 @@ def test_one_layer_may_be_given_as_a_number() -> None:
             logits.append(model.logits)
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+
+
+def test_patching_in_a_view_without_a_direction() -> None:
+    """Layers before the patched one cannot be skipped there: the edit asks for what they add."""
+    model = StandardizedTransformer("demo:llama")
+    edited = model.edit(lambda: ablate_direction(model, random_direction(model)))
+    clean, corrupted = "The capital of France is", "The capital of Italy is"
+    metric = logit_difference([" Paris"], [" Rome"], model)
+    for point in ("layers_output", "mlps_contribution", "layers_input"):
+        found = activation_patching(
+            edited, clean=clean, corrupted=corrupted, metric=metric, point=point, progress=False
+        )
+        accessor = getattr(edited, point)
+        with torch.no_grad():
+            with edited.trace(clean):
+                value = accessor[3][:, 3].clone()
+            with edited.trace(corrupted):
+                new = accessor[3].clone()
+                new[:, 3] = value
+                accessor[3] = new
+                logits = edited.logits[:, -1]
+        assert torch.allclose(found.effect[3, 3], metric(logits), atol=1e-3)
