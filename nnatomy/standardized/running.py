@@ -33,7 +33,6 @@ def _at_the_users_line(method: Callable[Given, Returned]) -> Callable[Given, Ret
 class Running(Parts):
     """A model that runs on prompts."""
 
-    @_at_the_users_line
     def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
         """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
         inputs = self.prepare(prompts, **kwargs)

@@ -188,3 +188,15 @@ def test_what_cannot_be_run_is_said_at_the_users_line(
             ask()
         files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
         assert sum("nnatomy/standardized/" in file or "nnatomy/core/" in file for file in files) <= 2
+
+
+def test_an_error_in_an_edit_is_at_the_edits_line(demo: StandardizedTransformer) -> None:
+    def steer_too_wide() -> None:
+        demo.steer(0, torch.ones(demo.hidden_size + 1))
+
+    edited = demo.edit(steer_too_wide)
+    for run in (lambda: edited(PROMPT), lambda: edited.trace(PROMPT).run()):
+        with pytest.raises(InputError, match="The steering vector is of shape") as caught:
+            run()
+        names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert "steer_too_wide" in names
