@@ -26,7 +26,7 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 76rem; background: va
        color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
 h1 { margin: 0 0 .25rem; font-size: 1.9rem; } h2 { margin: 3rem 0 .25rem; font-size: 1.35rem; }
 p { max-width: 46rem; margin: .4rem 0 1rem; } .soft { color: var(--soft); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
+.pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
         margin-bottom: 1rem; }
 .pair.wide { grid-template-columns: 1fr; }
 .card { min-width: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
