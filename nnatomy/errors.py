@@ -16,6 +16,7 @@
     └── ModelError                  the model is not what was thought
         ├── LoadError               the model or its tokenizer could not be loaded
         ├── UnknownArchitectureError  no naming config fits the model
+        ├── ModelChangedError       the model is no longer what its names were found on
         ├── NotInThisModelError     a standard name for something this model does not have
         └── ValidationError         a loaded model broke a promise of a standard name
 
@@ -97,6 +98,10 @@ class LoadError(ModelError):
 
 class UnknownArchitectureError(ModelError):
     """No naming config fits the model."""
+
+
+class ModelChangedError(ModelError):
+    """The model is no longer what its names were found and checked on."""
 
 
 class NotInThisModelError(ModelError):

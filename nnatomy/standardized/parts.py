@@ -9,7 +9,8 @@ from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy, Dimensions, input_device
 from nnatomy.core import ModuleView, Traceable
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import ModelChangedError, NotInThisModelError
+from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts
 from nnatomy.standardized.layers import LayerView, Views
@@ -29,6 +30,8 @@ class Parts(Traceable):
     _causal: bool | None
     #: By the names that belong to no layer, why they are not to be had.
     _refused: dict[str, str]
+    #: What the names were found on; None while they are being found.
+    _facts: Facts | None
 
     @property
     def hf_model(self) -> Any:
@@ -45,9 +48,23 @@ class Parts(Traceable):
         """Where the token embedding is, and so where prompts go."""
         return input_device(self._anatomy.embed_tokens)
 
+    def _check_current(self) -> None:
+        """Raise ModelChangedError if the model is not what the names were found on."""
+        if self._facts is not None and (what := self._facts.changed()):
+            raise ModelChangedError(
+                f"The model has changed since its names were found and checked: {what}. Have it looked at again: "
+                "model.refresh(), or StandardizedTransformer(model.hf_model, model.tokenizer)."
+            )
+
+    def _check_outside(self) -> None:
+        """The same, but in a trace, which has begun with it."""
+        if not self._blocks.is_open_here:
+            self._check_current()
+
     @property
     def num_layers(self) -> int:
         """How many layers the model has."""
+        self._check_outside()
         return len(self._anatomy.layers)
 
     @property
@@ -66,6 +83,7 @@ class Parts(Traceable):
         return self._size("head_dim")
 
     def _size(self, name: str) -> int:
+        self._check_outside()
         size = getattr(self.dimensions, name)
         if size is None:
             raise NotInThisModelError(
@@ -77,11 +95,13 @@ class Parts(Traceable):
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
+        self._check_outside()
         return self.dimensions.hidden_size
 
     @property
     def vocab_size(self) -> int:
         """How many tokens the model can predict."""
+        self._check_outside()
         if self.dimensions.vocab_size is None:
             raise NotInThisModelError(f"vocab_size: the config of {type(self.steps_of).__name__} has none.")
         return self.dimensions.vocab_size
@@ -100,6 +120,7 @@ class Parts(Traceable):
     @property
     def embed_tokens(self) -> ModuleView:
         """The token embedding. Raises NotInThisModelError if the model reads no tokens."""
+        self._check_outside()
         if self._anatomy.embed_tokens is self.steps_of:
             self._check_refused("token_embeddings")
         return self._view_of(self._anatomy.embed_tokens)
@@ -114,43 +135,49 @@ class Parts(Traceable):
     @property
     def causal(self) -> bool:
         """Whether no position depends on a later one, of the layers as the model runs them: seen in two forward passes."""
+        self._check_outside()
         if self._causal is None:
             self._causal = not looks_ahead(self)
         return self._causal
 
     def _check_refused(self, name: str) -> None:
+        self._check_outside()
         if name in self._refused:
             raise NotInThisModelError(f"{name}: {self._refused[name]}.")
 
     @property
     def takes_padding(self) -> bool:
         """Whether prompts of unequal length may be in one batch: not where validation saw the padding in the values."""
+        self._check_outside()
         return not self._prompts.no_padding
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The token mixers of each layer: "attention", "mamba", "attention + mamba", "none", ..."""
+        self._check_outside()
         return self._anatomy.kinds
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that have an attention."""
+        self._check_outside()
         return tuple(i for i, module in enumerate(self._anatomy.attentions) if module is not None)
 
     @property
     def layers(self) -> tuple[LayerView, ...]:
         """The layers; `layers[i].self_attn` and `layers[i].mlp` are their attention and MLP."""
+        self._check_outside()
         return self._layer_views
 
     @property
     def attentions(self) -> Views:
         """The attention modules: `attentions[i]` is `layers[i].self_attn`."""
-        return Views(self._layer_views, "self_attn")
+        return Views(self.layers, "self_attn")
 
     @property
     def mlps(self) -> Views:
         """The MLP modules: `mlps[i]` is `layers[i].mlp`."""
-        return Views(self._layer_views, "mlp")
+        return Views(self.layers, "mlp")
 
     def __repr__(self) -> str:
         return (

@@ -7,7 +7,7 @@ from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from nnatomy.core import Trace
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, ModelChangedError
 from nnatomy.standardized.inputs import past_positions
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.parts import Parts
@@ -24,7 +24,7 @@ def _at_the_users_line(method: Callable[Given, Returned]) -> Callable[Given, Ret
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
         try:
             return method(*args, **kwargs)
-        except InputError as error:
+        except (InputError, ModelChangedError) as error:
             raise error.with_traceback(None)  # noqa: B904
 
     return wrapped
@@ -46,6 +46,7 @@ class Running(Parts):
             `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded. (No attention mask
             where `attention_mask=None` is given beside `position_ids`.)
         """
+        self._check_current()
         return self._prompts.prepare(prompts, kwargs, self.device)
 
     @_at_the_users_line
@@ -67,6 +68,7 @@ class Running(Parts):
 
         Raises:
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
+            ModelChangedError: if the model is no longer what its names were found on: see `refresh`.
         """
         return self._trace(lambda inputs: partial(self.hf_model, **inputs), prompts, early_stop, kwargs)
 
@@ -107,6 +109,7 @@ class Running(Parts):
     ) -> Trace:
         if prompts is not None or self._prompts.read(kwargs):
             return PromptTrace(self, call(self.prepare(prompts, **kwargs)), early_stop=early_stop)
+        self._check_current()
         joining = JoinPrompts(
             self.hf_model,
             self.prepare,

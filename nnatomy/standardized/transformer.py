@@ -23,13 +23,15 @@ from nnatomy.arch_configs import (
     text_config,
 )
 from nnatomy.core import ModuleView, Trace, Traceable
+from nnatomy.core.attach import Attachment
 from nnatomy.core.block import OpenBlocks
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.threads.openmp import release_buffers
-from nnatomy.errors import AssignmentError, InputError, LoadError
+from nnatomy.errors import AssignmentError, InputError, LoadError, UsageError
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder
+from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
 from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id
 from nnatomy.standardized.layers import LayerView
@@ -139,6 +141,53 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
                 "before: compiled = torch.compile(model) may be used beside StandardizedTransformer(model)."
             )
         super().__init__(hf_model)
+        self.tokenizer = tokenizer
+        self._options = no_tokenizer, arch_config, validate, allow_failures
+        self._read()
+
+    def refresh(self) -> StandardizedTransformer:
+        """Find and check all names again, as at load: after the model itself has been changed.
+
+        That is after its embedding has been resized, or a module, an adapter, a dtype, a config's field or the
+        implementation of attention is another one: until then whatever would use a name raises ModelChangedError. Weights
+        may take other values at any time. Other views of the same model (`edit`, `attach`) are refreshed by themselves:
+        their edits stay, and attached modules are put at the points of the same names.
+
+        Returns:
+            The view itself.
+
+        Raises:
+            UsageError: in a trace of the model.
+            LayerIndexError, NotInThisModelError: where a module is attached at a point that is no more.
+            ModelError: as at load; the view is then as it was.
+
+        Example:
+            >>> from torch.nn import Linear
+            >>> from nnatomy import StandardizedTransformer
+            >>> model = StandardizedTransformer("demo:gpt2")
+            >>> model.hf_model.lm_head = Linear(model.hidden_size, 100)
+            >>> model.refresh().vocab_size
+            100
+        """
+        if self._blocks.is_open_here:
+            raise UsageError("refresh() is called outside of traces: it runs the model.")
+        new = self.without_edits()
+        new._read()
+        for edit in self.edits:
+            if isinstance(edit, Attachment):
+                point, takes = edit._point.name, edit._takes.name
+                new = new.attach(point, edit.module, how=edit._how, takes=takes, name=edit.name)
+            else:
+                new = new.edit(edit)
+        self.__dict__.update(new.__dict__)
+        self.edits, self.steps_of = new.edits, new.steps_of
+        return self
+
+    def _read(self) -> None:
+        """Find the names, and check them."""
+        no_tokenizer, arch_config, validate, allow_failures = self._options
+        hf_model, tokenizer = self.hf_model, self.tokenizer
+        self._facts = None
         self.steps_of = causal = causal_lm(hf_model)
         if main_input(causal) == "input_ids" and not accepts(causal, "attention_mask"):
             raise InputError(
@@ -148,7 +197,6 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
         anatomy = resolve(causal, arch_config)
         self._anatomy = anatomy
         self._head = Head(Traceable(causal), anatomy)
-        self.tokenizer = tokenizer
         self.dimensions = dimensions(text_config(causal))
         self._prompts = Prompts(
             tokenizer,
@@ -182,6 +230,7 @@ after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `lay
             self.validation = validate_shapes(self)
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
+        self._facts = Facts(hf_model, causal, anatomy)
         release_buffers()  # this thread has computed some of it, and will not run the model
 
     def __setattr__(self, name: str, value: Any) -> None:
