@@ -15,16 +15,15 @@ from nnatomy.methods.activation_store import ActivationStore, StoreWriter, finge
 from nnatomy.methods.activations import Activations
 from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.methods.reading import Reader, Tokens, Wanted
+from nnatomy.names import TABLE
 from nnatomy.standardized import StandardizedTransformer
 
 Points = str | Sequence[str] | Mapping[str, int | Sequence[int] | None]
 Positions = str | int | Sequence[int] | Callable[[list[int]], Sequence[int]]
 
-#: The names whose values are of (batch, seq, ...).
-NAMES = (
-    *("layers_input", "layers_mid", "layers_output", "heads_output"),
-    *(f"{part}_{what}" for part in ("attentions", "mlps") for what in ("input", "output", "contribution")),
-    *("mixers_output", "mixers_contribution", "neurons"),
+#: The names whose values are numbers of (batch, seq, ...).
+NAMES = tuple(
+    row.name for row in TABLE if row.part != "model" and row.axes[:2] == ("batch", "seq") and not row.integer
 )
 
 

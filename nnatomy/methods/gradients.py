@@ -12,18 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.points import accessor_of
+from nnatomy.methods.points import accessor_of, axes_of
 from nnatomy.methods.positions import mask_of
 from nnatomy.methods.prompts import left_padded, token_texts
+from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 
 #: From the logits of the next token, one number for each prompt.
 Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
-
-_BY_HEAD = ("queries", "keys", "values")
-_PATTERNS = ("attention_scores", "attention_probabilities")
-#: What other modules may be given, too (a parallel MLP, the residual addition), whose share in the gradient is not meant.
-_SHARED_INPUTS = ("attentions_input", "mlps_input", "cross_attentions_input")
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def values(
     with model.trace(**inputs, use_cache=False):
         found = [accessor_of(model, point)[i] for i in layers]
         logits = model.logits[:, -1]
-    axes = slice(1, None) if point in _PATTERNS else slice(1, -1)
+    axes = slice(1, -1 if row_of(point).has_entries else None)
     shapes = {layer: tuple(x.shape[axes]) for layer, x in zip(layers, found, strict=True)}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{point} is not as large in each layer: {shapes}. Choose layers that are alike.")
@@ -138,7 +134,7 @@ def gradients(
         model.token_embeddings = start.clone()
         for i in range(model.num_layers):
             before = model.layers_input[i] if i == drop else None
-            if i in layers and point in _SHARED_INPUTS:
+            if i in layers and accessor.row.is_shared:  # what it is in other modules' gradients is not meant
                 found.append(accessor[i].clone())
                 accessor[i] = found[-1]
             elif i in layers and point != "layers_output":
@@ -177,14 +173,14 @@ def by_node(
     point: str, changes: Sequence[Tensor], slopes: Sequence[Tensor], mask: Int[Tensor, "prompt seq"]
 ) -> Float[Tensor, "prompt layer *axes"]:
     """change * slope of each layer, summed over the entries of a node: `AttributionMap.effects`."""
-    each = []
+    each, row = [], row_of(point)
     for change, slope in zip(changes, slopes, strict=True):
         product, mine = (change * slope).detach().float(), mask.to(change.device)
-        if point in _PATTERNS:
-            each.append(product * mine[:, None, :, None])
+        nodes = product.sum(-1) if row.has_entries else product
+        if row.is_by_pairs:
+            each.append(nodes * mine[:, None, :, None])
             continue
-        nodes = product.sum(-1)
-        nodes = nodes.transpose(1, 2) if point in _BY_HEAD else nodes
+        nodes = nodes.movedim(axes_of(point).seq, 1)
         mine = F.pad(mine, (0, nodes.shape[1] - mine.shape[1]), value=1)  # compressed keys (DeepSeek-V4)
         each.append(nodes * mine.reshape(*mine.shape, *[1] * (nodes.ndim - 2)))
     return torch.stack([one.cpu() for one in each], 1)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import LayerAccessor
 
@@ -17,15 +18,11 @@ class Axes(NamedTuple):
     head: int | None
 
 
-_BY_HEAD = {
-    **dict.fromkeys(("queries", "keys", "values", "attention_scores", "attention_probabilities"), Axes(2, 1)),
-    "heads_output": Axes(1, 2),
-}
-
-
 def axes_of(point: str) -> Axes:
     """The axes of that accessor's values."""
-    return _BY_HEAD.get(point, Axes(1, None))
+    row = row_of(point)
+    assert row.seq is not None
+    return Axes(row.seq, row.head)
 
 
 def accessor_of(model: StandardizedTransformer, point: str) -> LayerAccessor:

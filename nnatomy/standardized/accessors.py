@@ -1,8 +1,4 @@
-"""Accessors: one standard name on every layer, `model.layers_output[i]`.
-
-Axis names, here and everywhere: `batch`, `seq` (positions of a prompt), `hidden` (the residual
-stream), `head`, `query` and `key` (positions attending and attended to), `layer`, `vocab`.
-"""
+"""Accessors: one standard name on every layer, `model.layers_output[i]`. `nnatomy.names` has the table of them."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.blocks.rows import RowSlot
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
+from nnatomy.names import UNREACHED, Name
 
 #: The name of the argument that holds the hidden states, where they are passed by name.
 _HIDDEN = "hidden_states"
@@ -58,6 +55,13 @@ def _input_name(kwargs: dict[str, Any]) -> str:
     return _HIDDEN if _HIDDEN in kwargs else next(iter(kwargs))
 
 
+#: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
+_TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "input": (input_of, with_input),
+    "output": (output_of, with_output),
+}
+
+
 class LayerAccessor:
     """A standard name: `accessor[i]` reads it on layer `i`, `accessor[i] = x` puts `x` in its place.
 
@@ -74,30 +78,26 @@ class LayerAccessor:
 
     def __init__(
         self,
-        name: str,
+        row: Name,
         modules: Sequence[Module | None],
         blocks: OpenBlocks,
-        kind: str,
         *,
-        get: Callable[[Any], Any] | None = None,
-        put: Callable[[Any, Any], Any] | None = None,
         tap: Tap | None = None,
         absent: Sequence[str] = (),
-        unreached: str = "",
         none: str = "the model has no layers",
     ) -> None:
-        self.name = name
+        self.row = row
+        self.name = row.name
         self.modules = tuple(modules)
-        self.kind = kind
+        self.kind = row.kind
         self.tap = tap
-        self.get = get or (output_of if kind == "output" else input_of)
-        self.put = put or (with_output if kind == "output" else with_input)
+        self.get, self.put = _TENSOR_IN.get(row.kind, (lambda value: value, lambda _, new: new))
         #: The modules whose value the model itself changes in place later on (Falcon adds the attention's
         #: output into the MLP's). None: not known, so any may be.
         self.changed_later: set[Module] | None = None if tap is None else set()
         self._blocks = blocks
         self._absent = tuple(absent) or ("",) * len(self.modules)
-        self._unreached = unreached
+        self._unreached = UNREACHED.get(row.place, "")
         self._none = none
 
     def __len__(self) -> int:

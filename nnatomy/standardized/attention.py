@@ -38,19 +38,13 @@ from torch.utils import _pytree as pytree
 from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
 from nnatomy.core.points import Axes, Visit
+from nnatomy.names import TABLE
 
 #: By attention module, the module in it that queries and keys are multiplied in.
 _scored_in: WeakKeyDictionary[Module, ref[Module]] = WeakKeyDictionary()
 
 #: What is found, and which of its axes are of positions.
-KINDS: dict[str, Axes] = {
-    "queries": Axes(here=(-2,)),
-    "keys": Axes(so_far=(-2,)),
-    "values": Axes(so_far=(-2,)),
-    "attention_scores": Axes(here=(-2,), so_far=(-1,)),
-    "attention_probabilities": Axes(here=(-2,), so_far=(-1,)),
-    "heads_output": Axes(here=(-3,)),
-}
+KINDS = {row.kind: Axes(row.here, row.so_far) for row in TABLE if row.place == "attention"}
 _SOFTMAX: frozenset[Any] = frozenset((F.softmax, torch.softmax, Tensor.softmax, torch._softmax))
 _EINSUM: frozenset[Any] = frozenset((torch.einsum, torch.functional.einsum))
 _PRODUCT: frozenset[Any] = _EINSUM | {

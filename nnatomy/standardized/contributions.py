@@ -12,16 +12,9 @@ from collections.abc import Callable
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy
+from nnatomy.names import ATTENTIONS, MID, MIXERS, MLPS, SUMS
+from nnatomy.names import CROSS_ATTENTIONS as CROSS
 from nnatomy.standardized.record import ADDITIONS, LayerSums, Place, Record, Result, Value
-
-MID, MIXERS, ATTENTIONS, CROSS, MLPS = (
-    "layers_mid",
-    "mixers_contribution",
-    "attentions_contribution",
-    "cross_attentions_contribution",
-    "mlps_contribution",
-)
-NAMES = (MID, ATTENTIONS, MIXERS, CROSS, MLPS)
 
 _PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_"}
 
@@ -31,7 +24,7 @@ def find_contributions(anatomy: Anatomy, i: int, record: Record, output: Value) 
     try:
         return _Layer(anatomy, i, record, output).sums()
     except _NoSumError as error:
-        return LayerSums(absent=dict.fromkeys(NAMES, str(error)))
+        return LayerSums(absent=dict.fromkeys(SUMS, str(error)))
 
 
 class _NoSumError(Exception):

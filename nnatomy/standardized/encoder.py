@@ -6,11 +6,8 @@ from typing import Any
 
 from nnatomy.arch_configs import has_decoder
 from nnatomy.errors import InputError, ModelError
+from nnatomy.names import TABLE
 from nnatomy.standardized.accessors import LayerAccessor
-from nnatomy.validation.names import INTERNALS, MODULES
-
-#: The names that the encoder's layers have. (What is found by taking additions apart is in traces of the encoder itself.)
-NAMES = (*(name for name in MODULES if name != "mixers_output"), *INTERNALS)
 
 
 def add_encoder(model: Any, validate: Any, allow_failures: bool) -> None:
@@ -24,10 +21,8 @@ def add_encoder(model: Any, validate: Any, allow_failures: bool) -> None:
             part = type(model)(encoder, validate=validate, allow_failures=allow_failures)
         except (ModelError, InputError) as error:
             why = f"the encoder by itself is refused ({str(error).splitlines()[0]})"
-    for name in NAMES:
-        own = f"encoder_{name}"
-        if part is None:
-            accessor = LayerAccessor(own, (), model._blocks, "output", none=why)
-        else:
-            accessor = getattr(part, name).of_part(own, model._blocks)
-        setattr(model, own, accessor)
+    for row in TABLE:
+        if row.of_encoders:
+            none = LayerAccessor(row, (), model._blocks, none=why)
+            own = f"encoder_{row.name}"
+            setattr(model, own, getattr(part, row.name, none).of_part(own, model._blocks))

@@ -9,10 +9,8 @@ from __future__ import annotations
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy
+from nnatomy.names import EXPERTS, NEURONS
 from nnatomy.standardized.record import MATRIX_PRODUCTS, Findings, Record, Value
-from nnatomy.standardized.routers import EXPERTS
-
-NEURONS = "neurons"
 
 
 def find_neurons(

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 
 from nnatomy.arch_configs import Anatomy
+from nnatomy.names import EXPERTS, LOGITS, ROUTERS, WEIGHTS
 from nnatomy.standardized.record import MATRIX_PRODUCTS, SAME, Findings, Record, Value
-
-LOGITS, EXPERTS, WEIGHTS = "routers_logits", "routers_experts", "routers_weights"
-#: In the order in which one call has them.
-ROUTERS = (LOGITS, EXPERTS, WEIGHTS)
 
 NO_EXPERTS = "it has no experts to choose from"
 

@@ -23,17 +23,15 @@ from nnatomy.core import Collector, Slot
 from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.gates import gate_of
 from nnatomy.core.points import Axes, Visit
-from nnatomy.standardized import contributions
+from nnatomy.names import ATTENTIONS, CROSS_ATTENTIONS, MIXERS, NO_CROSS, ROWS, SUMS, TABLE
 from nnatomy.standardized.accessors import LayerAccessor, input_of, output_of
-from nnatomy.standardized.contributions import ATTENTIONS, CROSS, MIXERS, find_contributions
-from nnatomy.standardized.neurons import NEURONS, find_neurons
+from nnatomy.standardized.contributions import find_contributions
+from nnatomy.standardized.neurons import find_neurons
 from nnatomy.standardized.record import LayerSums, Record, Result, where
-from nnatomy.standardized.routers import ROUTERS, find_routers
+from nnatomy.standardized.routers import find_routers
 
 #: In this order where one call has several.
-NAMES = (*contributions.NAMES, *ROUTERS, NEURONS)
-#: Why a model has none of the names of a cross-attention.
-NO_CROSS = "no layer attends to an encoder"
+NAMES = tuple(row.name for row in TABLE if row.place == "layer")
 
 
 class Sums:
@@ -45,7 +43,7 @@ class Sums:
         self.layers: dict[Module, LayerSums] | None = None
         layers: dict[str, tuple[Module, ...]] = dict.fromkeys(NAMES, anatomy.layers)
         if not any(anatomy.cross_attentions):
-            layers[CROSS] = ()
+            layers[CROSS_ATTENTIONS] = ()
         self.accessors = {name: SumAccessor(name, layers[name], blocks, self) for name in NAMES}
         self._blocks = blocks
 
@@ -100,17 +98,7 @@ class SumAccessor(LayerAccessor):
     """One of the names that speak of the inside of a layer."""
 
     def __init__(self, name: str, layers: tuple[Module, ...], blocks: OpenBlocks, sums: Sums) -> None:
-        super().__init__(
-            name,
-            layers,
-            blocks,
-            name,
-            get=lambda value: value,
-            put=lambda _, new: new,
-            tap=sums,
-            unreached="It may have been computed before: ask for it before what comes later in the layer.",
-            none=NO_CROSS if name == CROSS else "",
-        )
+        super().__init__(ROWS[name], layers, blocks, tap=sums, none=NO_CROSS)
         self.changed_later = None  # until validation has seen it
         self._sums = sums
 
@@ -150,7 +138,7 @@ class ShowMode(TorchFunctionMode):
             if not isinstance(place, Result) and name not in self._read:
                 own = leaves[place]
                 leaves[place] = self._show(name, own)
-                if name not in contributions.NAMES:  # an adapter reads neurons too, each expert the weights
+                if name not in SUMS:  # an adapter reads neurons too, each expert the weights
                     self._read.add(name)
                     self._replaced[id(own)] = own, leaves[place]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
@@ -173,7 +161,7 @@ class ShowMode(TorchFunctionMode):
         return new.reshape(tensor.shape)
 
     def _visited(self, name: str, tensor: Tensor) -> Tensor:
-        new = self._visit(tensor, name, Axes(here=(1,))).value
+        new = self._visit(tensor, name, Axes(ROWS[name].here)).value
         assert isinstance(new, Tensor)
         return new
 

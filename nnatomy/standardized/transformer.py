@@ -49,23 +49,31 @@ class StandardizedTransformer(Running, Values, Edits):
 
     | accessor | value |
     |---|---|
-    | `layers_input`, `layers_output` | the residual stream before and after a layer: (batch, seq, hidden) |
-    | `attentions_input`, `attentions_output` | the attention module's own input and output |
-    | `mlps_input`, `mlps_output` | the MLP module's own input and output |
-    | `mixers_output` | the output of the token mixer of any kind: attention, mamba, convolution, ... |
-    | `layers_mid` | the residual stream between token mixer (or cross-attention) and MLP: (batch, seq, hidden) |
-    | `attentions_contribution`, `mixers_contribution`, `mlps_contribution` | what the layer adds to the stream for it, \
-after all norms and multipliers; `layers_input` + the mixer's + the MLP's = `layers_output` |
-    | `neurons` | what the MLP's down projection reads: (batch, seq, neuron) |
-    | `routers_logits` | of a mixture of experts, before softmax or sigmoid: (batch, seq, expert) |
-    | `routers_experts`, `routers_weights` | the experts chosen, and what multiplies what each gives: (batch, seq, choice) |
-    | `queries`, `keys`, `values` | as the attention function gets them: (batch, head, seq, head_dim) |
-    | `attention_scores` | what goes into the softmax: (batch, head, query, key) |
-    | `attention_probabilities` | what multiplies the values: (batch, head, query, key) |
-    | `heads_output` | what each head gives, before gates and projection: (batch, seq, head, value_dim) |
-    | `cross_attentions_input`, `cross_attentions_output` | of a decoder's attention to its encoder: (batch, seq, hidden) |
-    | `cross_attention_probabilities` | what it attends to: (batch, head, query, key), with a key for each position of the encoder |
-    | `cross_attentions_contribution` | what the layer adds to the stream for it: one more summand |
+    | `layers_input` | (batch, seq, hidden): the residual stream before the layer |
+    | `layers_output` | (batch, seq, hidden): the residual stream after the layer |
+    | `attentions_input` | (batch, seq, hidden): what the attention module is given |
+    | `attentions_output` | (batch, seq, hidden): what the attention module gives |
+    | `mlps_input` | (batch, seq, hidden): what the MLP module is given |
+    | `mlps_output` | (batch, seq, hidden): what the MLP module gives |
+    | `mixers_output` | (batch, seq, hidden): what the token mixer of any kind gives: attention, mamba, convolution, ... |
+    | `layers_mid` | (batch, seq, hidden): the residual stream between token mixer (or cross-attention) and MLP |
+    | `attentions_contribution` | (batch, seq, hidden): what its attention adds to the stream, behind norms and multipliers |
+    | `mixers_contribution` | (batch, seq, hidden): the same for all its token mixers; input + this + the MLP's = output |
+    | `cross_attentions_contribution` | (batch, seq, hidden): the same for its attention to an encoder: one more summand |
+    | `mlps_contribution` | (batch, seq, hidden): the same for its MLP, whether or not one module is the MLP |
+    | `queries` | (batch, head, query, head_dim): queries as the attention function gets them |
+    | `keys` | (batch, kv_head, key, head_dim): keys as the attention function gets them |
+    | `values` | (batch, kv_head, key, value_dim): values as the attention function gets them |
+    | `attention_scores` | (batch, head, query, key): what goes into the softmax |
+    | `attention_probabilities` | (batch, head, query, key): what multiplies the values |
+    | `heads_output` | (batch, seq, head, value_dim): what each head gives, before gates and output projection |
+    | `routers_logits` | (batch, seq, expert): of a mixture of experts, before softmax or sigmoid |
+    | `routers_experts` | (batch, seq, choice): the indices of the experts chosen |
+    | `routers_weights` | (batch, seq, choice): what multiplies the output of each expert chosen |
+    | `neurons` | (batch, seq, neuron): what the MLP's down projection reads |
+    | `cross_attentions_input` | (batch, seq, hidden): what the attention to an encoder is given |
+    | `cross_attentions_output` | (batch, seq, hidden): what the attention to an encoder gives |
+    | `cross_attention_probabilities` | (batch, head, query, key): what it attends to: keys are the encoder's positions |
 
     `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `embed_tokens`, `ln_final` and `lm_head` are views
     of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.

@@ -13,18 +13,13 @@ from torch.nn import Module
 from nnatomy.core import Collector, Slot, Trace
 from nnatomy.core.points import versions
 from nnatomy.errors import NotReachedError
+from nnatomy.names import ATTENTIONS, MID, MIXERS, MLPS, SUMS
+from nnatomy.names import CROSS_ATTENTIONS as CROSS
 from nnatomy.validation.near import is_near
 from nnatomy.validation.neurons import Neurons
 from nnatomy.validation.report import Findings
 from nnatomy.validation.routers import Routers
 
-MID, MIXERS, ATTENTIONS, CROSS, MLPS = NAMES = (
-    "layers_mid",
-    "mixers_contribution",
-    "attentions_contribution",
-    "cross_attentions_contribution",
-    "mlps_contribution",
-)
 #: The prompt for which each is taken out. (Where attention is one of several mixers it is taken out of their sum.)
 _ROWS = {MIXERS: 0, ATTENTIONS: 1, CROSS: 0, MLPS: 1}
 
@@ -48,7 +43,7 @@ class Algebra(Collector):
     ) -> None:
         self.model = model
         self._findings = findings
-        self.accessors = {name: accessor for name in NAMES if len(accessor := getattr(model, name))}
+        self.accessors = {name: accessor for name in SUMS if len(accessor := getattr(model, name))}
         self.layers = model._anatomy.layers
         self.modules = set(self.layers)
         self.kinds = {"input": None, "output": None}
@@ -72,7 +67,7 @@ class Algebra(Collector):
                 self._add_up(i, self._found[layer], self._inputs[layer], self._outputs[layer], "as read")
             else:
                 self._refuse(
-                    i, "layers_input or layers_output is refused here, so that nothing adds up", *NAMES
+                    i, "layers_input or layers_output is refused here, so that nothing adds up", *SUMS
                 )
         for accessor in self.accessors.values():
             if any(accessor.modules):
@@ -118,7 +113,7 @@ class Algebra(Collector):
         has = [name for name, accessor in self.accessors.items() if accessor.modules[i] is not None]
         missing = [name for name in has if (layer, self.accessors[name].kind) not in self._now]
         if missing:
-            self._refuse(i, f"{', '.join(missing)} does not show again where it was found", *NAMES)
+            self._refuse(i, f"{', '.join(missing)} does not show again where it was found", *SUMS)
         if not has or missing:
             return
         came = {name: self._now[layer, self.accessors[name].kind][0] for name in has}
@@ -136,7 +131,7 @@ class Algebra(Collector):
         for name, rows in same.items():
             first = slice(1 if name == MLPS and layer in self._touched else None)  # others change it behind
             if name in has and rows and not is_near(came[name][rows, first], clean[name][rows, first]):
-                self._refuse(i, f"{name} is another value when it is read", *NAMES)
+                self._refuse(i, f"{name} is another value when it is read", *SUMS)
                 return
         if part and not _off(came[MIXERS][1], [clean[MIXERS][1], -clean[ATTENTIONS][1]])[1]:
             self._refuse(i, "taking it out takes something else out of what the token mixers add", ATTENTIONS)
@@ -151,7 +146,7 @@ class Algebra(Collector):
         off, holds = _off(end, terms)
         if len(terms) > 1 and not holds:
             why = f"input and contributions are not the output, {when}: off by {off:.1e} (relative)"
-            self._refuse(i, why, *NAMES)
+            self._refuse(i, why, *SUMS)
             return
         for name in has:
             if name == MID:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
+from nnatomy.names import CROSS_MODULES
 from nnatomy.validation.collectors import Each
-from nnatomy.validation.names import CROSS
 from nnatomy.validation.report import Findings
 
 #: How many positions are changed: so few that what the MLP changes everywhere shows nevertheless.
@@ -43,7 +43,7 @@ class CrossAttentions:
             accessor = model.layers_output if model.mlps_input.modules[i] is None else model.mlps_input
             if accessor.modules[i] is not None:
                 self._after[accessor.modules[i]] = accessor, i
-        self.names = [name for name in CROSS[:2] if self._parts]
+        self.names = [name for name in CROSS_MODULES if self._parts]
 
     @property
     def parts(self) -> set[Module]:

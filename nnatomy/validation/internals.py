@@ -19,17 +19,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.validation.names import INTERNALS
+from nnatomy.names import INTERNALS, ROWS
 from nnatomy.validation.report import Findings
-
-#: What shows that a name is right.
-_SHOWN_BY = {
-    ("queries", "keys"): ("attention_scores", "attention_probabilities"),
-    ("attention_scores",): ("attention_probabilities",),
-    ("values",): ("attention_probabilities", "heads_output"),
-    ("heads_output",): ("attention_probabilities", "values"),
-}
-
 
 #: How many of the scores have to move the way they should. (A cap may hold some; by chance it is half of them.)
 AGREEMENT = 0.8
@@ -81,12 +72,10 @@ class Internals:
             if not right:
                 del found[name]
         self._follow(layer, found, list(found))
-        for names, shown_by in _SHOWN_BY.items():
-            missing = [name for name in shown_by if name not in found]
-            for name in names if missing else ():
-                self._expect(
-                    name not in found, name, layer, f"nothing shows that it is that without {missing[0]}"
-                )
+        for name in found:
+            missing = [other for other in ROWS[name].shown_by if other not in found]
+            why = f"nothing shows that it is that without {', '.join(missing[:1])}"
+            self._expect(not missing, name, layer, why)
 
     @staticmethod
     def _shapes(found: dict[str, Tensor], seq: int) -> dict[str, tuple[int, ...]]:
@@ -95,16 +84,16 @@ class Internals:
             return {}
         heads = found["attention_probabilities"].shape[1]
         shared = found["keys"].shape[1] if "keys" in found else heads
-        shared = heads if heads % shared else shared
         width = {name: value.shape[-1] for name, value in found.items()}
-        shapes = {
-            "queries": (2, heads, seq, width.get("queries", 0)),
-            "keys": (2, shared, seq, width.get("queries", 0)),
-            "values": (2, shared, seq, width.get("values", 0)),
-            "attention_scores": (2, heads, seq, seq),
-            "heads_output": (2, seq, heads, width.get("values", 0)),
+        sizes = dict.fromkeys(("seq", "query", "key"), seq) | {
+            "batch": 2,
+            "head": heads,
+            "kv_head": heads if heads % shared else shared,
+            "head_dim": width.get("queries", 0),
+            "value_dim": width.get("values", 0),
         }
-        return {name: shape for name, shape in shapes.items() if name in found}
+        names = found.keys() - {"attention_probabilities"}  # which has a check of its own
+        return {name: tuple(sizes[axis] for axis in ROWS[name].axes) for name in found if name in names}
 
     def _follow(self, layer: int, values: dict[str, Tensor], names: list[str]) -> None:
         """Check that the pattern is that of the scores, and what the heads give that of the pattern and the values."""

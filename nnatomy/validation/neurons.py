@@ -16,9 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from nnatomy.core import Collector, Slot
 from nnatomy.core.points import versions
+from nnatomy.names import MLPS, NEURONS
 from nnatomy.validation.near import is_near
-
-NEURONS, MLPS = "neurons", "mlps_contribution"
 
 
 class Neurons(Collector):

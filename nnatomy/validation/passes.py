@@ -14,7 +14,7 @@ from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, mai
 from nnatomy.arch_configs.families import PREFIX_LMS
 from nnatomy.core import Collector, Trace
 from nnatomy.errors import NO_LOGITS, InputError
-from nnatomy.validation.names import MODULES
+from nnatomy.names import MODULES
 from nnatomy.validation.report import Findings
 
 PROMPT_LENGTH = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nnatomy.arch_configs.fields import unknown_fields
-from nnatomy.validation.names import CROSS, NAMES
+from nnatomy.names import CROSS, OF_LAYERS
 from nnatomy.validation.report import Findings, Place, Report, Row, Status
 
 #: What belongs to no layer.
@@ -45,7 +45,7 @@ def report_of(model: Any, findings: Findings | None, status: Status = "verified"
     """Every name on every layer: what has failed, what is refused, and the rest, of that status."""
     failures, errors = ({}, {}) if findings is None else (findings.failures, findings.errors)
     refused: dict[Place, str] = {}
-    names = (*NAMES, *(name for name in CROSS if len(getattr(model, name))))
+    names = (*OF_LAYERS, *(name for name in CROSS if len(getattr(model, name))))
     for name in names:
         for why, layers in getattr(model, name).refusals().items():
             refused.update({(name, layer): why for layer in layers})

@@ -16,10 +16,9 @@ from torch.nn import Module
 
 from nnatomy.core import Collector, Slot
 from nnatomy.core.points import versions
+from nnatomy.names import EXPERTS, LOGITS, MLPS, ROUTERS, WEIGHTS
 from nnatomy.validation.near import is_near
 
-LOGITS, EXPERTS, WEIGHTS = NAMES = ("routers_logits", "routers_experts", "routers_weights")
-MLPS = "mlps_contribution"
 _FAR = 20.0
 
 
@@ -31,7 +30,7 @@ class Routers(Collector):
     """
 
     def __init__(self, model: Any, outputs: dict[Module, Tensor]) -> None:
-        self.accessors = {name: getattr(model, name) for name in NAMES}
+        self.accessors = {name: getattr(model, name) for name in ROUTERS}
         self._clean = {layer: dict(sums.values) for layer, sums in model._sums.layers.items()}
         self._layers = {i: one for i, one in enumerate(model._anatomy.layers) if one in self._clean}
         for i in self._layers:
@@ -60,12 +59,12 @@ class Routers(Collector):
 
     def _read(self, i: int) -> None:
         values = self._clean[self._layers[i]]
-        logits, experts, weights = (values.get(name) for name in NAMES)
+        logits, experts, weights = (values.get(name) for name in ROUTERS)
         if experts is None:
             return
         choices = experts.sort(-1).values
         if (choices[..., 1:] == choices[..., :-1]).any() or (experts < 0).any():
-            self._refuse(i, "an expert is chosen twice, or none is", *NAMES)
+            self._refuse(i, "an expert is chosen twice, or none is", *ROUTERS)
         if logits is not None and (experts >= logits.shape[-1]).any():
             chosen = int(experts.max())
             self._refuse(i, f"there are {logits.shape[-1]}, and expert {chosen} is chosen", LOGITS)
@@ -74,7 +73,7 @@ class Routers(Collector):
         if weights is not None and weights.shape != experts.shape:
             many, chosen = weights.shape[-1], experts.shape[-1]
             self._refuse(i, f"they are {many} a position, and experts {chosen}", WEIGHTS)
-        for name in {*NAMES}.difference(self._has(i)):
+        for name in {*ROUTERS}.difference(self._has(i)):
             values.pop(name, None)
 
     def take(self, slot: Slot) -> None:
@@ -85,7 +84,7 @@ class Routers(Collector):
         if kind == "output":
             layer, kind = self._givers[layer], MLPS
         self._now[layer, kind] = value.clone()
-        if kind in NAMES and kind in self._clean[layer]:
+        if kind in ROUTERS and kind in self._clean[layer]:
             new = slot.value = self._changed(kind, value.clone(), self._clean[layer])
             self._seen.append((kind, layer, new, versions(new)))
 
@@ -121,7 +120,7 @@ class Routers(Collector):
         clean = self._clean[layer]
         missing = [name for name in self._has(i) if (layer, name) not in self._now]
         if missing:
-            self._refuse(i, f"{', '.join(missing)} do not show again where they were found", *NAMES)
+            self._refuse(i, f"{', '.join(missing)} do not show again where they were found", *ROUTERS)
             return
         has, now = self._has(i), {name: self._now[layer, name] for name in self._has(i)}
         if LOGITS in has and not self._are_chosen_by(now, clean):

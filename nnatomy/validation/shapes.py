@@ -10,7 +10,7 @@ from torch.nn import Module
 from nnatomy.arch_configs import beside_tokens, has_decoder, main_input
 from nnatomy.core import Collector, Slot
 from nnatomy.errors import ValidationError
-from nnatomy.validation.names import INTERNALS, MODULES
+from nnatomy.names import INTERNALS, MODULES
 from nnatomy.validation.refusing import report_of
 from nnatomy.validation.report import Findings, Report
 

@@ -26,8 +26,8 @@ from nnatomy import StandardizedTransformer
 from nnatomy.cli import main
 from nnatomy.cli.anatomy import node
 from nnatomy.cli.report import plain_numbers
+from nnatomy.names import ROUTERS
 from nnatomy.standardized.loading import locate
-from nnatomy.standardized.routers import ROUTERS
 
 GPT2, LLAMA = "demo:gpt2", "demo:llama"
 FRANCE, JAPAN = "The capital of France is", "The capital of Japan is"

@@ -20,7 +20,6 @@ from nnatomy.errors import (
     NotReachedError,
 )
 from nnatomy.standardized import contributions
-from nnatomy.validation import algebra
 
 NAMES = ("attentions_contribution", "mixers_contribution", "layers_mid", "mlps_contribution")
 PARTS = ("mixers_contribution", "mlps_contribution")
@@ -692,10 +691,3 @@ def test_what_is_found_is_not_kept() -> None:
     model = StandardizedTransformer(zoo.build("llama"))
     assert model._sums.layers is not None
     assert not any(sums.values for sums in model._sums.layers.values())
-    assert algebra.NAMES == (
-        contributions.MID,
-        contributions.MIXERS,
-        contributions.ATTENTIONS,
-        contributions.CROSS,
-        contributions.MLPS,
-    )

@@ -12,7 +12,7 @@ from torch import nn
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, NotInThisModelError
 from nnatomy.methods import direct_logit_attribution, edge_attribution, logit_difference, path_patching
-from nnatomy.validation.names import CROSS
+from nnatomy.names import CROSS
 
 #: Class -> its layers, their cross-attention, and that one's value and output projections, by hand.
 CLASSES: dict[str, tuple[str, str, str, str]] = {

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, NotInThisModelError
+from nnatomy.names import ROUTERS
 from nnatomy.standardized import shown as inside
 from nnatomy.standardized.record import Record, Result, Value
-from nnatomy.standardized.routers import ROUTERS
 
 
 class Place(NamedTuple):

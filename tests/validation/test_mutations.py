@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import ValidationError
+from nnatomy.names import MID, MIXERS, MLPS, SUMS
 from nnatomy.standardized import attention, contributions, head, shown, transformer
-from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.accessors import LayerAccessor, output_of
 
 Patch = pytest.MonkeyPatch
 
@@ -102,7 +103,7 @@ def shows(
     back = back or (lambda value: value)
 
     def mutate(patch: Patch) -> None:
-        mode: Any = shown.ShowMode if kind in contributions.NAMES else attention.AttentionMode
+        mode: Any = shown.ShowMode if kind in SUMS else attention.AttentionMode
         init = mode.__init__
 
         def wrong(self: Any, one: Any, other: Any, visit: Any) -> None:
@@ -155,7 +156,7 @@ def uninterleaved(x: Tensor) -> Tensor:
 def swapped_sums(patch: Patch) -> None:
     """What the mixer adds is taken for the MLP's, and the other way round."""
     sums = contributions._Layer.sums
-    other = {contributions.MIXERS: contributions.MLPS, contributions.MLPS: contributions.MIXERS}
+    other = {MIXERS: MLPS, MLPS: MIXERS}
 
     def wrong(self: Any) -> Any:
         found = sums(self)
@@ -172,13 +173,13 @@ def mid_before(patch: Patch) -> None:
     show_mid, add = contributions._Layer._show_mid, contributions._Layer._add
 
     def wrong(self: Any, found: Any, name: str, addition: Any, place: int | None) -> None:
-        add(self, found, name, addition, addition.places[0] if name == contributions.MID else place)
+        add(self, found, name, addition, addition.places[0] if name == MID else place)
         return
 
     def mid(self: Any, found: Any, mixing: Any, rest: Any) -> None:
         show_mid(self, found, mixing, rest)
-        if contributions.MID in found.values:
-            found.values[contributions.MID] = mixing[0][0].operands[0]
+        if MID in found.values:
+            found.values[MID] = mixing[0][0].operands[0]
 
     patch.setattr(contributions._Layer, "_add", wrong)
     patch.setattr(contributions._Layer, "_show_mid", mid)
@@ -206,18 +207,16 @@ def accessor(name: str, **changes: Any) -> Callable[[Patch], None]:
     def mutate(patch: Patch) -> None:
         init = LayerAccessor.__init__
 
-        def wrong(self: Any, own: str, modules: Any, blocks: Any, kind: str, **rest: Any) -> None:
-            if own == name:
-                kind = changes.get("kind", kind)
-                rest |= {key: value for key, value in changes.items() if key != "kind"}
-            init(self, own, modules, blocks, kind, **rest)
+        def wrong(self: Any, row: Any, modules: Any, blocks: Any, **rest: Any) -> None:
+            init(self, row, modules, blocks, **rest)
+            if row.name == name:
+                vars(self).update(changes)
 
         patch.setattr(LayerAccessor, "__init__", wrong)
 
     return mutate
 
 
-SUMS = contributions.NAMES
 MUTATIONS: dict[str, tuple[str, Callable[[Patch], None], tuple[str, ...]]] = {
     "the first layer left out": ("llama", layers(lambda n: [*n][1:]), ()),
     "the last layer left out": ("gpt2", layers(lambda n: [*n][:-1]), ()),
@@ -332,7 +331,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Patch], None], tuple[str, ...]]] = {
         ),
         (),
     ),
-    "a layer's input read after it": ("gemma", accessor("layers_input", kind="output"), ()),
+    "a layer's input read after it": ("gemma", accessor("layers_input", kind="output", get=output_of), ()),
     "writes that do not arrive": ("qwen2", accessor("mlps_output", put=lambda value, _: value), ()),
     "the first prompt for all": (
         "bloom",

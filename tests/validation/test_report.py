@@ -15,7 +15,7 @@ from rich.console import Console
 from nnatomy import StandardizedTransformer
 from nnatomy.arch_configs import FAMILIES
 from nnatomy.errors import InputError, NotInThisModelError, ValidationError
-from nnatomy.validation.names import NAMES
+from nnatomy.names import OF_LAYERS as NAMES
 from nnatomy.validation.refusing import WHOLE
 from nnatomy.validation.report import Report, Row, spans
 

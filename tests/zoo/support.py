@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from nnatomy import StandardizedTransformer
+from nnatomy.names import MODULES as MODULES
+from nnatomy.names import OF_LAYERS as NAMES
 from nnatomy.standardized.routers import NO_EXPERTS
-from nnatomy.validation.names import MODULES as MODULES
-from nnatomy.validation.names import NAMES as NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = "| type | token mixers | not there, and why |\n|---|---|---|\n"
