@@ -56,11 +56,13 @@ class Algebra(Collector):
         self,
         trace: Callable[[Iterable[Collector]], AbstractContextManager[Trace]],
         others: Sequence[Neurons | Routers] = (),
+        beside: Sequence[Collector] = (),
     ) -> None:
         """Refuse what does not hold. Runs the model only where something does in the values read.
 
         Args:
             others: what is checked in the same pass; they change what MLPs give.
+            beside: the same, of what changes nothing that is seen here.
         """
         for i, layer in enumerate(self.layers):
             if layer in self._inputs and layer in self._outputs:
@@ -73,10 +75,10 @@ class Algebra(Collector):
             if any(accessor.modules):
                 self.kinds[accessor.kind] = accessor.tap
         others = [one for one in others if one.modules]
-        if len(self.kinds) == 2 and not others:
+        if len(self.kinds) == 2 and not others and not beside:
             return
         # The head is not needed. (One that is never called is no error here: the pass has gone to its end.)
-        with suppress(NotReachedError), trace([*others, self]) as tracer:
+        with suppress(NotReachedError), trace([*beside, *others, self]) as tracer:
             head = self.model._anatomy.lm_head
             tracer.result if head is None else tracer.block.reach(head, "input", "lm_head")
         self._touched = {layer for one in others for layer in one.modules}

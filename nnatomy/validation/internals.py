@@ -1,15 +1,17 @@
 """What the names inside an attention promise: they follow from one another as attention says.
 
-Reading: the softmax of the scores is the pattern (a part of it, with attention sinks), and the pattern times the values is
-what the heads give. Writing, for the second prompt: scores move as the products of queries and keys do, when queries of
-the last position and keys of the first one are changed, in each head in a direction of its own; scores show in the
-pattern; pattern and values in what the heads give, as multiplied. For the first prompt what the heads give alone is
-changed (a gate may depend on the scores, too), and shows in the attention's output.
+Reading: the softmax of the scores is the pattern (a part of it, with attention sinks), and products are what the rows of
+`nnatomy.names` say: the pattern times the values is what the heads give. Writing, for the second prompt: scores move as the
+products of queries and keys do, when queries of the last position and keys of the first one are changed, in each head in a
+direction of its own; scores show in the pattern; pattern and values in what the heads give, as multiplied. For the first
+prompt what the heads give alone is changed (a gate may depend on the scores, too), and shows in the attention's output. What
+adds up to another name (weighted values) would hide what the model's own product makes of the others: it is written in the
+pass that takes out contributions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.names import INTERNALS, ROWS
+from nnatomy.names import INTERNALS, ROWS, equation
 from nnatomy.validation.report import Findings
 
 #: How many of the scores have to move the way they should. (A cap may hold some; by chance it is half of them.)
@@ -103,13 +105,17 @@ class Internals:
         if "attention_scores" in names:
             own = values["attention_scores"].float().softmax(-1) * pattern.float().sum(-1, keepdim=True)
             self._close("attention_scores", layer, "their softmax is not the pattern", own, pattern)
-        if "heads_output" in names and "values" in names:
-            value = values["values"]
-            value = value.repeat_interleave(pattern.shape[1] // value.shape[1], 1)
-            given = (pattern.float() @ value.float()).transpose(1, 2)
-            for name in ("values", "heads_output"):
-                what = "the pattern times the values is not what the heads give"
-                self._close(name, layer, what, given, values["heads_output"])
+        for name in names:
+            factors = ROWS[name].product_of
+            if factors and values.keys() >= {*factors}:
+                own = _product(values, factors, name)
+                for one in (name, *(one for one in factors if name in ROWS[one].shown_by)):
+                    self._close(one, layer, f"{' times '.join(factors)} is not {name}", own, values[name])
+            total = ROWS[name].sums_to
+            if total in values:
+                self._close(
+                    name, layer, f"its sum is not {total}", _product(values, (name,), total), values[total]
+                )
 
     def _close(self, name: str, layer: int, what: str, one: Tensor, other: Tensor) -> None:
         off = self._off(one, other)
@@ -122,10 +128,27 @@ class Internals:
 
     # Writing.
 
+    @property
+    def sums(self) -> dict[str, str]:
+        """The names that are written in a pass of their own: those whose sums are another one, with that."""
+        return {name: total for name in INTERNALS if (total := ROWS[name].sums_to)}
+
+    def change_sums(self, slot: Slot, seen: Callable[[Module, str], Tensor]) -> None:
+        """Change a name whose sum is another one; check that one, and put it back, so that nothing else changes."""
+        module, name = slot.module, slot.kind
+        written = self._written.setdefault(module, {})
+        if name in self.sums and self.has(module, name):
+            slot.value = written[name] = self._changed(name, slot.value)
+        elif self.has(module, name):
+            for one in self.sums.keys() & written.keys():
+                own = _product(written, (one,), name)
+                self._close(one, self._layers[module], f"written, its sum is not {name}", own, slot.value)
+            slot.value = seen(module, name)
+
     def change(self, slot: Slot, seen: Callable[[Module, str], Tensor]) -> None:
         """Check what has become of the earlier changes of this call, and change this."""
         module, name = slot.module, slot.kind
-        if not self.has(module, name):
+        if name in self.sums or not self.has(module, name):
             return
         clean = seen(module, name)
         layer, now = self._layers[module], slot.value
@@ -215,6 +238,18 @@ class Internals:
         else:
             new[0] += ramp * (1 + clean.abs().max())
         return new
+
+
+def _product(values: dict[str, Tensor], factors: Sequence[str], name: str) -> Tensor:
+    """What these give, by the names of their axes, for that name."""
+    heads = max(values[one].shape[1] for one in factors)
+    each = (
+        values[one].repeat_interleave(heads // values[one].shape[1], 1)
+        if "kv_head" in ROWS[one].axes
+        else values[one]
+        for one in factors
+    )
+    return torch.einsum(equation(factors, name), *(one.float() for one in each))
 
 
 def _agreement(one: Tensor, other: Tensor, counts: Tensor) -> float:

@@ -12,7 +12,7 @@ Four forward passes of two short prompts:
 3. taking out: in each layer what the token mixer adds to the stream is made zero for the first prompt, what the MLP
    adds for the second; just that has to be missing then. This is a pass of its own, as in the second nothing of a
    layer is as it was for either prompt. What the additions are has been found in the first. Neurons and the routing
-   of experts are changed in this pass, too (see `neurons`, `routers`).
+   of experts are changed in this pass, too (see `neurons`, `routers`), and weighted values (see `internals`).
 4. untraced: to the last layer's output, by a hook of PyTorch's; it is what was read, but for rounding. The second
    prompt is padded on the left, beside a longer one, and so shows whether padding changes anything. (Where it does,
    or there is nothing to pad, the prompts are run once more as they were read.)
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch.nn import Module
 
 from nnatomy.errors import InputError, ValidationError
 from nnatomy.validation.algebra import Algebra
+from nnatomy.validation.collectors import Each
 from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
 from nnatomy.validation.near import TOLERANCE, distance, is_same
@@ -104,7 +106,7 @@ def _check(model: Any) -> Findings:
     if not findings.failures:  # what does not read right cannot be written back
         Writing(passes, internals, reading).run(cross.changes(reading.seen.only))
         _refuse(passes)
-        _check_algebra(passes, reading)
+        _check_algebra(passes, reading, internals)
         _check_head(passes, reading)
     check_untraced(passes, reading)
     check_ahead(passes)
@@ -124,7 +126,7 @@ def _refuse(passes: Passes) -> None:
             del failures[place]
 
 
-def _check_algebra(passes: Passes, reading: Reading) -> None:
+def _check_algebra(passes: Passes, reading: Reading, internals: Internals) -> None:
     def read(accessor: Any) -> dict[Module, Tensor]:
         modules = [module for module in accessor.modules if module is not None]
         return {module: accessor.get(reading.seen.only(module, accessor.kind)) for module in modules}
@@ -132,7 +134,10 @@ def _check_algebra(passes: Passes, reading: Reading) -> None:
     model = passes.model
     inputs, outputs = read(model.layers_input), read(model.layers_output)
     others = Neurons(model, outputs), Routers(model, outputs | read(model.mlps_output))
-    Algebra(model, inputs, outputs, reading.found, passes.findings).check(passes.trace, others)
+    change = partial(internals.change_sums, seen=reading.seen.only)
+    kinds = {name: internals.kinds[name] for pair in internals.sums.items() for name in pair}
+    beside = [Each(internals.modules, kinds, change)] if kinds else []
+    Algebra(model, inputs, outputs, reading.found, passes.findings).check(passes.trace, others, beside)
     for values in reading.found.values():
         values.clear()
 

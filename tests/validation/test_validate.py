@@ -295,7 +295,7 @@ def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
     [
         (
             "scale",
-            r"heads_output\[0\]: the pattern times the values is not what the heads give, off by .*e-0",
+            r"heads_output\[0\]: attention_probabilities times values is not heads_output, off by .*e-0",
         ),
         ("values", r"values\[0\]: writing it changes nothing that comes of it"),
         ("queries", r"queries\[0\]: only 0% of the changes in the scores are those of queries changed"),
