@@ -42,6 +42,8 @@ class Annotations:
     """(batch, head, query, key): what goes into the softmax"""
     attention_probabilities: LayerAccessor
     """(batch, head, query, key): what multiplies the values"""
+    values_weighted: LayerAccessor
+    """(batch, head, query, key, value_dim): the values times the pattern, before the sum over keys"""
     heads_output: LayerAccessor
     """(batch, seq, head, value_dim): what each head gives, before gates and output projection"""
     routers_logits: LayerAccessor
@@ -80,5 +82,7 @@ class Annotations:
     """`attention_scores` of an encoder-decoder's encoder"""
     encoder_attention_probabilities: LayerAccessor
     """`attention_probabilities` of an encoder-decoder's encoder"""
+    encoder_values_weighted: LayerAccessor
+    """`values_weighted` of an encoder-decoder's encoder"""
     encoder_heads_output: LayerAccessor
     """`heads_output` of an encoder-decoder's encoder"""

@@ -12,8 +12,8 @@ holds its pattern. Its output stays the model's own, bit for bit; scores and pat
 SDPA's definition from the same query, key, value and mask, and take effect only if they are assigned, changed in
 place, or asked to keep their gradient.
 
-In one call they come in this order: queries, keys, values, scores, probabilities, what the heads give. (Values after the
-probabilities, where hand-written code calls them by no name that shows.)
+In one call they come in this order: queries, keys, values, scores, probabilities, weighted values, what the heads give. (Values
+after the probabilities, where hand-written code calls them by no name that shows.)
 
 A fused kernel that torch does not see (flash attention) has none of them to find.
 """
@@ -45,6 +45,8 @@ _scored_in: WeakKeyDictionary[Module, ref[Module]] = WeakKeyDictionary()
 
 #: What is found, and which of its axes are of positions.
 KINDS = {row.kind: Axes(row.here, row.so_far) for row in TABLE if row.place == "attention"}
+#: What a pattern is computed aside for, beside scores.
+_OF_PATTERNS = ("attention_probabilities", "values_weighted")
 _SOFTMAX: frozenset[Any] = frozenset((F.softmax, torch.softmax, Tensor.softmax, torch._softmax))
 _EINSUM: frozenset[Any] = frozenset((torch.einsum, torch.functional.einsum))
 _PRODUCT: frozenset[Any] = _EINSUM | {
@@ -202,7 +204,9 @@ class AttentionMode(TorchFunctionMode):
             put[id(value)] = self._late_values(value)
         args, kwargs = _replaced((args, kwargs), put)
         result: Tensor = func(*args, **kwargs)
-        return self._show("heads_output", result) if known else result
+        if not known:
+            return result
+        return self._show("heads_output", self._show_weighted(put[id(pattern)], put[id(value)], result))
 
     def _late_values(self, value: Tensor) -> Tensor:
         if self._early is not None:
@@ -242,14 +246,18 @@ class AttentionMode(TorchFunctionMode):
         key = self._show_shared("keys", key)
         value = self._show_shared("values", value)
         groups = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-        pattern = self._aside(query, key, attn_mask, is_causal, scale, groups)
-        if pattern is None:
+        pattern, changed = self._aside(query, key, attn_mask, is_causal, scale, groups)
+        if not changed:
             result = F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         else:
+            assert pattern is not None
             with torch._C.DisableTorchFunction():
-                result = F.dropout(pattern, dropout_p) @ value.repeat_interleave(groups, -3)
+                pattern = F.dropout(pattern, dropout_p)
+                result = pattern @ value.repeat_interleave(groups, -3)
+        if pattern is not None:
+            result = self._show_weighted(pattern, value, result)
         return self._show("heads_output", result)
 
     def _aside(
@@ -260,24 +268,24 @@ class AttentionMode(TorchFunctionMode):
         is_causal: bool,
         scale: float | None,
         groups: int,
-    ) -> Tensor | None:
-        """The pattern to go on with, if it or its scores have been changed."""
+    ) -> tuple[Tensor | None, bool]:
+        """The pattern, where anybody waits for something that it is in, and whether it or its scores have been changed."""
         awaited = self._visit.awaited("attention_scores")
-        if not awaited and not self._visit.awaited("attention_probabilities"):
-            return None
+        if not awaited and not any(map(self._visit.awaited, _OF_PATTERNS)):
+            return None, False
         with torch._C.DisableTorchFunction():  # aside: no call of the model's
             scores = sdpa_scores(query, key.repeat_interleave(groups, -3), mask, is_causal, scale)
         changed = False
         if awaited:
             scores, changed = self._offer("attention_scores", scores)
-            if not changed and not self._visit.awaited("attention_probabilities"):
-                return None
+            if not changed and not any(map(self._visit.awaited, _OF_PATTERNS)):
+                return None, False
         with torch._C.DisableTorchFunction():
             pattern = sdpa_pattern(scores, is_masked=is_causal or mask is not None).to(query.dtype)
         if self._visit.awaited("attention_probabilities"):
             pattern, also = self._offer("attention_probabilities", pattern)
             changed = changed or also
-        return pattern if changed else None
+        return pattern, changed
 
     def _offer(self, kind: str, computed: Tensor) -> tuple[Tensor, bool]:
         """Show what has been computed aside; what has been made of it, and whether anything has."""
@@ -318,6 +326,21 @@ class AttentionMode(TorchFunctionMode):
             if cut.shape != own.shape:  # sinks
                 chosen = torch.cat([chosen, own[..., cut.shape[-1] :]], -1)
             return _as_contiguous_as(own, chosen)
+
+    def _show_weighted(self, pattern: Tensor, value: Tensor, result: Tensor) -> Tensor:
+        """Show the values times the pattern, computed aside; what the heads give if it has been changed: its sum over keys."""
+        if not self._visit.awaited("values_weighted"):
+            return result
+        with torch._C.DisableTorchFunction():
+            pattern = by_head(pattern, self._heads)
+            value = by_head(value, self._heads) if value.ndim == 3 else value
+            if pattern.ndim != 4 or value.ndim != 4 or pattern.shape[1] % value.shape[1]:
+                return result
+            value = value.repeat_interleave(pattern.shape[1] // value.shape[1], 1)
+            weighted = pattern[..., None] * value[:, :, None]
+        weighted, changed = self._offer("values_weighted", weighted)
+        with torch._C.DisableTorchFunction():
+            return weighted.sum(-2).to(result.dtype).reshape(result.shape) if changed else result
 
     def _show_shared(self, kind: str, own: Tensor, *, transposed: bool = False) -> Tensor:
         """The same for keys or values, of which several query heads may share one."""

@@ -66,6 +66,7 @@ class StandardizedTransformer(Running, Values, Edits):
     | `values` | (batch, kv_head, key, value_dim): values as the attention function gets them |
     | `attention_scores` | (batch, head, query, key): what goes into the softmax |
     | `attention_probabilities` | (batch, head, query, key): what multiplies the values |
+    | `values_weighted` | (batch, head, query, key, value_dim): the values times the pattern, before the sum over keys |
     | `heads_output` | (batch, seq, head, value_dim): what each head gives, before gates and output projection |
     | `routers_logits` | (batch, seq, expert): of a mixture of experts, before softmax or sigmoid |
     | `routers_experts` | (batch, seq, choice): the indices of the experts chosen |

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, NotInThisModelError, OutOfOrderError
 
-NAMES = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
+NAMES = (
+    *("queries", "keys", "values", "attention_scores", "attention_probabilities", "values_weighted"),
+    "heads_output",
+)
+BY_PAIRS = ("attention_scores", "attention_probabilities", "values_weighted")
 LAYER = 1
 HEADS = 4
 #: Where each type's output projection is.
@@ -38,6 +42,7 @@ class Written:
         self.queries, self.keys, self.values = getattr(self, model_type, self.separate)(hidden)
         self.attention_scores = self.scores(self.queries, self.keys)
         self.attention_probabilities = self.probabilities(self.attention_scores)
+        self.values_weighted = self.weighted(self.attention_probabilities, self.values)
         self.heads_output = self.heads(self.attention_probabilities, self.values)
 
     # From the projections to the attention function's arguments.
@@ -150,11 +155,17 @@ class Written:
     def heads(self, probabilities: Tensor, values: Tensor) -> Tensor:
         return (probabilities @ values.repeat_interleave(HEADS // values.shape[1], 1)).transpose(1, 2)
 
+    def weighted(self, probabilities: Tensor, values: Tensor) -> Tensor:
+        each = values.repeat_interleave(HEADS // values.shape[1], 1)
+        return torch.stack([probabilities[..., k, None] * each[:, :, k, None] for k in range(self.seq)], 3)
+
     def heads_if(self, name: str, value: Tensor) -> Tensor:
         """What the heads give where that is in the place of one of the names."""
         q, k, v = (value if name == n else getattr(self, n) for n in NAMES[:3])
         scores = value if name == "attention_scores" else self.scores(q, k)
         pattern = value if name == "attention_probabilities" else self.probabilities(scores)
+        if name == "values_weighted":
+            return value.sum(3).transpose(1, 2)
         return value if name == "heads_output" else self.heads(pattern, v)
 
 
@@ -361,7 +372,7 @@ def test_padding_on_the_left_and_blocks_of_invoke(model_type: str) -> None:
         if name == "heads_output":
             padded = padded[:, -4:]
         else:
-            padded = padded[:, :, -4:, -4:] if name.startswith("attention") else padded[:, :, -4:]
+            padded = padded[:, :, -4:, -4:] if name in BY_PAIRS else padded[:, :, -4:]
         if name != "attention_scores" or model_type not in ("bloom",):  # ALiBi's zero is elsewhere
             assert close(padded, short_alone[name], 1e-4), name
 
@@ -415,7 +426,7 @@ def test_each_step_of_a_generation(model_type: str, implementation: str | None, 
             elif name == "queries":
                 full = full[:, :, now]
             else:
-                full = full[:, :, now, so_far] if name.startswith("attention") else full[:, :, so_far]
+                full = full[:, :, now, so_far] if name in BY_PAIRS else full[:, :, so_far]
             assert close(one[name][:1], full, 1e-4), (name, step)
 
 

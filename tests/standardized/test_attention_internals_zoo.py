@@ -8,7 +8,10 @@ import zoo
 
 from nnatomy.errors import NotInThisModelError
 
-NAMES = ("queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output")
+NAMES = (
+    *("queries", "keys", "values", "attention_scores", "attention_probabilities", "values_weighted"),
+    "heads_output",
+)
 #: Types of which no layer has an attention that is found, and what a refusal says.
 WITHOUT_ATTENTION = {
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), "mamba"),
@@ -59,7 +62,7 @@ def test_a_type(model_type: str) -> None:
             found = [[getattr(model, name)[layer] for name in NAMES] for layer in layers]
             logits = model.logits
         assert torch.equal(logits, hf(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
-    for q, k, v, scores, pattern, heads in found:
+    for q, k, v, scores, pattern, weighted, heads in found:
         batch, count, seq, _ = q.shape
         assert (batch, seq) == (2, 9)
         assert (k.shape[-1], k.shape[1:3]) == (q.shape[-1], v.shape[1:3])
@@ -67,7 +70,9 @@ def test_a_type(model_type: str) -> None:
         assert k.shape[2] == 9 or model_type == "deepseek_v4"  # compressed ones, too
         part = pattern.sum(-1, keepdim=True)  # less than 1 with sinks
         torch.testing.assert_close(scores.softmax(-1) * part, pattern, rtol=0, atol=1e-5)
-        given = (pattern @ v.repeat_interleave(count // v.shape[1], 1)).transpose(1, 2)
+        v = v.repeat_interleave(count // v.shape[1], 1)
+        torch.testing.assert_close(weighted, torch.einsum("bhqk,bhkd->bhqkd", pattern, v))
+        given = (pattern @ v).transpose(1, 2)
         torch.testing.assert_close(heads, given, rtol=1e-4, atol=1e-4)
 
 

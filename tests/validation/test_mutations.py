@@ -301,6 +301,13 @@ MUTATIONS: dict[str, tuple[str, Callable[[Patch], None], tuple[str, ...]]] = {
         shows("attention_probabilities", lambda x: x.mT, lambda x: x.mT),
         (),
     ),
+    "weighted values of other heads": ("qwen3", shows("values_weighted", *flipped(1)), ()),
+    "weighted values of other keys": ("llama", shows("values_weighted", *flipped(3)), ()),
+    "weighted values of which more comes than is written": (
+        "gpt2",
+        shows("values_weighted", lambda x: x, lambda x: 2 * x),
+        (),
+    ),
     "what other heads give": ("phi", shows("heads_output", *flipped(2)), ()),
     "what heads give, split in the wrong order": (
         "cohere",
