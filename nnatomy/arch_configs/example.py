@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from nnatomy.arch_configs.families import ENCODER_DECODERS, NEEDED, SEVERAL_IMAGES
 
+#: As many as prompts that are alike in nothing need.
+LEAST_TOKENS = 16
 _OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 
 
@@ -52,10 +54,30 @@ def has_decoder(model: Module) -> bool:
 def text_config(model: Module) -> Any:
     """The part of its config that says how large the layers are: of an encoder-decoder, the decoder's."""
     config: Any = model.config
+    if not hasattr(config, "get_text_config"):  # of no model of Transformers
+        return config
     if not has_decoder(model) and config.is_encoder_decoder:  # the encoder of one, alone
         return config.get_text_config(encoder=True)
     text = config.get_text_config(decoder=True)
     return text if getattr(text, "hidden_size", None) else getattr(text, "decoder_config", text)
+
+
+def num_tokens(model: Module) -> int:
+    """How many token ids there are: by the embedding's rows and by the config, which may leave some rows unused."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = getattr(config, "vocab_size", None)
+    try:
+        own = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # it does not say
+        own = None
+    if isinstance(own, Embedding):
+        return min(own.num_embeddings, int(said or own.num_embeddings))
+    if said:
+        return int(said)
+    # Which of several it is does not show yet: ids that each takes, but for those of a few kinds of tokens.
+    rows = (module.num_embeddings for module in model.modules() if isinstance(module, Embedding))
+    return min((count for count in rows if count >= LEAST_TOKENS), default=LEAST_TOKENS)
 
 
 def input_device(embedding: Module) -> torch.device:
@@ -78,8 +100,7 @@ def example_inputs(model: Module, batch: int, seq: int, device: torch.device) ->
     read = seq + has_decoder(model)
     inputs = beside_tokens(model, batch, read)
     if main_input(model) == "input_ids":
-        vocab = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
-        inputs["input_ids"] = example_ids(vocab, batch, read)
+        inputs["input_ids"] = example_ids(num_tokens(model), batch, read)
     if has_decoder(model):
         ids = example_ids(int(text_config(model).vocab_size), batch, seq)
         inputs["decoder_input_ids"] = ids.flip(0, 1)

@@ -37,7 +37,8 @@ KNOWN = frozenset(
 
 def changing_fields(config: Any) -> dict[str, Any]:
     """The fields of a Hugging Face config, and of that of its text model, whose names say that they change the computation."""
-    fields = {**vars(config), **vars(config.get_text_config(decoder=True))}
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    fields = {**vars(config), **vars(text)}
     return {name: value for name, value in fields.items() if _NAMED.search(name) and not name.startswith("_")}
 
 

@@ -27,7 +27,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nnatomy.arch_configs.example import example_inputs, has_decoder, input_device, main_input, takes
+from nnatomy.arch_configs.example import (
+    example_ids,
+    example_inputs,
+    has_decoder,
+    input_device,
+    main_input,
+    num_tokens,
+    takes,
+)
+from nnatomy.arch_configs.outputs import logits_of, tensors_in
 
 BATCH, SEQ = 2, 5
 _SOFTMAX = frozenset(
@@ -47,6 +56,10 @@ _KINDS = {
 }
 
 
+#: By module, in the order of their first call: the prints of what it was given and gave, each time.
+Calls = dict[Module, list[tuple[Any, Any]]]
+
+
 class CannotInfer(Exception):  # noqa: N818
     """The structure does not show; the text says what is missing."""
 
@@ -58,6 +71,7 @@ class LayerParts:
     Attributes:
         mixers: its token mixers, in the order in which they run; `kinds` names them.
         absent: why there is no attention, or no MLP, or nothing at all of the layer.
+        heads: how many the attention has; 0 where that does not show.
     """
 
     mixers: list[Module] = field(default_factory=list)
@@ -65,28 +79,21 @@ class LayerParts:
     attention: Module | None = None
     mlp: Module | None = None
     absent: dict[str, str] = field(default_factory=dict)
+    heads: int = 0
 
 
-def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list[Module], Module | None]:
-    """The layers, if they are not given, and the final norm if there is one.
+def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list[Module], Module | None, int]:
+    """The layers, if they are not given, the final norm if there is one, and the width of what the last layer gives.
 
     Raises:
         CannotInfer: if no list of modules hands hidden states on.
     """
-    seen: dict[Module, list[tuple[Any, Any]]] = {}
-
-    def note(module: Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.setdefault(module, []).append((_print_of(_hidden((args, kwargs))), _print_of(_hidden(output))))
-
-    with _hooks(model.modules(), after=note):
-        _run(model)
+    seen = _seen(model)
     best = layers or []
-    found: list[tuple[bool, int, list[Module]]] = []
+    found: list[list[Module]] = []
     others: list[str] = []
-    for container in () if best else model.modules():
-        if len(container._modules) < 2 or not all(name.isdigit() for name in container._modules):
-            continue
-        every = [child for child in container._modules.values() if child is not None]
+    lists = [] if best else [one for module in model.modules() for one in _lists(module, list(seen))]
+    for every in lists:
         layers = [child for child in every if child in seen]
         every = every[: every.index(layers[-1]) + 1] if layers else []  # one between may be left out (Mllama)
         hands_on = all(seen[a][-1][1] == seen[b][0][0] for a, b in itertools.pairwise(layers))
@@ -94,13 +101,31 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
             if has_decoder(model) and not _is_of_prompts(given):
                 others.append(str(given[0]))
             else:
-                found.append((_is_of_prompts(given), _size(container), every))
-    best = best or max(found, key=lambda one: one[:2], default=(False, 0, best))[2]
-    if not best:
+                found.append(every)
+
+    def reads(layers: list[Module]) -> Any:
+        return seen[next(layer for layer in layers if layer in seen)][0][0]
+
+    for i, first in enumerate(found):  # of several lists, of which each goes on where another ends
+        while more := [
+            one for one in found if one[0] not in first and _goes_on(one, seen[first[-1]][-1][1], seen)
+        ]:
+            found[i] = first = [*first, *more[0]]
+    best = best or max(
+        found, key=lambda one: (_is_of_prompts(reads(one)), sum(map(_size, one)), -len(one)), default=best
+    )
+    around = [
+        one for one in lists if any(best and best[0] in layer.modules() for layer in one if layer not in best)
+    ]
+    if not best or any(len(seen.keys() & {*one}) > 1 for one in around):
+        paths = {module: path for path, module in model.named_modules()}
         rest = f": there are lists that hand on {', '.join(others)}, where (batch, seq, hidden) is ({BATCH}, {SEQ}, hidden)"
-        raise CannotInfer(
-            f"no list of modules hands hidden states from one to the next{rest if others else ''}"
+        rest = (
+            rest
+            if others
+            else _broken(max(around or lists, key=lambda one: sum(map(_size, one)), default=[]), seen, paths)
         )
+        raise CannotInfer(f"no list of modules hands hidden states from one to the next{rest}")
     last = seen[[layer for layer in best if layer in seen][-1]][-1][1]
     inside = {module for layer in best for module in layer.modules()}
     norms = [
@@ -108,40 +133,106 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
         for module, calls in seen.items()
         if module not in inside and len(calls) == 1 and calls[0][0] == last and not _has_matrix(module)
     ]
-    return best, next((norm for norm in norms if any(True for _ in norm.parameters())), None)
+    norm = next((norm for norm in norms if any(True for _ in norm.parameters())), None)
+    return best, norm, last[0][-1] if last else 0
 
 
-def find_ends(model: Module) -> tuple[Module, Module | None]:
-    """The token embedding and the unembedding, of a model that does not name them itself.
+def _seen(model: Module) -> Calls:
+    """The calls of each module in a forward pass."""
+    seen: Calls = {}
+    given: dict[Module, list[Any]] = {}
+
+    def before(module: Module, args: Any, kwargs: Any) -> None:  # it may write into what it is given
+        given.setdefault(module, []).append(_print_of(_hidden((args, kwargs))))
+
+    def after(module: Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        seen.setdefault(module, []).append((given[module].pop(), _print_of(_hidden(output))))
+
+    with _hooks(model.modules(), before, after):
+        _run(model)
+    return seen
+
+
+def _broken(layers: list[Module], seen: Calls, paths: dict[Module, str]) -> str:
+    """Where a list of modules does not hand on."""
+    called = [layer for layer in dict.fromkeys(layers) if layer in seen]
+    for layer in called:
+        if len(seen[layer]) > 1:
+            return f": {paths[layer]} is called {len(seen[layer])} times in a forward pass"
+    for one, other in itertools.pairwise(called):
+        if seen[one][-1][1] != seen[other][0][0]:
+            return (
+                f": what {paths[one]} gives is not what {paths[other]} is given (something is added, scaled or skipped between "
+                "them, or the stream is not the first tensor of several that they take)"
+            )
+    return ""
+
+
+def _lists(module: Module, called: list[Module]) -> Iterator[list[Module]]:
+    """The lists of modules among the children of one: named by numbers, by a name and numbers, or in a dict.
+
+    In the order in which they are called, where all are.
+    """
+    lists: dict[str, list[Module]] = {}
+    for name, child in module._modules.items():
+        stem = "" if isinstance(module, torch.nn.ModuleDict) else name.rstrip("0123456789")
+        if child is not None and (stem != name):
+            lists.setdefault(stem, []).append(child)
+    for children in lists.values():
+        if len(children) > 1:
+            yield sorted(children, key=called.index) if {*children} <= {*called} else children
+
+
+def _goes_on(layers: list[Module], given: Any, seen: Calls) -> bool:
+    """Whether these layers read what others have given, and are such layers (not the modules of a head)."""
+    if not given or not all(layer._modules and layer in seen for layer in layers):
+        return False
+    gives = seen[layers[-1]][-1][1]
+    return bool(seen[layers[0]][0][0] == given and gives and gives[0] == given[0])
+
+
+def find_ends(model: Module) -> tuple[Module, Module | None, bool]:
+    """The token embedding, the unembedding and whether there are logits, of a model that does not name them itself.
 
     What takes no tokens has no embedding of them, for which the model itself stands; what gives no logits has no
-    unembedding.
+    unembedding, nor has what computes them by functions.
 
     Raises:
-        CannotInfer: if there is no embedding, or nothing that gives a number for each token.
+        CannotInfer: if there is no embedding, or the logits are of no tokens.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    vocab = int(getattr(config, "vocab_size", None) or 0)
+    tokens = num_tokens(model)
+    ids = example_ids(tokens, BATCH, SEQ)
     embeddings: list[Module] = []
-    heads: list[Module] = []
+    by_width: list[tuple[int, Module]] = []
 
     def note(module: Module, args: Any, _kwargs: Any, output: Any) -> None:
-        is_embedding = isinstance(module, torch.nn.Embedding) and module.num_embeddings >= vocab
-        if is_embedding and (not has_decoder(model) or getattr(args[0], "shape", None) == (BATCH, SEQ)):
-            embeddings.append(module)
+        given = args[0] if args and isinstance(args[0], Tensor) else None
+        is_embedding = isinstance(module, torch.nn.Embedding) and module.num_embeddings >= tokens
+        if is_embedding and given is not None and (not has_decoder(model) or given.shape == ids.shape):
+            # Others are given positions, or kinds of tokens.
+            embeddings.insert(0 if torch.equal(given.to(ids), ids) else len(embeddings), module)
         result = _hidden(output)
-        if not module._modules and result is not None and result.shape[-1] >= vocab and _has_matrix(module):
-            heads.append(module)
+        if not module._modules and result is not None and _has_matrix(module):
+            by_width.append((result.shape[-1], module))
 
     with _hooks(model.modules(), after=note):
         result = _run(model)
+    logits = logits_of(result)
+    width = tokens if logits is None else logits.shape[-1]
+    heads = [module for gives, module in by_width if gives >= width]
     if not embeddings and main_input(model) != "input_ids" and not has_decoder(model):
         embeddings = [model]
-    if getattr(result, "logits", None) is None and embeddings:
-        return embeddings[0], None
-    if not embeddings or not heads:
-        raise CannotInfer("no module takes the tokens' ids, or none gives a number for each token")
-    return embeddings[0], heads[-1]
+    if not embeddings:
+        raise CannotInfer("no module takes the tokens' ids")
+    named = getattr(result, "logits", None) is not None
+    if named and logits is not None and (logits.ndim != 3 or width < tokens):
+        raise CannotInfer(
+            f"its logits are {tuple(logits.shape)}, no (batch, seq, vocab) of {tokens} tokens: they are of classes, of which "
+            "only the model within it, without this head, can be looked into"
+        )
+    if logits is None or width < tokens:  # a stream
+        return embeddings[0], None, False
+    return embeddings[0], heads[-1] if heads else None, True
 
 
 def find_parts(model: Module, layers: list[Module]) -> list[LayerParts]:
@@ -161,6 +252,7 @@ class _Probe:
         self._entered: dict[Module, int] = {}
         self._softmax: dict[Module, int] = {}  # when the last softmax was taken in it
         self._patterns: set[Module] = set()  # with heads, which a router has not
+        self._heads: dict[Module, int] = {}  # how many the last softmax in it was of; 0 if that does not show
         self._stack: list[tuple[Module, bool]] = []
         self._time = 0
         self._width = 0
@@ -180,6 +272,7 @@ class _Probe:
                         probe._softmax[module] = probe._time
                         if result.ndim > 3:
                             probe._patterns.add(module)
+                        probe._heads[module] = _heads_of(result)
                 return result
 
         inside = dict.fromkeys(module for layer in layers for module in layer.modules())
@@ -263,6 +356,7 @@ class _Probe:
         attentions = [m for m, kind in zip(parts.mixers, parts.kinds, strict=True) if kind == "attention"]
         if len(attentions) == 1:
             parts.attention = attentions[0]
+            parts.heads = self._heads.get(attentions[0], 0)
         elif attentions:
             parts.absent["attention"] = f"it has several: {_names(layer, attentions)}"
         else:
@@ -369,9 +463,9 @@ def _hooks(
 
 
 def _hidden(value: Any) -> Tensor | None:
-    """The first tensor of (batch, positions, *) in a module's arguments or results."""
-    leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-    return next((leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 1), None)
+    """The first tensor of (batch, positions, *) in a module's arguments or results, or else of one axis for both."""
+    leaves = [leaf for leaf in tensors_in(value) if leaf.is_floating_point() and leaf.ndim > 1]
+    return next((leaf for leaf in leaves if leaf.ndim > 2), leaves[0] if leaves else None)
 
 
 def _print_of(tensor: Tensor | None) -> Any:
@@ -384,7 +478,14 @@ def _print_of(tensor: Tensor | None) -> Any:
 
 def _is_of_prompts(given: Any) -> bool:
     """Whether a layer was given what is of the tokens' positions (not an encoder's, an image's), by its print."""
-    return given is not None and given[0][:2] == (BATCH, SEQ)
+    return given is not None and given[0][:2] in ((BATCH, SEQ), (SEQ, BATCH))
+
+
+def _heads_of(weights: Tensor) -> int:
+    """How many heads a pattern is of, or what SDPA gives: (batch, head, *, *) or (batch * head, *, *)."""
+    if weights.ndim == 4 and len(weights) == BATCH:
+        return int(weights.shape[1])
+    return len(weights) // BATCH if weights.ndim == 3 and len(weights) > BATCH else 0
 
 
 def _size(module: Module) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Embedding, Module
 from transformers import GenerationMixin
 
@@ -29,7 +30,10 @@ class Anatomy:
         cross_attentions: None where the layer has none, or several.
         ln_final: None where nothing but the unembedding's own transform follows the last layer.
         embed_tokens: the model itself or what embeds patches, where it takes no tokens.
-        lm_head: None where the model gives no logits.
+        lm_head: None where the model gives no logits, or computes them without a module.
+        gives_logits: whether it gives any.
+        width: of what the last layer was seen to give; 0 if nobody has looked.
+        heads: how many each attention was seen to have; 0 if nobody has looked, or they differ.
         inferred: whether any of it was found by looking at a forward pass.
     """
 
@@ -44,6 +48,9 @@ class Anatomy:
     ln_final: Module | None
     lm_head: Module | None
     inferred: bool
+    gives_logits: bool = True
+    width: int = 0
+    heads: int = 0
 
     @property
     def ran(self) -> tuple[Module, ...]:
@@ -53,7 +60,9 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes, as the config of the layers has them (`text_config`); None where it has none, or several.
+    """Sizes, as the modules have them, or else the config of the layers (`text_config`); None where there are none, or several.
+
+    Validation puts in what it has seen of the attentions and the logits (see `seen`).
 
     Attributes:
         head_dim: the size of one query or key head.
@@ -64,6 +73,34 @@ class Dimensions:
     head_dim: int | None
     hidden_size: int
     vocab_size: int | None
+
+    def seen(self, queries: set[Shape], keys: set[Shape], vocab_size: int | None) -> Dimensions:
+        """The same, but where other sizes have been seen.
+
+        Args:
+            queries, keys: the shapes of (batch, head, seq, head_dim) that the attentions have been given.
+        """
+        heads, kv_heads = {shape[1] for shape in queries}, {shape[1] for shape in keys}
+        # One for each query head may be fewer, repeated before the attention is given them.
+        repeated = kv_heads == heads and self.num_kv_heads and all(n % self.num_kv_heads == 0 for n in heads)
+        return replace(
+            self,
+            num_heads=_the_one(heads, self.num_heads),
+            num_kv_heads=self.num_kv_heads if repeated else _the_one(kv_heads, self.num_kv_heads),
+            head_dim=_the_one({shape[3] for shape in queries}, self.head_dim),
+            vocab_size=vocab_size or self.vocab_size,
+        )
+
+
+#: Of a tensor.
+Shape = tuple[int, ...]
+
+
+def _the_one(seen: set[int], otherwise: int | None) -> int | None:
+    """The one number that has been seen; None for several."""
+    if not seen:
+        return otherwise
+    return seen.copy().pop() if len(seen) == 1 else None
 
 
 def causal_lm(model: Module) -> Module:
@@ -91,12 +128,12 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
             config = ArchConfig()
     given = None if config.layers is None else list(_module(model, config.layers).children())
     inferred = config.layers is None or config.self_attn is None or not (config.mlp or "mlp" in config.absent)
-    embed_tokens, lm_head = _ends(model, config)
+    embed_tokens, lm_head, gives_logits = _ends(model, config)
     if inferred:
-        layers, ln_final, parts = _infer(model, given)
+        layers, ln_final, width, parts = _infer(model, given)
     else:
         assert given is not None
-        layers, ln_final, parts = given, None, [LayerParts() for _ in given]
+        layers, ln_final, width, parts = given, None, 0, [LayerParts() for _ in given]
     for i, (layer, part) in enumerate(zip(layers, parts, strict=True)):
         if config.self_attn is not None:
             part.attention = _part(model, layer, config.self_attn, i)
@@ -112,6 +149,7 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
         elif "mlp" in config.absent:
             part.mlp = None
         part.absent |= config.absent
+    heads = {part.heads for part in parts if part.attention is not None}
     crossing = tuple(_cross_attention(part) for part in parts)
     return Anatomy(
         embed_tokens=embed_tokens,
@@ -128,6 +166,9 @@ def resolve(model: Module, config: ArchConfig | None = None) -> Anatomy:
         ln_final=ln_final if config.ln_final is None else _module(model, config.ln_final),
         lm_head=lm_head,
         inferred=inferred,
+        gives_logits=gives_logits,
+        width=width,
+        heads=heads.pop() if len(heads) == 1 else 0,
     )
 
 
@@ -139,10 +180,10 @@ def _cross_attention(part: LayerParts) -> Module | None:
 
 def _infer(
     model: Module, layers: list[Module] | None
-) -> tuple[list[Module], Module | None, list[LayerParts]]:
+) -> tuple[list[Module], Module | None, int, list[LayerParts]]:
     try:
-        layers, ln_final = find_layers(model, layers)
-        return layers, ln_final, find_parts(model, layers)
+        layers, ln_final, width = find_layers(model, layers)
+        return layers, ln_final, width, find_parts(model, layers)
     except CannotInfer as error:
         raise UnknownArchitectureError(_unknown(model, str(error))) from None
     except Exception as error:
@@ -151,8 +192,21 @@ def _infer(
         ) from error
 
 
-def dimensions(config: Any) -> Dimensions:
-    """The sizes that a Hugging Face config names, under whatever name."""
+def rows_of(embedding: Module) -> int:
+    """How many tokens an embedding has a row for; 0 where that does not show."""
+    rows = getattr(embedding, "num_embeddings", None)
+    weight = getattr(embedding, "weight", None)
+    if not rows and isinstance(weight, Tensor) and weight.ndim == 2:
+        rows = weight.shape[0]
+    return int(rows or 0)
+
+
+def dimensions(config: Any, anatomy: Anatomy) -> Dimensions:
+    """The sizes that the modules have, and those that a config names, under whatever name.
+
+    The width is that of the stream, where the embedding or the unembedding has it too. (Else the stream is not plain, as with
+    hyper-connections.)
+    """
 
     def first(*names: str) -> Any:
         for name in names:
@@ -171,16 +225,24 @@ def dimensions(config: Any) -> Dimensions:
         num_kv_heads = 1
     head_dim = first("qk_head_dim", "head_dim")
     hidden_size, vocab_size = first("hidden_size"), first("vocab_size")
+    widths = {
+        getattr(anatomy.embed_tokens, "embedding_dim", None),
+        getattr(anatomy.lm_head, "in_features", None),
+    }
+    if anatomy.width and (not hidden_size or anatomy.width in widths):
+        hidden_size = anatomy.width
+    hidden_size = hidden_size or getattr(anatomy.embed_tokens, "embedding_dim", None)
+    vocab_size = getattr(anatomy.lm_head, "out_features", None) or vocab_size or rows_of(anatomy.embed_tokens)
     if not hidden_size:
         raise UnknownArchitectureError(
             f"{type(config).__name__} has no hidden_size: this is no one transformer (but several, say)."
         )
     return Dimensions(
-        num_heads=num_heads,
+        num_heads=anatomy.heads or num_heads,
         num_kv_heads=num_kv_heads or num_heads,
         head_dim=head_dim or (hidden_size // num_heads if num_heads else None),
         hidden_size=hidden_size,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size or None,
     )
 
 
@@ -192,8 +254,10 @@ def _part(model: Module, layer: Module, name: str, i: int) -> Module:
     return _module(model, name.replace("*", str(i))) if "*" in name else _module(layer, name)
 
 
-def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None]:
-    """The token embedding and the unembedding: by the config, else by the model's own word, else as they show.
+def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, bool]:
+    """The token embedding, the unembedding, and whether there are logits.
+
+    By the config, else by the model's own word, else as they show.
 
     (Of an encoder-decoder, that word is of the encoder's embedding, or of one that nobody calls.)
     """
@@ -224,8 +288,9 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None]:
                 f"does not show ({error}). A causal language model is needed; if this is one, name the module in an "
                 "ArchConfig (embed_tokens=..., lm_head=...)."
             ) from error
-        ends = [end if isinstance(end, Module) else other for end, other in zip(ends, found, strict=True)]
-    return ends[0], ends[1]
+        ends = [end if isinstance(end, Module) else other for end, other in zip(ends, found, strict=False)]
+        return ends[0], ends[1], ends[1] is not None or found[2]
+    return ends[0], ends[1], True
 
 
 def _has(root: Module, path: str) -> bool:

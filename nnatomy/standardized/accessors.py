@@ -15,45 +15,9 @@ from nnatomy.core.attach import Point
 from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.blocks.rows import RowSlot
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
 from nnatomy.names import UNREACHED, Name
-
-#: The name of the argument that holds the hidden states, where they are passed by name.
-_HIDDEN = "hidden_states"
-
-
-def output_of(value: Any) -> Any:
-    """The hidden states in what a module returned: a tensor, or the first of a tuple or ModelOutput."""
-    return value if isinstance(value, Tensor) else value[0]
-
-
-def with_output(value: Any, new: Any) -> Any:
-    """What a module returned, with other hidden states in it."""
-    if isinstance(value, Tensor):
-        return new
-    if isinstance(value, tuple):
-        rest = (new, *value[1:])
-        return type(value)(*rest) if hasattr(value, "_fields") else rest
-    if isinstance(value, list):
-        return [new, *value[1:]]
-    return type(value)(**{**value, next(iter(value)): new})  # a ModelOutput
-
-
-def input_of(value: Any) -> Any:
-    """The hidden states in a module's arguments: (args, kwargs)."""
-    args, kwargs = value
-    return args[0] if args else kwargs[_input_name(kwargs)]
-
-
-def with_input(value: Any, new: Any) -> Any:
-    """A module's arguments with other hidden states in them."""
-    args, kwargs = value
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _input_name(kwargs): new})
-
-
-def _input_name(kwargs: dict[str, Any]) -> str:
-    return _HIDDEN if _HIDDEN in kwargs else next(iter(kwargs))
-
+from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
 _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -191,7 +155,13 @@ class LayerAccessor:
         module = self.module(layer)
         block = block or self._blocks.current(self.name)
         try:
-            return block.reach(module, self.kind, f"{self.name}[{layer}]", tap=self.tap)
+            slot = block.reach(module, self.kind, f"{self.name}[{layer}]", tap=self.tap)
+            if isinstance(slot, RowSlot) and is_closed(slot.value):
+                raise RowsError(
+                    f"{self.name}[{layer}] is in a {type(slot.value).__name__}, of which nobody can tell which rows are this "
+                    "block's. Read it in a block without a prompt (`with tracer.invoke():`), which sees the whole batch."
+                )
+            return slot
         except NotReachedError as error:
             if not self._unreached:
                 raise

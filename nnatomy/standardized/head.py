@@ -18,11 +18,20 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_map_only
 
-from nnatomy.arch_configs import Anatomy, beside_tokens, example_inputs, has_decoder, input_device, takes
+from nnatomy.arch_configs import (
+    Anatomy,
+    accepts,
+    beside_tokens,
+    example_inputs,
+    has_decoder,
+    input_device,
+    logits_of,
+    takes,
+)
 from nnatomy.core import Collector, Slot, Trace, Traceable
 from nnatomy.core.threads.openmp import release_buffers, release_memory
 from nnatomy.errors import NotInThisModelError
-from nnatomy.standardized.accessors import with_output
+from nnatomy.standardized.hidden import output_of, with_output
 
 NO_HEAD = "the model has no head, and gives no logits: load its class with one, if there is one"
 Hidden = Float[Tensor, "*rows hidden"]
@@ -39,7 +48,7 @@ class Head:
 
     def __init__(self, root: Traceable, anatomy: Anatomy) -> None:
         self.short = False
-        self.refused = "" if anatomy.lm_head is not None else NO_HEAD
+        self.refused = "" if anatomy.gives_logits else NO_HEAD
         self._root = root
         self._anatomy = anatomy
         self._forms: dict[Module, Any] = {}
@@ -82,23 +91,28 @@ class Head:
     def long_way(self, hidden: Hidden) -> Logits:
         """The model's forward with its layers skipped, each row a prompt of one token."""
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
-        with self._root.trace(**self._inputs(rows.shape[0]), use_cache=False) as tracer:
+        with self._root.trace(**self._inputs(rows.shape[0])) as tracer:
             tracer.block.run.collectors.append(_SkipLayers(self._anatomy.layers, rows, self.in_form))
             tracer.block.run.watch()
-            logits = tracer.result.logits
+            logits = logits_of(tracer.result)
+        assert logits is not None
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def caps(self, hidden: Float[Tensor, "one one hidden"]) -> bool:
         """Whether logits are other than what the unembedding gives where that is large, as beyond a soft cap."""
         enlarge = _Enlarge(self._anatomy.lm_head)
-        with self._root.trace(**self._inputs(1), use_cache=False) as tracer:
+        with self._root.trace(**self._inputs(1)) as tracer:
             tracer.block.run.collectors += [_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge]
             tracer.block.run.watch()
-            logits = tracer.result.logits
-        return not torch.equal(logits, enlarge.given)
+            logits = logits_of(tracer.result)
+        return logits is None or not torch.equal(logits, enlarge.given)
 
     def _inputs(self, rows: int) -> dict[str, Any]:
-        """Prompts of one token, whichever; an encoder is not run for it."""
+        """Prompts of one token, whichever, and no cache; an encoder is not run for it."""
+        no_cache = {"use_cache": False} if accepts(self._root.module, "use_cache") else {}
+        return {**self._prompts(rows), **no_cache}
+
+    def _prompts(self, rows: int) -> dict[str, Any]:
         device = input_device(self._anatomy.embed_tokens)
         padding = getattr(self._root.module.config, "pad_token_id", None)
         ids = torch.full((rows, 1), int(padding == 0), device=device)  # XLM makes a padding's stream zeros
@@ -124,7 +138,7 @@ class Head:
         return with_output(self._forms[layer], hidden)
 
     def _probe(self) -> None:
-        with torch.no_grad(), self._root.trace(**self._inputs(1), use_cache=False) as tracer:
+        with torch.no_grad(), self._root.trace(**self._inputs(1)) as tracer:
             cache = tracer.cache(self._anatomy.ran)
         paths = self._root.paths(self._anatomy.ran)
         self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.ran})
@@ -159,6 +173,9 @@ class _Enlarge(Collector):
 
 
 def _emptied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.new_empty(0)
-    return with_output(type(value)(None for _ in value) if isinstance(value, tuple) else value, None)
+    state = output_of(value)
+    value = with_output(value, state.new_empty((0,) * state.ndim))
+    if isinstance(value, tuple):
+        rest = (value[0], *(None for _ in value[1:]))
+        return type(value)(*rest) if hasattr(value, "_fields") else rest
+    return value

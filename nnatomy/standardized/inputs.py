@@ -8,7 +8,7 @@ reads is padded on the right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
+
+#: Why a model of somebody's takes no padding.
+NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
 
 
 class Prompts:
@@ -32,6 +35,7 @@ class Prompts:
         decoder_start: of an encoder-decoder, the token that its decoder begins with.
         needed: what the model has to be given beside tokens.
         places_images: whether the model makes positions of three axes where there are images.
+        not_taken: which of `attention_mask` and `use_cache` the model's forward does not take.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Prompts:
         decoder_start: int | None = None,
         needed: tuple[str, ...] = (),
         places_images: bool = False,
+        not_taken: Collection[str] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
@@ -57,7 +62,8 @@ class Prompts:
         self.places_images = places_images
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
         #: Why prompts of unequal length cannot be in one batch.
-        self.no_padding = ""
+        self.no_padding = NO_MASK if "attention_mask" in not_taken else ""
+        self._not_taken = not_taken
 
     def prepare(self, prompts: Any, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The arguments for `prompts`, with `kwargs` on top, on `device`.
@@ -119,7 +125,13 @@ class Prompts:
         given["attention_mask"] = mask
         if mask.shape == (len(ids), past + ids.shape[1]) and given.get("position_ids") is None:
             given |= {name: value[:, past:] for name, value in self.positions(given).items()}
+        if "attention_mask" in self._not_taken and not bool(mask.all()):
+            raise InputError(f"attention_mask leaves tokens out, and {NO_MASK}.")
         return _to(given, device)
+
+    def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""
+        return {name: value for name, value in inputs.items() if name not in self._not_taken or value is True}
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
         """`position_ids` by the mask, where the batch is padded and the model is to be given any."""
@@ -271,13 +283,13 @@ def past_positions(given: Mapping[str, Any]) -> int:
     return int(length()) if length else 0
 
 
-def pad_token_id(tokenizer: Any, config: Any) -> int:
+def pad_token_id(tokenizer: Any, config: Any, vocab_size: int | None) -> int:
     """What to pad with. Padding is masked, so any token will do where none is named for it."""
     candidates = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    text_config = config.get_text_config()
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     candidates += [getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None), 0]
     for candidate in candidates:
-        if isinstance(candidate, int) and 0 <= candidate < getattr(text_config, "vocab_size", 0):
+        if isinstance(candidate, int) and 0 <= candidate < (vocab_size or 0):
             return candidate
     return 0
 

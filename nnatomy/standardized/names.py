@@ -40,9 +40,13 @@ class Names(Annotations, Parts):
         anatomy = self._anatomy
         idle = anatomy.absent["layer"]
         mixers = tuple(one[0] if len(one) == 1 else None for one in anatomy.mixers)
+        unknown = (
+            why if kind == "unknown" else ""
+            for why, kind in zip(anatomy.absent["attention"], anatomy.kinds, strict=True)
+        )
         several = tuple(
-            f"it has several token mixers ({kinds})" if several else why or "it mixes no tokens"
-            for several, kinds, why in zip(anatomy.mixers, anatomy.kinds, idle, strict=True)
+            f"it has several token mixers ({kinds})" if several else why or odd or "it mixes no tokens"
+            for several, kinds, why, odd in zip(anatomy.mixers, anatomy.kinds, idle, unknown, strict=True)
         )
         crossing = anatomy.cross_attentions if any(anatomy.cross_attentions) else ()
         return {

@@ -87,8 +87,8 @@ class Parts(Traceable):
         size = getattr(self.dimensions, name)
         if size is None:
             raise NotInThisModelError(
-                f"{name}: the config of {type(self.steps_of).__name__} has no one number for it: there are no attention "
-                "heads, or they vary from layer to layer."
+                f"{name}: {type(self.steps_of).__name__} has no one number for it: there are no attention heads, they vary "
+                "from layer to layer, or neither its attentions show it nor its config says it."
             )
         return int(size)
 

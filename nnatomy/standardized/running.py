@@ -36,7 +36,7 @@ class Running(Parts):
     def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
         """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
         inputs = self.prepare(prompts, **kwargs)
-        return self.trace(**inputs).run() if self.edits else self.hf_model(**inputs)
+        return self.trace(**inputs).run() if self.edits else self.hf_model(**self._prompts.taken(inputs))
 
     @_at_the_users_line
     def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Running(Parts):
 
         Returns:
             `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded. (No attention mask
-            where `attention_mask=None` is given beside `position_ids`.)
+            where `attention_mask=None` is given beside `position_ids`. A forward that takes no mask is not given it.)
         """
         self._check_current()
         return self._prompts.prepare(prompts, kwargs, self.device)
@@ -70,7 +70,11 @@ class Running(Parts):
             InputError: if there is nothing to run, or the prompts cannot be run on this model.
             ModelChangedError: if the model is no longer what its names were found on: see `refresh`.
         """
-        return self._trace(lambda inputs: partial(self.hf_model, **inputs), prompts, early_stop, kwargs)
+
+        def call(inputs: dict[str, Any]) -> Callable[[], Any]:
+            return partial(self.hf_model, **self._prompts.taken(inputs))
+
+        return self._trace(call, prompts, early_stop, kwargs)
 
     @_at_the_users_line
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
@@ -96,7 +100,7 @@ class Running(Parts):
                 inputs.pop("decoder_input_ids", None)
             if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
                 inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
-            return partial(self.hf_model.generate, **inputs)
+            return partial(self.hf_model.generate, **self._prompts.taken(inputs))
 
         return self._trace(call, prompts, early_stop, kwargs)
 
@@ -123,4 +127,5 @@ class Running(Parts):
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
     ) -> Trace:
         """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
-        return super().scan(early_stop=early_stop, **self.prepare(prompts, **kwargs))
+        inputs = self._prompts.taken(self.prepare(prompts, **kwargs))
+        return super().scan(early_stop=early_stop, **inputs)

@@ -24,8 +24,9 @@ from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.gates import gate_of
 from nnatomy.core.points import Axes, Visit
 from nnatomy.names import ATTENTIONS, CROSS_ATTENTIONS, MIXERS, NO_CROSS, ROWS, SUMS, TABLE
-from nnatomy.standardized.accessors import LayerAccessor, input_of, output_of
+from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.contributions import find_contributions
+from nnatomy.standardized.hidden import input_of, output_of
 from nnatomy.standardized.neurons import find_neurons
 from nnatomy.standardized.record import LayerSums, Record, Result, where
 from nnatomy.standardized.routers import find_routers

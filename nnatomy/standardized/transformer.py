@@ -19,6 +19,7 @@ from nnatomy.arch_configs import (
     main_input,
     needed,
     resolve,
+    rows_of,
     takes,
     text_config,
 )
@@ -198,25 +199,23 @@ class StandardizedTransformer(Running, Values, Edits):
         hf_model, tokenizer = self.hf_model, self.tokenizer
         self._facts = None
         self.steps_of = causal = causal_lm(hf_model)
-        if main_input(causal) == "input_ids" and not accepts(causal, "attention_mask"):
-            raise InputError(
-                f"{type(causal).__name__}.forward has no attention_mask among its arguments, by which it would know padding: "
-                "add attention_mask=None. To look into any torch.nn.Module, take nnatomy.core.Traceable(module)."
-            )
         anatomy = resolve(causal, arch_config)
         self._anatomy = anatomy
         self._head = Head(Traceable(causal), anatomy)
-        self.dimensions = dimensions(text_config(causal))
+        self.dimensions = dimensions(text_config(causal), anatomy)
         self._prompts = Prompts(
             tokenizer,
             no_tokenizer,
-            pad_token_id(tokenizer, causal.config),
-            int(getattr(anatomy.embed_tokens, "num_embeddings", self.dimensions.vocab_size or 0)),
+            pad_token_id(tokenizer, causal.config, self.dimensions.vocab_size),
+            rows_of(anatomy.embed_tokens) or self.dimensions.vocab_size or 0,
             takes(causal, "position_ids"),
             main_input(causal),
             decoder_start(causal) if has_decoder(causal) else None,
             needed(causal),
             any(hasattr(module, "get_rope_index") for module in causal.modules()),
+            [name for name in ("attention_mask", "use_cache") if not accepts(causal, name)]
+            if main_input(causal) == "input_ids"
+            else (),
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
@@ -226,8 +225,10 @@ class StandardizedTransformer(Running, Values, Edits):
         self._make_accessors()
         #: By the names that belong to no layer, why they are not to be had.
         self._refused: dict[str, str] = {}
-        if anatomy.lm_head is None:
+        if not anatomy.gives_logits:
             self._refused |= dict.fromkeys(("logits", "lm_head"), NO_HEAD)
+        elif anatomy.lm_head is None:
+            self._refused["lm_head"] = "no module is: the model computes its logits by functions"
         if main_input(causal) != "input_ids" and not has_decoder(causal):
             why = f"the model reads no tokens but {main_input(causal)}"
             self._refused |= {"token_embeddings": why, "padding": why}

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nnatomy.arch_configs import logits_of, with_logits
 from nnatomy.core import Slot
 from nnatomy.errors import NO_LOGITS, InputError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
@@ -78,21 +79,21 @@ class Values(Parts):
     def logits(self) -> Float[Tensor, "batch seq vocab"]:
         """The model's logits, after all caps and scales; can be assigned."""
         self._check_refused("logits")
-        logits: Tensor = self._slot_of_logits().value.logits
-        return logits
+        return self._slot_of_logits()[1]
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
         self._check_refused("logits")
-        slot = self._slot_of_logits()
-        check_fits("logits", slot.value.logits, value)
-        slot.value.logits = value
+        slot, logits = self._slot_of_logits()
+        check_fits("logits", logits, value)
+        slot.value = with_logits(slot.value, value)
 
-    def _slot_of_logits(self) -> Slot:
+    def _slot_of_logits(self) -> tuple[Slot, Tensor]:
         slot = self._blocks.current("logits").reach(self.steps_of, "output", "logits")
-        if not hasattr(slot.value, "logits"):
+        logits = logits_of(slot.value)
+        if logits is None:
             raise InputError(NO_LOGITS.format(type(self.steps_of).__name__, type(slot.value).__name__))
-        return slot
+        return slot, logits
 
     @property
     def next_token_probs(self) -> Float[Tensor, "batch vocab"]:

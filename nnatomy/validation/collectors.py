@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from nnatomy.arch_configs import tensors_in
 from nnatomy.core import Collector, Slot
 
 
@@ -23,14 +26,11 @@ class Seen(Collector):
 
     def take(self, slot: Slot) -> None:
         leaves, structure = tree_flatten(slot.value, is_leaf=_is_opaque)  # a KV cache is not looked into
-        kept = [
-            leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves
-        ]  # whatever becomes of it
+        kept = [_cloned(leaf) for leaf in leaves]  # whatever becomes of it
         self.calls.setdefault((slot.module, slot.kind), []).append(tree_unflatten(kept, structure))
-        for tensor in leaves:
-            if isinstance(tensor, Tensor):
-                version = -1 if tensor.is_inference() else tensor._version
-                self._versions.append((slot.module, slot.kind, tensor, version))
+        for tensor in tensors_in(leaves):
+            version = -1 if tensor.is_inference() else tensor._version
+            self._versions.append((slot.module, slot.kind, tensor, version))
 
     def changed_later(self, kind: str) -> set[Module]:
         """The modules whose value at that point the model changed in place afterwards."""
@@ -64,6 +64,17 @@ class Each(Collector):
 
     def take(self, slot: Slot) -> None:
         self._take(slot)
+
+
+def _cloned(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        new = copy.copy(leaf)
+        for field in dataclasses.fields(leaf):
+            object.__setattr__(new, field.name, _cloned(getattr(leaf, field.name)))
+        return new
+    return leaf
 
 
 def _is_opaque(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.arch_configs import example_inputs
+from nnatomy.arch_configs import example_inputs, logits_of
 from nnatomy.validation.near import TOLERANCE, distance
 from nnatomy.validation.passes import PROMPT_LENGTH
 
@@ -74,5 +74,6 @@ def _by_tokens(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:
     ids = inputs[name].clone()
     ids[:, -1] = (ids[:, -1] + change) % ids.max()
     result = model.steps_of(**{**inputs, name: ids})
-    logits: Tensor = result[0] if getattr(result, "logits", None) is None else result.logits
-    return logits
+    logits = logits_of(result)
+    given: Tensor = result[0] if logits is None else logits
+    return given

@@ -29,6 +29,7 @@ class Neurons(Collector):
 
     def __init__(self, model: Any, outputs: dict[Module, Tensor]) -> None:
         self.accessor = model.neurons
+        self._get = model.layers_output.get
         self._mlps = model.mlps_contribution
         self._inside = model._sums.layers
         self._outputs = outputs
@@ -46,7 +47,7 @@ class Neurons(Collector):
 
     def take(self, slot: Slot) -> None:
         layer, kind = slot.module, slot.kind
-        value = slot.value if isinstance(slot.value, Tensor) else slot.value[0]
+        value = self._get(slot.value)
         if layer in self._downs:
             layer, kind = self._downs[layer], "down"
             value = value.reshape(*self._outputs[layer].shape[:2], -1)

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import GenerationMixin
 
-from nnatomy.arch_configs import beside_tokens, example_inputs, has_decoder, main_input, masks_windows
+from nnatomy.arch_configs import (
+    beside_tokens,
+    example_inputs,
+    has_decoder,
+    logits_of,
+    main_input,
+    masks_windows,
+)
 from nnatomy.arch_configs.families import PREFIX_LMS
 from nnatomy.core import Collector, Trace
 from nnatomy.errors import NO_LOGITS, InputError
@@ -61,7 +68,7 @@ class Passes:
     def plain(self, inputs: dict[str, Any]) -> Any:
         """The last layer's output, or the logits where that is refused, with no trace."""
         if self.model.layers_output.modules[-1] is None:
-            return self.given(self.model.hf_model(**inputs))
+            return self.given(self.model(**inputs))
         outputs: list[Any] = []
 
         def stop(_module: Module, _args: Any, output: Any) -> None:
@@ -70,7 +77,7 @@ class Passes:
 
         hook = self.model.layers[-1].module.register_forward_hook(stop)
         try:
-            self.model.hf_model(**inputs)
+            self.model(**inputs)
         except _Stop:
             pass
         finally:
@@ -87,12 +94,18 @@ class Passes:
 
     def given(self, result: Any) -> Tensor:
         """The logits, or what a model without a head gives in their place."""
-        if self.model._anatomy.lm_head is None:
+        if not self.model._anatomy.gives_logits:
             first: Tensor = result[0]
             return first
-        if not hasattr(result, "logits"):
+        logits = logits_of(result)
+        if logits is None:
             raise InputError(NO_LOGITS.format(type(self.model.steps_of).__name__, type(result).__name__))
-        logits: Tensor = result.logits
+        if logits.ndim != 3:
+            raise InputError(
+                f"{type(self.model.steps_of).__name__} gives logits of {tuple(logits.shape)}, and not of (batch, seq, vocab) for a "
+                "batch of 2: a model that says one thing of a whole prompt (a class, say) has no logits of tokens. Load the "
+                "model within it that gives hidden states (its base model), or its class with a language head."
+            )
         return logits
 
 

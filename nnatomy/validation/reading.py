@@ -85,8 +85,24 @@ class Reading:
                     check_pattern(self._passes, i, module, pattern)
                 self._internals.read(module, partial(taps.of, module), self.seq)
         self._cross.read(taps.of, self.seq)
+        self._learn_sizes(taps)
         for accessor in (*self._internals.accessors.values(), self.model.cross_attention_probabilities):
             accessor.changed_later = taps.changed_later(accessor.kind)
+
+    def _learn_sizes(self, taps: Seen) -> None:
+        """The sizes that show are those that the model has, whatever its config says."""
+        model = self.model
+        shapes = {
+            name: {
+                tuple(value.shape)
+                for i, module in enumerate(accessor.modules)
+                if module is not None and not self._failed(name, i)
+                for value in taps.of(module, accessor.kind)
+            }
+            for name, accessor in self._internals.accessors.items()
+        }
+        vocab_size = self.logits.shape[-1] if model._anatomy.gives_logits else None
+        model.dimensions = model.dimensions.seen(shapes["queries"], shapes["keys"], vocab_size)
 
     def _value(
         self, name: str, layer: int, accessor: Any, calls: list[Any], shape: tuple[int | None, ...]

@@ -31,6 +31,7 @@ class Routers(Collector):
 
     def __init__(self, model: Any, outputs: dict[Module, Tensor]) -> None:
         self.accessors = {name: getattr(model, name) for name in ROUTERS}
+        self._get = model.layers_output.get
         self._clean = {layer: dict(sums.values) for layer, sums in model._sums.layers.items()}
         self._layers = {i: one for i, one in enumerate(model._anatomy.layers) if one in self._clean}
         for i in self._layers:
@@ -80,7 +81,7 @@ class Routers(Collector):
         layer, kind = slot.module, slot.kind
         if kind == "output" and layer not in self._givers:
             return
-        value = slot.value if isinstance(slot.value, Tensor) else slot.value[0]
+        value = self._get(slot.value)
         if kind == "output":
             layer, kind = self._givers[layer], MLPS
         self._now[layer, kind] = value.clone()

@@ -145,15 +145,15 @@ def _check_algebra(passes: Passes, reading: Reading, internals: Internals) -> No
 def _check_head(passes: Passes, reading: Reading) -> None:
     model, seen = passes.model, reading.seen
     anatomy, head = model._anatomy, model._head
-    if anatomy.lm_head is None:
+    if not anatomy.gives_logits:
         return
     if model.layers_output.modules[-1] is None:
         head.refused = "it takes what the last layer gives, and there is no layers_output[-1]"
         return
     head.learn_forms({module: seen.only(module, "output") for module in anatomy.ran})
     last = model.layers_output.get(seen.only(model.layers_output.modules[-1], "output"))
-    norm = [] if anatomy.ln_final is None else seen.first_tensors(anatomy.ln_final)
-    chain = [last, *norm, *seen.first_tensors(anatomy.lm_head), reading.logits]
+    ends = [[] if end is None else seen.first_tensors(end) for end in (anatomy.ln_final, anatomy.lm_head)]
+    chain = [last, *ends[0], *ends[1], reading.logits]
     # The short way is the model's own if nothing happens between the modules, bit for bit; a soft cap is next to
     # nothing on small logits, so large ones are seen, too.
     head.short = len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
