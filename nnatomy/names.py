@@ -11,7 +11,8 @@ cache all so far), `head_dim`, `value_dim`, `neuron`, `expert`, `choice` (of an 
 
 A name of a layer means **the one call** of its module in a forward pass (in a generation: in each step). Where a module is
 called several times in a pass (in loops), or is the module of several layers (shared weights), no call is the layer's, and the
-name is refused: each call is read under the model's own name, `model.path.to.module.calls[k].output`.
+name is refused: each call is read under the model's own name, `model.path.to.module.calls[k].output`. (What validation has not
+seen, because `validate=False` looks at no pass, or because other inputs call a module more often, is the first call.)
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ TABLE = (
          doc="the values times the pattern, before the sum over keys",
          refused=_NO_PRODUCT,
          proved="its sum over keys is what the heads give, also when it is written",
-         shown_by=("values", "heads_output"),
+         shown_by=("attention_probabilities", "values", "heads_output"),
          product_of=("attention_probabilities", "values"),
          sums_to="heads_output"),
     Name("heads_output", "attentions", "attention", "batch seq head value_dim",

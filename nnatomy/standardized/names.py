@@ -61,9 +61,25 @@ class Names(Annotations, Parts):
         }
 
     def _accessor(self, row: Name, modules: Sequence[Module | None], absent: Sequence[str]) -> LayerAccessor:
+        modules, absent = self._without_shared(modules, absent)
         none = NO_CROSS if row.part == "cross_attentions" else "the model has no layers"
         tap = self._attention if row.place == "attention" else None
         return LayerAccessor(row, modules, self._blocks, tap=tap, absent=absent, none=none)
+
+    def _without_shared(self, modules: Sequence[Module | None], absent: Sequence[str]) -> Places:
+        """Without the modules of several layers: no call of such a one is that of the layer."""
+        shared = {one for one in modules if one is not None and modules.count(one) > 1}
+        if not shared:
+            return modules, absent
+        paths = {module: path for path, module in self.module.named_modules() if module in shared}
+        whys = [
+            f"{paths[one]} is the module of layers {', '.join(str(i) for i, m in enumerate(modules) if m is one)}, called for "
+            f"each: read its calls as {paths[one]}.calls[k]"
+            if one in shared
+            else why
+            for one, why in zip(modules, absent, strict=True)
+        ]
+        return [None if one in shared else one for one in modules], whys
 
     def _point(self, point: str | ModuleView) -> Point:
         match = re.fullmatch(r"(\w+)\[(-?\d+)\]", point) if isinstance(point, str) else None

@@ -5,6 +5,10 @@ Once, at load, `Finder` records every torch function called in a layer: what cam
 
 In a trace, `ShowMode` knows these places by where they stand in the model's code, and shows the operands and results of
 the functions called there: the tensors themselves, which the model goes on with.
+
+What has all positions in one axis (OPT's MLP, routers) is shown by prompt and position, as the layer's own input has them. A mode may
+be put on while the layer is at work, and is given no arguments of the call: they are read from the frame of the gate that the
+call came through, which is the one rule that holds here of frames: the gate's `args` and `kwargs`, never a local of the model's code.
 """
 
 from __future__ import annotations
