@@ -20,7 +20,7 @@ from nnatomy.errors import InputError, NnatomyError
 
 _FAILED, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _ENDING = """exit codes: 0 all is well; 1 the model fails the check, cannot be loaded, or an error; 2 wrong usage;
-130 interrupted. Where ID is: a model's id on the Hugging Face hub, a folder, demo:gpt2 or demo:llama."""
+130 interrupted. Where ID is: a model's id on the Hugging Face hub, a folder, demo:gpt2, demo:llama or demo:smollm2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

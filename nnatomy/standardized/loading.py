@@ -17,6 +17,7 @@ from transformers import (
 
 import nnatomy
 from nnatomy.errors import LoadError
+from nnatomy.standardized.packaged import PACKAGES, packaged
 
 #: Arguments of `from_pretrained` that the tokenizer takes as well.
 _SHARED = (
@@ -73,15 +74,17 @@ def load_tokenizer(id_or_path: str | Path, kwargs: dict[str, Any]) -> tuple[Any,
 
 def locate(id_or_path: str | Path) -> str:
     """The place to load from: a demo model's folder for `demo:NAME`, else what was given."""
-    name = str(id_or_path)
-    if not name.startswith(_DEMO):
-        return name
+    if not str(id_or_path).startswith(_DEMO):
+        return str(id_or_path)
+    name = str(id_or_path).removeprefix(_DEMO)
+    if name in PACKAGES:
+        return str(packaged(name))
     folder = Path(nnatomy.__file__).parent / "demo" / "models"
-    known = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if name.removeprefix(_DEMO) not in known:
-        demos = ", ".join(f"demo:{known_name}" for known_name in known)
-        raise LoadError(f"There is no demo model {name!r}: there are {demos}.")
-    return str(folder / name.removeprefix(_DEMO))
+    shipped = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if name not in shipped:
+        demos = ", ".join(f"demo:{known}" for known in (*shipped, *PACKAGES))
+        raise LoadError(f"There is no demo model {str(id_or_path)!r}: there are {demos}.")
+    return str(folder / name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -81,7 +81,7 @@ class StandardizedTransformer(Running, Values, Edits):
     of the modules; the model's own names work too: `model.transformer.h[3].attn.output`.
 
     Args:
-        model: a hub id, a folder, `demo:gpt2` or `demo:llama`, or a loaded Hugging Face model, also
+        model: a hub id, a folder, `demo:gpt2`, `demo:llama` or `demo:smollm2`, or a loaded Hugging Face model, also
             one in a wrapper (a PEFT model): steps, prompts and logits are those of the model in it.
         tokenizer: a tokenizer, or its id or folder, for a loaded model or in place of the id's own.
         arch_config: where the modules are, for an architecture that nnatomy does not know.
