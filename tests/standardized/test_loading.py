@@ -99,7 +99,9 @@ def test_a_folder_with_no_model(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_is_not_there() -> None:
-    with pytest.raises(LoadError, match="no demo model 'demo:bert': there are demo:gpt2, demo:llama, demo:smollm2"):
+    with pytest.raises(
+        LoadError, match="no demo model 'demo:bert': there are demo:gpt2, demo:llama, demo:smollm2"
+    ):
         StandardizedTransformer("demo:bert")
 
 
