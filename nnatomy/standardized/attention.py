@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -253,9 +254,9 @@ class AttentionMode(TorchFunctionMode):
             )
         else:
             assert pattern is not None
-            with torch._C.DisableTorchFunction():
+            with _aside_of(value):
                 pattern = F.dropout(pattern, dropout_p)
-                result = pattern @ value.repeat_interleave(groups, -3)
+                result = (_wide(pattern) @ _wide(value).repeat_interleave(groups, -3)).to(pattern.dtype)
         if pattern is not None:
             result = self._show_weighted(pattern, value, result)
         return self._show("heads_output", result)
@@ -273,14 +274,15 @@ class AttentionMode(TorchFunctionMode):
         awaited = self._visit.awaited("attention_scores")
         if not awaited and not any(map(self._visit.awaited, _OF_PATTERNS)):
             return None, False
-        with torch._C.DisableTorchFunction():  # aside: no call of the model's
+        query, key = _as_taken(query), _as_taken(key)
+        with _aside_of(query):
             scores = sdpa_scores(query, key.repeat_interleave(groups, -3), mask, is_causal, scale)
         changed = False
         if awaited:
             scores, changed = self._offer("attention_scores", scores)
             if not changed and not any(map(self._visit.awaited, _OF_PATTERNS)):
                 return None, False
-        with torch._C.DisableTorchFunction():
+        with _aside_of(query):
             pattern = sdpa_pattern(scores, is_masked=is_causal or mask is not None).to(query.dtype)
         if self._visit.awaited("attention_probabilities"):
             pattern, also = self._offer("attention_probabilities", pattern)
@@ -288,16 +290,16 @@ class AttentionMode(TorchFunctionMode):
         return pattern, changed
 
     def _offer(self, kind: str, computed: Tensor) -> tuple[Tensor, bool]:
-        """Show what has been computed aside; what has been made of it, and whether anything has."""
-        before = computed.clone() if computed.is_inference() else computed._version  # inference: no versions
+        """Show what has been computed aside; what has been made of it, and whether anything has.
+
+        An edit through `.data` or `.numpy()` leaves no mark on the tensor, so that it is compared with a copy.
+        """
+        before = computed.detach().clone()
         with torch._C.DisableTorchFunction():
             shown = by_head(computed, self._heads)
         chosen = self._visit(shown, kind, KINDS[kind]).value
-        if isinstance(before, Tensor):
-            changed = chosen is not shown or not torch.equal(before, computed)
-        else:
-            changed = chosen is not shown or shown.retains_grad or computed._version != before
         with torch._C.DisableTorchFunction():
+            changed = chosen is not shown or awaits_gradient(shown) or not _same_bits(computed, before)
             return (chosen.reshape(computed.shape) if changed else computed), changed
 
     # Showing.
@@ -429,6 +431,39 @@ def by_head(own: Float[Tensor, ...], heads: int | None) -> Float[Tensor, "batch 
     return own
 
 
+@contextmanager
+def _aside_of(tensor: Tensor) -> Iterator[None]:
+    """Within, what is computed is no call of the model's, and not converted by autocast."""
+    with torch._C.DisableTorchFunction(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def _as_taken(tensor: Tensor) -> Tensor:
+    """As SDPA takes it: under autocast in autocast's dtype."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In the dtype that SDPA computes in, whatever the model's: at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether nothing has changed, numbers that are none included."""
+    if torch.equal(one, other):
+        return True
+    as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.detach().view(as_bits), other.view(as_bits))
+
+
+def awaits_gradient(shown: Tensor) -> bool:
+    """Whether somebody has asked for the gradient of what is shown aside, which no result of the model's is computed from."""
+    return shown.requires_grad and (shown.is_leaf or shown.retains_grad or bool(shown._backward_hooks))
+
+
 def sdpa_scores(
     query: Float[Tensor, "*#batch query dim"],
     key: Float[Tensor, "*#batch key dim"],
@@ -436,8 +471,16 @@ def sdpa_scores(
     is_causal: bool,
     scale: float | None,
 ) -> Float[Tensor, "*#batch query key"]:
-    """query keyᵀ scale + mask, as `torch.nn.functional.scaled_dot_product_attention` defines it."""
-    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    """query keyᵀ scale + mask, as `torch.nn.functional.scaled_dot_product_attention` defines it.
+
+    In float32 at least, as its kernels have them: products of large queries and keys are off by more than 1 in half precision,
+    and larger than float16 goes.
+    """
+    scores = (
+        _wide(query)
+        @ _wide(key).transpose(-2, -1)
+        * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    )
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
@@ -449,7 +492,7 @@ def sdpa_pattern(
     scores: Float[Tensor, "*#batch query key"], is_masked: bool
 ) -> Float[Tensor, "*#batch query key"]:
     """softmax(scores). A row whose every key is masked is zero in SDPA, and here."""
-    pattern = scores.softmax(-1, dtype=torch.float32)
+    pattern = scores.softmax(-1)
     if is_masked:
         pattern = pattern.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
     return pattern

@@ -111,6 +111,7 @@ class Prompts:
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         ids, mask = self._ids_and_mask(given["input_ids"])
         given["input_ids"] = ids
+        self._check_labels(given.get("labels"), mask)
         given = self._with_decoder(given)
         if (
             kwargs.get("attention_mask", mask) is None
@@ -132,6 +133,16 @@ class Prompts:
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""
         return {name: value for name, value in inputs.items() if name not in self._not_taken or value is True}
+
+    def _check_labels(self, labels: Any, mask: Tensor) -> None:
+        """Raise InputError if labels are counted where the prompts have been padded here."""
+        if self.decoder_start is not None or not isinstance(labels, Tensor) or labels.shape != mask.shape:
+            return
+        if counted := int(((labels.to(mask.device) != -100) & (mask == 0)).sum()):
+            raise InputError(
+                f"{counted} of the labels are where the prompts are padded, on the left, and would be counted in the loss: give "
+                "-100 there."
+            )
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
         """`position_ids` by the mask, where the batch is padded and the model is to be given any."""

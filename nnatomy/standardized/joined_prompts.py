@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class JoinPrompts(Joining):
         prepare: from prompts and keyword arguments to those of the model's forward.
         call: from the arguments of all blocks together to the call.
         prompts: what to pad with, and whether that may be.
+        given: the arguments that all blocks share.
     """
 
     def __init__(
@@ -31,13 +32,25 @@ class JoinPrompts(Joining):
         prepare: Callable[..., dict[str, Any]],
         call: Callable[[dict[str, Any]], Callable[[], Any]],
         prompts: Prompts,
+        given: Iterable[str] = (),
     ) -> None:
         self._model = model
+        #: How many blocks there are so far, and whether the model is to give a loss.
+        self._blocks, self._labelled = 0, has_labels(given)
         self._prepare = prepare
         self._call = call
         self._prompts = prompts
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | list[list[int]]:
+        self._blocks += 1
+        mappings = (one for one in (*args, kwargs) if isinstance(one, Mapping))
+        self._labelled = self._labelled or any(map(has_labels, mappings))
+        if self._labelled and self._blocks > 1:
+            raise InputError(
+                "Blocks share one call, and a model that is given labels has one loss for it: over the rows of all blocks, and "
+                "what pads them. Take a block's own from its logits, "
+                "model.hf_model.loss_function(model.logits, labels, model.vocab_size), or trace each prompt alone."
+            )
         if (
             self._prompts.reads_tokens_alone
             and args
@@ -117,6 +130,11 @@ class JoinPrompts(Joining):
         return (
             sizes | {value for value in vars(config).values() if isinstance(value, int)} if config else sizes
         )
+
+
+def has_labels(names: Iterable[str]) -> bool:
+    """Whether arguments of these names have the model give a loss."""
+    return any(name.endswith(("label", "labels")) for name in names)
 
 
 def _to_length(value: Tensor, now: int, seq: int, filling: int) -> Tensor:

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 from transformers import Cache
+from transformers.utils.generic import ModelOutput
 
 from nnatomy.core import Collector, Slot, Trace
+from nnatomy.core.blocks.rows import UnknownRows
 
 
 def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
@@ -45,6 +47,22 @@ class RootInputs(Collector):
 
 class PromptTrace(Trace):
     """A trace that knows its prompts at any time."""
+
+    @property
+    def result(self) -> Any:
+        result = super().result
+        rows = None if self._block is None else getattr(self.block, "rows", None)
+        if rows is None or rows.stop - rows.start == rows.batch or not isinstance(result, ModelOutput):
+            return result
+        for name, value in list(result.items()):
+            if isinstance(value, Cache) or (isinstance(value, Tensor) and not value.ndim):
+                result[name] = UnknownRows(
+                    f"{name} is one for the prompts of all blocks, with what pads them: trace each prompt alone, or read it in a "
+                    "block without a prompt (`with tracer.invoke():`)."
+                )
+        return result
+
+    result.__doc__ = Trace.result.__doc__
 
     def __enter__(self) -> Trace:
         super().__enter__()

@@ -119,6 +119,7 @@ class Running(Parts):
             self.prepare,
             lambda inputs: call({**inputs, **kwargs}),
             self._prompts,
+            kwargs,
         )
         return PromptTrace(self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
 

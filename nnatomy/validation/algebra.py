@@ -169,4 +169,4 @@ def _off(total: Tensor, terms: list[Tensor]) -> tuple[float, bool]:
     rounding = max(torch.finfo(one.dtype).eps for one in (total, *terms))
     largest = max(float(one.abs().max()) for one in (total, *terms))
     off = float((total.double() - sum(term.double() for term in terms)).abs().max()) / max(largest, 1e-30)
-    return off, off <= 8 * rounding
+    return off, off <= 3 * rounding

@@ -17,6 +17,7 @@ from torch.nn import Module
 from nnatomy.core import Slot
 from nnatomy.names import CROSS_MODULES
 from nnatomy.validation.collectors import Each
+from nnatomy.validation.near import slack_of_sums
 from nnatomy.validation.report import Findings
 
 #: How many positions are changed: so few that what the MLP changes everywhere shows nevertheless.
@@ -28,12 +29,10 @@ class CrossAttentions:
 
     Args:
         findings: where what does not hold is noted.
-        tolerance: how far rows may be from summing up to 1.
     """
 
-    def __init__(self, model: Any, findings: Findings, tolerance: float) -> None:
+    def __init__(self, model: Any, findings: Findings) -> None:
         self._expect = findings.expect
-        self._tolerance = tolerance
         self._outputs, self._patterns = model.cross_attentions_output, model.cross_attention_probabilities
         self._heads = model.dimensions.num_heads
         self._parts = {module: i for i, module in enumerate(self._outputs.modules) if module is not None}
@@ -61,7 +60,12 @@ class CrossAttentions:
             right = pattern.ndim == 4 and shape[:3] == (2, self._heads or shape[1], seq)
             self._note(i, right, f"is {shape}, not (2, {self._heads}, {seq}, key)")
             off = float((pattern.float().sum(-1) - 1).abs().max())
-            self._note(i, off <= self._tolerance, f"has rows that do not sum to 1, off by {off:.3g}", off)
+            self._note(
+                i,
+                off <= slack_of_sums(pattern.dtype),
+                f"has rows that do not sum to 1, off by {off:.3g}",
+                off,
+            )
             self._note(
                 i, bool((pattern >= 0).all()), f"has entries below 0, down to {float(pattern.min()):.3g}"
             )

@@ -170,7 +170,8 @@ class Internals:
         written = self._written.get(module, {})
         for row, name in enumerate(("heads_output", "attention_probabilities")):
             if name in written:
-                off = self._off(now[row], clean[row])  # by more than rounding: the pattern has been changed
+                # By more than rounding, as the pattern has been changed. (It was at the last position.)
+                off = self._off(now[row][-1], clean[row][-1])
                 self._expect(off > self._tolerance, name, layer, "writing it changes no attention")
                 return
 
@@ -229,10 +230,12 @@ class Internals:
         elif name == "values":
             new[1, :, 0] += ramp * (1 + clean.abs().max())
         elif name == "attention_scores":
-            # Of the key that counts most: another may be masked.
-            new[1, :, -1].scatter_add_(
-                -1, clean[1, :, -1].argmax(-1, keepdim=True), new.new_ones(clean.shape[1], 1)
-            )
+            # The key that counts second most is made to count most, by more than rounding: were it the first that was raised,
+            # nothing would come of it where the softmax is saturated.
+            first, second = clean[1, :, -1].topk(2).indices.split(1, -1)
+            most = clean[1, :, -1].gather(-1, first)
+            most = most + (16 * torch.finfo(clean.dtype).eps * most.abs()).clamp(min=1)
+            new[1, :, -1].scatter_(-1, second, most)
         elif name == "attention_probabilities":
             new[1, :, -1] *= 0.5
         else:

@@ -53,13 +53,18 @@ def _by_layers(model: Any, inputs: dict[str, Any], change: bool) -> Tensor:
 
 
 @contextmanager
-def last_changed(model: Any, rows: slice) -> Iterator[None]:
-    """Give the first layer other numbers at the last position of these prompts."""
+def last_changed(model: Any, rows: slice, positions: int | slice = -1, much: float = 1.0) -> Iterator[None]:
+    """Give the first layer other numbers at the last position of these prompts, or at others.
+
+    Args:
+        much: how much is added, of the largest entry (and 1).
+    """
     get, put = model.layers_input.get, model.layers_input.put
 
     def changed(_: Module, args: Any, kwargs: Any) -> Any:
         new = get((args, kwargs)).clone()
-        new[rows, -1] += torch.linspace(-1, 1, new.shape[-1]).to(new) * (1 + new.abs().max())
+        ramp = torch.linspace(-much, much, new.shape[-1]).to(new)
+        new[rows, positions] += ramp * (1 + new.abs().max())
         return put((args, kwargs), new)
 
     handle = model._anatomy.layers[0].register_forward_pre_hook(changed, with_kwargs=True)

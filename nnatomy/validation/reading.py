@@ -82,7 +82,9 @@ class Reading:
                     heads = calls[0].shape[1]  # they vary from layer to layer
                 pattern = self._value(patterns.name, i, patterns, calls, (2, heads, self.seq, self.seq))
                 if pattern is not None:
-                    check_pattern(self._passes, i, module, pattern)
+                    scores = taps.of(module, "attention_scores")
+                    known = scores[0] if len(scores) == 1 and scores[0].shape == pattern.shape else None
+                    check_pattern(self._passes, i, module, pattern, known)
                 self._internals.read(module, partial(taps.of, module), self.seq)
         self._cross.read(taps.of, self.seq)
         self._learn_sizes(taps)

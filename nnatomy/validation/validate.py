@@ -97,7 +97,7 @@ def _check(model: Any) -> Findings:
     # A softmax is taken in float32 at most.
     tolerance = max(TOLERANCE.get(next(matrices, torch.float32), 1e-4), 1e-4)
     internals = Internals(model, findings, tolerance)
-    cross = CrossAttentions(model, findings, 10 * tolerance)
+    cross = CrossAttentions(model, findings)
     reading = Reading(passes, internals, cross)
     reading.run()
     check_parts(passes)

@@ -528,3 +528,77 @@ def test_an_attention_of_two_patterns_has_none_of_them() -> None:
             pytest.raises(NotInThisModelError, match="fires 2 times"),
         ):
             getattr(model, name)[0]
+
+
+def through_data(value: Tensor) -> None:
+    value.data[1] *= 0.5
+
+
+def through_numpy(value: Tensor) -> None:
+    value.detach().numpy()[1] *= 0.5
+
+
+def through_dlpack(value: Tensor) -> None:
+    torch.from_dlpack(value.detach())[1] *= 0.5
+
+
+@pytest.mark.parametrize("edit", [through_data, through_numpy, through_dlpack])
+@pytest.mark.parametrize("implementation", [None, "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "gpt_neox"])
+def test_an_edit_that_leaves_no_mark_on_the_tensor_counts(
+    model_type: str, implementation: str | None, edit: Any
+) -> None:
+    model, ids = load(model_type, implementation), prompt_ids()
+    with torch.no_grad():
+        plain = model.hf_model(ids).logits
+    for name in NAMES:
+        with torch.no_grad(), model.trace(ids):
+            getattr(model, name)[LAYER][1] *= 0.5
+            expected = model.logits
+        with torch.no_grad(), model.trace(ids):
+            edit(getattr(model, name)[LAYER])
+            assert torch.equal(model.logits, expected), name
+        assert not close(expected, plain, 1e-3), name
+    with model.trace(ids):  # where gradients are recorded, too
+        edit(model.attention_probabilities[LAYER])
+        logits = model.logits
+    assert not close(logits, plain, 1e-3)
+
+
+def test_such_an_edit_in_a_later_step_of_a_padded_generation() -> None:
+    """There, the one query comes packed by key heads."""
+    model = load("llama")
+    prompts = [prompt_ids(1, 8, 1)[0].tolist(), prompt_ids(1, 4, 2)[0].tolist()]
+
+    def scores(edit: Any) -> Tensor:
+        with model.generate(prompts, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
+            for step in tracer.iter[:]:
+                if step == 1:
+                    edit(model.attention_scores[LAYER])
+                logits = model.logits
+        return logits
+
+    def in_place(value: Tensor) -> None:
+        value[1] *= 0.5
+
+    assert torch.equal(scores(through_data), scores(in_place))
+    assert not torch.equal(scores(through_data), scores(lambda value: None))
+
+
+@pytest.mark.parametrize("name", ["attention_scores", "attention_probabilities"])
+@pytest.mark.parametrize("ask", ["register_hook", "requires_grad_"])
+def test_a_gradient_asked_for_in_another_way(ask: str, name: str) -> None:
+    hf = build("llama").requires_grad_(ask == "register_hook")
+    model, ids = StandardizedTransformer(hf), prompt_ids()
+    seen: list[Tensor] = []
+    with model.trace(ids):
+        value = getattr(model, name)[LAYER]
+        value.register_hook(seen.append) if ask == "register_hook" else value.requires_grad_()
+        model.logits.sin().sum().backward()
+    got = seen[0] if ask == "register_hook" else value.grad
+    hf.requires_grad_()
+    with model.trace(ids):
+        value = getattr(model, name)[LAYER]
+        value.retain_grad()
+        model.logits.sin().sum().backward()
+    assert float((got - value.grad).abs().max() / value.grad.abs().max()) < 1e-5

@@ -5,7 +5,9 @@ A mutation is caught if the model does not load, or if every name that has becom
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +27,19 @@ from nnatomy.standardized.accessors import LayerAccessor, output_of
 Patch = pytest.MonkeyPatch
 
 
-def load(model_type: str) -> StandardizedTransformer:
+@functools.cache
+def of_dtype(model_type: str, dtype: torch.dtype) -> Any:
     hf = zoo.build(model_type) if model_type == "falcon_h1" else shared(model_type)
-    return StandardizedTransformer(hf)
+    return hf if dtype == torch.float32 else copy.deepcopy(hf).to(dtype)
 
 
-def caught(model_type: str, names: tuple[str, ...]) -> bool:
+def load(model_type: str, dtype: torch.dtype = torch.float32) -> StandardizedTransformer:
+    return StandardizedTransformer(of_dtype(model_type, dtype))
+
+
+def caught(model_type: str, names: tuple[str, ...], dtype: torch.dtype = torch.float32) -> bool:
     try:
-        report = load(model_type).validation
+        report = load(model_type, dtype).validation
     except ValidationError:
         return True
     rows = [row for row in report if row.name in names]
@@ -350,7 +357,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[Patch], None], tuple[str, ...]]] = {
 
 def PLACE_OF_POSITIONS(a: Any) -> Any:
     """OPT's embedding of positions."""
-    return shared("opt").model.decoder.embed_positions
+    dtype = a.embed_tokens.weight.dtype
+    return of_dtype("opt", dtype).model.decoder.embed_positions
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -359,6 +367,16 @@ def test_what_is_broken_is_caught(mutation: str, monkeypatch: Patch) -> None:
     assert load(model_type).validation.counts["failed"] == 0
     mutate(monkeypatch)
     assert caught(model_type, names or ("layers_output",))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_it_is_caught_in_half_precision(mutation: str, monkeypatch: Patch) -> None:
+    """Where what is wrong can be as small as rounding is, the sums, in the coarser one."""
+    model_type, mutate, names = MUTATIONS[mutation]
+    dtype = torch.bfloat16 if names else torch.float16
+    assert load(model_type, dtype).validation.counts["failed"] == 0
+    mutate(monkeypatch)
+    assert caught(model_type, names or ("layers_output",), dtype)
 
 
 def test_they_are_many() -> None:
