@@ -1,5 +1,9 @@
 """The naming of each architecture: from a Hugging Face model to its standard modules."""
 
+from nnatomy.arch_configs.cache_name import cache_name as cache_name
+from nnatomy.arch_configs.cache_name import cached_positions as cached_positions
+from nnatomy.arch_configs.cache_name import given_cache as given_cache
+from nnatomy.arch_configs.cache_name import with_cache_called as with_cache_called
 from nnatomy.arch_configs.config import ArchConfig as ArchConfig
 from nnatomy.arch_configs.example import accepts as accepts
 from nnatomy.arch_configs.example import beside_tokens as beside_tokens

@@ -99,6 +99,9 @@ FAMILIES: tuple[ArchConfig, ...] = (
         ),
         classes=("HrmTextForCausalLM",),
     ),
+    # Nor what lies between the layers that run once and those that are gone through several times.
+    ArchConfig(layers="model.layers", classes=("DoryForCausalLM", "Inkling2LoopForCausalLM")),
+    ArchConfig(layers="model.language_model.layers", classes=("Inkling2LoopForConditionalGeneration",)),
     ArchConfig(
         layers="reformer.encoder.layers",
         absent={

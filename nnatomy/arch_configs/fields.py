@@ -8,7 +8,7 @@ from typing import Any
 #: What such a field has in its name.
 _NAMED = re.compile("multiplier|scale|scaling|cap|clip|alpha|beta|limit|temperature|window")
 
-#: Those of all causal language and image-text models of Transformers 5.17 to 5.23, and of its generation; then some of T5.
+#: Those of all causal language and image-text models of Transformers 5.17 to 5.24, and of its generation; then some of T5.
 KNOWN = frozenset(
     """
     altup_coef_clip altup_correct_scale attention_in_multiplier attention_multiplier
@@ -20,7 +20,7 @@ KNOWN = frozenset(
     local_attention_window_len log_scaling_alpha log_scaling_n_floor logit_scale
     logits_mup_width_multiplier logits_scaling logits_soft_cap max_window_layers mlp_alpha_factor
     mlp_beta_factor mlp_gate_softcap mlp_multipliers mlp_up_softcap moe_routed_scaling_factor
-    moe_router_logit_softcapping mtp_loss_scaling_factor output_logit_soft_cap output_multiplier penalty_alpha
+    moe_router_logit_softcapping mtp_loss_scaling_factor ngpt_alpha_init output_logit_soft_cap output_multiplier penalty_alpha
     prefix_dense_sliding_window_pattern qk_l2_clip_threshold qk_scale_factor rel_l2_clip_threshold rescale_embeddings
     rescale_every rescale_prenorm_residual residual_gate_temperature residual_multiplier rope_scaling
     rope_scaling_layers route_scale

@@ -14,6 +14,7 @@ What cannot be found is left out with the reason. Whether what was found is righ
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ _KINDS = {
     "rwkv": "rwkv",
     "recurrent": "recurrence",
 }
+
+#: What a layer is called that only images come to.
+NOT_RUN = "not run"
+SEVERAL_TIMES = "it is gone through several times in a forward pass: layers[i].calls[n] is each time"
 
 
 #: By module, in the order of their first call: the prints of what it was given and gave, each time.
@@ -256,7 +261,7 @@ class _Probe:
         self._stack: list[tuple[Module, bool]] = []
         self._time = 0
         self._width = 0
-        self._ran: set[Module] = set()
+        self._runs: Counter[Module] = Counter()
         self._odd: set[Module] = set()  # layers whose hidden states are not (batch, seq, *)
         self._other: list[Tensor] = []  # what a layer is given beside the stream, of other positions
         self._cross: set[Module] = set()  # modules that are given it
@@ -280,7 +285,7 @@ class _Probe:
             _run(model)
 
     def _perturb(self, layer: Module, args: Any, kwargs: Any) -> Any:
-        self._ran.add(layer)
+        self._runs[layer] += 1
         hidden = _hidden((args, kwargs))
         if hidden is not None and hidden.ndim == 3:
             self._seq = self._seq or hidden.shape[1]
@@ -332,8 +337,8 @@ class _Probe:
 
     def parts(self, layer: Module) -> LayerParts:
         parts = LayerParts()
-        if layer not in self._ran:
-            parts.kinds = ["not run"]
+        if not self._runs[layer]:
+            parts.kinds = [NOT_RUN]
             why = "it does not run on text alone"
             parts.absent = {"attention": why, "mlp": why, "layer": why}
             return parts
@@ -371,6 +376,9 @@ class _Probe:
             parts.absent["mlp"] = f"{many}: {_names(layer, with_matrix)}"
         else:
             parts.absent["mlp"] = "it has no MLP"
+        if self._runs[layer] > 1:
+            parts.mixers, parts.attention, parts.mlp = [], None, None
+            parts.absent = dict.fromkeys(("layer", "attention", "mlp"), SEVERAL_TIMES)
         return parts
 
     def _attention_in(self, mixer: Module, layer: Module, mixing: list[Module]) -> Module:

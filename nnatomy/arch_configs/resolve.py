@@ -54,7 +54,7 @@ class Anatomy:
 
     @property
     def ran(self) -> tuple[Module, ...]:
-        """The layers that run on text alone."""
+        """The layers that have a stream on text alone: they run, once."""
         return tuple(layer for layer, why in zip(self.layers, self.absent["layer"], strict=True) if not why)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from nnatomy.arch_configs import takes
+from nnatomy.arch_configs import cache_name
 from nnatomy.methods.ends import end_logits, ends
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
 from nnatomy.standardized import StandardizedTransformer
@@ -77,7 +77,7 @@ class PatchedRows:
         checked, cache = torch.cat([plain, rows[:1]]), DynamicCache()
         try:
             self._look_before(len(rows), size)
-            whole = self._end(**self._whole(checked), rows=checked, past_key_values=cache, use_cache=True)
+            whole = self._end(**self._whole(checked), rows=checked, cache=cache, use_cache=True)
             end = self._end(**self._rest(first, cache), rows=first)
             if not is_close(end[: len(whole)], whole):
                 raise _WholePromptsError("going on from the keys and values gives something else")
@@ -98,7 +98,7 @@ class PatchedRows:
             raise _WholePromptsError(f"of {count * self._length} positions {positions} would be run")
         if model.edits:
             raise _WholePromptsError("edits may count positions")
-        if not takes(model.steps_of, "past_key_values") or "decoder_input_ids" in self._inputs:
+        if not cache_name(model.steps_of) or "decoder_input_ids" in self._inputs:
             raise _WholePromptsError("the model takes no keys and values")
         if other := other_caches(model):
             raise _WholePromptsError(f"the model's cache has {other}")
@@ -124,7 +124,7 @@ class PatchedRows:
             for name, value in self._whole(rows).items()
         }
         kept: list[Any] = [_Kept(layer, self._kind[rows[:, 1]], before) for layer in layers]
-        return {**inputs, "past_key_values": Cache(layers=kept), "use_cache": True}
+        return {**inputs, "cache": Cache(layers=kept), "use_cache": True}
 
 
 def other_caches(model: StandardizedTransformer) -> str:

@@ -139,9 +139,10 @@ class Head:
 
     def _probe(self) -> None:
         with torch.no_grad(), self._root.trace(**self._inputs(1)) as tracer:
-            cache = tracer.cache(self._anatomy.ran)
-        paths = self._root.paths(self._anatomy.ran)
-        self.learn_forms({layer: cache[paths[layer]][0].output for layer in self._anatomy.ran})
+            cache = tracer.cache(self._anatomy.layers)
+        paths = self._root.paths(self._anatomy.layers)
+        ran = [layer for layer in self._anatomy.layers if paths[layer] in cache]
+        self.learn_forms({layer: cache[paths[layer]][0].output for layer in ran})
 
 
 class _SkipLayers(Collector):

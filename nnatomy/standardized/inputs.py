@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.errors import InputError
 
 #: Why a model of somebody's takes no padding.
@@ -36,6 +37,7 @@ class Prompts:
         needed: what the model has to be given beside tokens.
         places_images: whether the model makes positions of three axes where there are images.
         not_taken: which of `attention_mask` and `use_cache` the model's forward does not take.
+        cache: what the model calls a KV cache that it is given; it may be given by another of its names.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Prompts:
         needed: tuple[str, ...] = (),
         places_images: bool = False,
         not_taken: Collection[str] = (),
+        cache: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
@@ -60,6 +63,7 @@ class Prompts:
         self.decoder_start = decoder_start
         self.needed = needed
         self.places_images = places_images
+        self.cache = cache
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
         #: Why prompts of unequal length cannot be in one batch.
         self.no_padding = NO_MASK if "attention_mask" in not_taken else ""
@@ -82,7 +86,7 @@ class Prompts:
             given = dict(prompts)
         else:
             given = {"input_ids": prompts}
-        given.update(kwargs)
+        given = with_cache_called(self.cache, {**given, **kwargs})
         if self.main_input != "input_ids" and "input_ids" in given:
             raise InputError(f"The model reads no tokens but {self.main_input}: give {self.main_input}=...")
         if not self.read(given):
@@ -119,7 +123,7 @@ class Prompts:
             and mask.all()
         ):
             return _to(given, device)  # several prompts in a row, which the model knows by their positions
-        past = past_positions(given)
+        past = cached_positions(given)
         if given.get("attention_mask") is None:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
         mask = torch.as_tensor(given["attention_mask"])
@@ -286,12 +290,6 @@ def _is_ids(prompt: Any) -> bool:
 
 def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
-
-
-def past_positions(given: Mapping[str, Any]) -> int:
-    """How many positions the KV cache that the model is given has."""
-    length = getattr(given.get("past_key_values"), "get_seq_length", None)
-    return int(length()) if length else 0
 
 
 def pad_token_id(tokenizer: Any, config: Any, vocab_size: int | None) -> int:

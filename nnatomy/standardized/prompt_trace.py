@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
-from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
+from nnatomy.arch_configs import cached_positions
 from nnatomy.core import Collector, Slot, Trace
 from nnatomy.core.blocks.rows import UnknownRows
 
@@ -22,9 +22,8 @@ def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
 
 def positions_in(arguments: Mapping[str, Any]) -> int:
     """How many positions the arguments of a forward are of, with those that a cache already has."""
-    tokens, cache = tokens_of(arguments), arguments.get("past_key_values")
-    cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    return cached + (0 if tokens is None else tokens.shape[1])
+    tokens = tokens_of(arguments)
+    return cached_positions(arguments) + (0 if tokens is None else tokens.shape[1])
 
 
 class RootInputs(Collector):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
+from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core import Trace
 from nnatomy.errors import InputError, ModelChangedError
-from nnatomy.standardized.inputs import past_positions
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.prompt_trace import PromptTrace
@@ -94,7 +94,9 @@ class Running(Parts):
 
         def call(inputs: dict[str, Any]) -> Callable[[], Any]:
             inputs.pop("position_ids", None)  # generate makes its own, for every step
-            if not masked and (past := past_positions(inputs)):  # generate is given the prompt with its past
+            if not masked and (
+                past := cached_positions(inputs)
+            ):  # generate is given the prompt with its past
                 inputs["attention_mask"] = inputs["attention_mask"][:, past:]
             if not started:
                 inputs.pop("decoder_input_ids", None)
@@ -114,6 +116,7 @@ class Running(Parts):
         if prompts is not None or self._prompts.read(kwargs):
             return PromptTrace(self, call(self.prepare(prompts, **kwargs)), early_stop=early_stop)
         self._check_current()
+        kwargs = with_cache_called(self._prompts.cache, kwargs)
         joining = JoinPrompts(
             self.hf_model,
             self.prepare,

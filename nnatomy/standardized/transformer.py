@@ -12,6 +12,7 @@ from torch.nn import Module
 from nnatomy.arch_configs import (
     ArchConfig,
     accepts,
+    cache_name,
     causal_lm,
     dimensions,
     example_inputs,
@@ -216,6 +217,7 @@ class StandardizedTransformer(Running, Values, Edits):
             [name for name in ("attention_mask", "use_cache") if not accepts(causal, name)]
             if main_input(causal) == "input_ids"
             else (),
+            cache_name(causal),
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(

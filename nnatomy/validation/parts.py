@@ -60,8 +60,9 @@ def check_ends(passes: Passes, reading: Reading) -> None:
         expect(calls == 1, "token_embeddings", None, f"{type(embed).__name__} is called {calls} times")
     if head is not None:
         widths = [value.shape[-1] for value in seen.of(head, "output") if isinstance(value, Tensor)]
-        what = f"{type(head).__name__} does not give a number for each of {model.vocab_size} tokens"
-        expect(any(width >= model.vocab_size for width in widths), "lm_head", None, what)
+        tokens = reading.logits.shape[-1]
+        what = f"{type(head).__name__} does not give a number for each of {tokens} tokens"
+        expect(any(width >= tokens for width in widths), "lm_head", None, what)
     last = model.layers_output.modules[-1]
     if norm is not None and last is not None and len(seen.of(last, "output")) == 1:
         gives = model.layers_output.get(seen.only(last, "output"))

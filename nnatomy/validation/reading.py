@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnatomy.arch_configs.infer import NOT_RUN
 from nnatomy.validation.collectors import Seen
 from nnatomy.validation.cross import CrossAttentions
 from nnatomy.validation.internals import Internals
@@ -131,9 +132,10 @@ class Reading:
     def _check_handed_on(self) -> None:
         """Each layer is given what the one before gives."""
         outputs, inputs = self.model.layers_output, self.model.layers_input
-        layers = self.model._anatomy.layers
-        for before, after in pairwise(self.model._anatomy.ran):
-            i, j = layers.index(before), layers.index(after)
+        anatomy = self.model._anatomy
+        ran = [i for i, kind in enumerate(anatomy.kinds) if kind != NOT_RUN]
+        for i, j in pairwise(ran):
+            before, after = anatomy.layers[i], anatomy.layers[j]
             if not self._failed(outputs.name, i) and not self._failed(inputs.name, j):
                 gives = outputs.get(self.seen.only(before, outputs.kind))
                 given = inputs.get(self.seen.only(after, inputs.kind))

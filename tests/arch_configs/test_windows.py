@@ -42,9 +42,7 @@ def test_the_windows_are_those_of_the_masks(config: object) -> None:
     config._attn_implementation = "eager"  # type: ignore[attr-defined]
     for layer, kind in enumerate(config.layer_types):  # type: ignore[attr-defined]
         stream = torch.zeros(1, 8, 4)
-        mask = MASKS[kind](
-            config=config, inputs_embeds=stream, attention_mask=None, past_key_values=None, position_ids=None
-        )
+        mask = MASKS[kind](config, stream, None, None)
         assert torch.equal(visible_keys(config, layer, 2, 8), mask[0, 0] == 0)
 
 
@@ -63,9 +61,7 @@ def test_a_config_that_does_not_say_it_by_layer_says_nothing(config: object) -> 
 def test_one_window_for_every_layer_where_the_model_makes_masks_of_it() -> None:
     config = MistralConfig(sliding_window=3, num_hidden_layers=2)
     config._attn_implementation = "eager"
-    mask = create_sliding_window_causal_mask(
-        config=config, inputs_embeds=torch.zeros(1, 8, 4), attention_mask=None, past_key_values=None
-    )
+    mask = create_sliding_window_causal_mask(config, torch.zeros(1, 8, 4), None, None)
     assert torch.equal(visible_keys(config, 1, 2, 8, everywhere=True), mask[0, 0] == 0)
     assert visible_keys(MistralConfig(sliding_window=None), 1, 32, 8, everywhere=True) is None
     with torch.device("meta"):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs import takes
 
 TYPES = ("gpt2", "llama", "gemma2", "bloom", "gpt_oss", "mpt")
 every_type = pytest.mark.parametrize("model_type", TYPES)
@@ -360,30 +361,30 @@ def test_an_edit_goes_with_its_beam(model_type: str) -> None:
     assert differs(expected, scores(forward(model, result.sequences)))
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # of newer and older releases: each takes both
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma3_text", "falcon", "gpt_neox"])
-def test_a_prompt_that_goes_on_from_a_cache(model_type: str) -> None:
+def test_a_prompt_that_goes_on_from_a_cache(model_type: str, name: str) -> None:
     hf = build(model_type)
     model, ids = StandardizedTransformer(hf), prompt_ids()
     full = hf(ids, use_cache=False).logits[:, -2:]
 
-    def cache() -> DynamicCache:
+    def cache(name: str = name) -> dict[str, Any]:
         past = DynamicCache(config=hf.config)
-        hf(ids[:, :-2], past_key_values=past, use_cache=True)
-        return past
+        hf(ids[:, :-2], **{own_name: past}, use_cache=True)
+        return {name: past, "use_cache": True}
 
+    own_name = next(name for name in ("cache", "past_key_values") if takes(hf, name))
     with torch.no_grad():
-        expected = hf(
-            ids[:, -2:], past_key_values=cache(), use_cache=True, attention_mask=torch.ones_like(ids)
-        ).logits
+        expected = hf(ids[:, -2:], **cache(own_name), attention_mask=torch.ones_like(ids)).logits
         assert torch.allclose(expected, full, atol=1e-4)
-        with model.trace(ids[:, -2:], past_key_values=cache(), use_cache=True):
+        with model.trace(ids[:, -2:], **cache()):
             traced = model.logits
-        called = model(ids[:, -2:], past_key_values=cache(), use_cache=True).logits
-        with model.trace(ids[:, -2:], past_key_values=cache(), use_cache=True):
+        called = model({"input_ids": ids[:, -2:], **cache()}).logits
+        with model.trace(ids[:, -2:], **cache()):
             pattern = model.attention_probabilities[0]
         with model.trace(ids):
             whole = model.attention_probabilities[0]
-        generated = model.generate(ids, past_key_values=cache(), max_new_tokens=3, do_sample=False).run()
+        generated = model.generate(ids, **cache(), max_new_tokens=3, do_sample=False).run()
         plain = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert torch.equal(traced, expected)
     assert torch.equal(called, expected)

@@ -8,6 +8,7 @@ from architectures import CONFIGS, prompt_ids, shared
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs import given_cache
 from nnatomy.errors import InputError, NotInThisModelError, OutOfOrderError
 
 LONG, SHORT = prompt_ids(1, 7)[0].tolist(), prompt_ids(1, 3, seed=1)[0].tolist()
@@ -138,7 +139,7 @@ def test_every_kind_of_prompt_and_arguments_for_all() -> None:
     assert close(own_padding.value[1], ragged.value[1][1:])
     assert close(ids.value[1], model([3, 4]).logits)
     assert close(result.value.logits, own_padding.value[1])
-    assert result.value.past_key_values is None
+    assert given_cache(result.value) is None
 
 
 def test_what_is_refused() -> None:

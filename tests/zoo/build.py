@@ -58,7 +58,8 @@ def ids(model: nn.Module, batch: int = 2, seq: int = 9, seed: int = 0) -> Tensor
 def vocab_size(model: nn.Module) -> int:
     """How many logits a position has: some types leave out the padding of their vocabulary."""
     text = model.config.get_text_config(decoder=True)
-    return getattr(text, "unpadded_vocab_size", None) or text.vocab_size
+    names = ("unpadded_vocab_size", "output_vocab_size", "vocab_size")
+    return next(size for name in names if (size := getattr(text, name, None)))
 
 
 def _merged(*tables: dict[str, Any]) -> dict[str, Any]:

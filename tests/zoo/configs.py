@@ -63,7 +63,7 @@ _BY_VALUE: list[tuple[Any, str]] = [
     (16, "mamba_d_state state_size ssm_state_size linear_head_dim linear_key_head_dim"),
     (8, "mamba_n_heads mamba_num_heads mamba_d_head mamba_head_dim linear_value_head_dim"),
     (64, "mamba_d_ssm"),
-    (VOCAB - 2, "unpadded_vocab_size"),
+    (VOCAB - 2, "unpadded_vocab_size output_vocab_size"),
     (2, "mamba_n_groups n_groups mamba_ngroups linear_num_key_heads n_mamba_heads"),
     (4, "linear_num_value_heads"),
     (64, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions"),
@@ -174,10 +174,24 @@ PARTS: dict[str, dict[str, str]] = {
     "musicgen_melody": {"text_encoder": "t5", "audio_encoder": "encodec"},
     "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
 }
+_LOOP = {
+    "log_scaling_n_floor": 2,
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 8,
+}
 _COMPASS_ROPE = _ROPE | {"mrope_section": [1, 1, 2]}
 
 #: What only that type needs.
 TYPE_CONFIGS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "vision_config": {"codebook_size": len(_CODES)},
+        "audio_config": {"codebook_size": len(_CODES), "hidden_size": 32, "codebook_dim": 32},
+        "image_token_offset": min(_CODES),
+        "audio_token_offset": max(_CODES) + 1,
+    },
     "aria": {"projector_patch_to_query_dict": {16: 4}, "text_config": {"model_type": "aria_text"}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 100, "patching_threshold": 3.5},
@@ -202,6 +216,14 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 32},
     },
     "dots3_note_text": _DOTS3,
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "ngpt_alpha_init": 0.3,
+        "initializer_range": 1.0,
+        "tie_word_embeddings": True,  # the random matrices of embeddings are larger, for logits that matter
+    },
     "electra": {"embedding_size": 16},
     "encoder-decoder": {"encoder": {"is_decoder": False}, "decoder": {"add_cross_attention": True}},
     "emu3": {
@@ -254,6 +276,8 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "inkling_mm_model": {"vision_config": {"patch_size": 4}},
     "hyperclovax_vision_v2": _IN_WINDOWS,
     "idefics": {"vision_config": _IMAGE | {"embed_dim": 32}},
+    "inkling2_loop": {"text_config": _LOOP},
+    "inkling2_loop_text": _LOOP,
     "inkling2_text": {"log_scaling_n_floor": 2, "n_layers_per_attn_res_block": 2},
     "inkling_text": {"log_scaling_n_floor": 2},
     "jamba": {
@@ -301,6 +325,14 @@ TYPE_CONFIGS: dict[str, dict[str, Any]] = {
     "musicgen_melody": {"decoder": _AUDIO},
     "nemo_speechlm": {"text_config": {"hybrid_override_pattern": "ME*-"}},
     "nemotron_h_omni": {"audio_config": None},
+    "omniasr": {
+        "audio_config": {
+            "conv_dim": [16, 16],
+            "conv_kernel": [4, 4],
+            "conv_stride": [2, 2],
+            "num_conv_pos_embeddings": 8,
+        }
+    },
     "opt": {"word_embed_proj_dim": 16},
     "paddleocr_vl": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [4, 2, 2]}}},
     "phi4_multimodal": {

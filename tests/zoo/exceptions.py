@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+_ASSISTANT = (
+    "it goes on from another model's embeddings, keys and values; "
+    "raises ValueError: inputs_embeds and shared_kv_states cannot be None."
+)
 #: Types that do not run on token ids alone: the reason and, after "raises", the error of building or calling it.
 REASONS: dict[str, str] = {
     "gemma3n": "its vision tower is one of timm's; raises ImportError: TimmWrapperModel requires",
-    "gemma4_assistant": "every layer must share another model's keys and values, with which it cannot be built; "
-    "raises ValueError: The set of layer types producing a cache is different",
-    "gemma4_unified_assistant": "it goes on from another model's embeddings, keys and values; "
-    "raises ValueError: inputs_embeds and shared_kv_states cannot be None.",
+    "gemma4_assistant": _ASSISTANT,
+    "gemma4_unified_assistant": _ASSISTANT,
 }
 
 _TIMM = "its vision tower is one of timm's; raises ImportError: TimmWrapperModel requires"
@@ -54,6 +56,11 @@ WITHOUT_GRADIENT = (
 
 #: Other classes that nnatomy refuses: the reason, and what the error says.
 REFUSED_CLASSES: dict[str, tuple[str, str]] = {
+    "Llama4ForConditionalGeneration": (
+        "in this release of Transformers its forward fails, with an image and without: it asks its language model for "
+        "what that does not give (its `language_model` loads)",
+        "it cannot be run .* no attribute 'image_outputs'",
+    ),
     "PI0ForConditionalGeneration": (
         "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
         "no attribute 'vocab_size'",

@@ -23,6 +23,7 @@ _PLACES = {
     "image_position_ids": [[[i % 4, i // 4] for i in range(16)]] * BATCH,
 }
 _PACKED = {"pixel_values": (1, 3, 16, 16 * 16 * BATCH), "target_sizes": [[4, 4]] * BATCH}
+_INKLING2 = {"pixel_values": (BATCH * 4, 32, 32, 3), "image_grid_thw": [[1, 2, 2]] * BATCH}
 _NO_TOKENS = {"tokens": 0}
 
 #: What only that type is given: noise of a shape (a tuple), or the numbers (a list); how many tokens, where it does not say.
@@ -40,7 +41,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "granite4_vision": _TILES,
     "granite_docling": {"pixel_values": (BATCH, 1, 3, 64, 64), "pixel_attention_mask": [[True]] * BATCH},
     "idefics": {"pixel_values": (BATCH, 1, 3, 16, 16)} | _NO_TOKENS,
-    "inkling2": {"pixel_values": (BATCH * 4, 32, 32, 3), "image_grid_thw": [[1, 2, 2]] * BATCH},
+    "inkling2": _INKLING2,
+    "inkling2_loop": _INKLING2,
     "inkling_mm_model": {"pixel_values": (BATCH * 4, 2, 4, 4, 3)},
     "instructblip": {"qformer_input_ids": [[5, 6, 7]] * BATCH},
     "instructblipvideo": {
