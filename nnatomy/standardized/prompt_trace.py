@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from nnatomy.arch_configs import cached_positions

@@ -134,8 +134,8 @@ def test_the_users_tokenizer_is_left_as_it_was() -> None:
 
 
 def test_the_pad_token_is_in_the_vocabulary() -> None:
-    assert pad_token_id(None, build("bloom", pad_token_id=None, eos_token_id=10**6).config) == 0
-    assert pad_token_id(None, build("llama", pad_token_id=None).config) == 2
+    assert pad_token_id(None, build("bloom", pad_token_id=None, eos_token_id=10**6).config, VOCAB) == 0
+    assert pad_token_id(None, build("llama", pad_token_id=None).config, VOCAB) == 2
 
 
 def test_input_ids_and_mask_can_be_read_at_any_time(demo: StandardizedTransformer) -> None:
