@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
-STUDIES ?= the_model induction_heads facts_move attention_sinks function_vectors
+STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
 .PHONY: demo test lint types tests real clean
 
