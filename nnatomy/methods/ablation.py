@@ -9,7 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.methods.arguments import method
+from nnatomy.methods.points import accessor_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import is_finite
 
 #: In the order of a forward pass.
 _POINTS = (
@@ -18,11 +21,12 @@ _POINTS = (
 )
 
 
+@method
 def ablate_direction(
     model: StandardizedTransformer,
     direction: Float[Tensor, " hidden"],
     layers: int | Sequence[int] | None = None,
-    points: Sequence[str] | None = None,
+    points: str | Sequence[str] | None = None,
 ) -> None:
     """Take what lies along a direction out of the residual stream, at every position.
 
@@ -51,21 +55,23 @@ def ablate_direction(
         >>> bool((hidden @ direction).abs().max() < 1e-3)
         True
     """
+    direction = torch.as_tensor(direction)
     if direction.shape != (model.hidden_size,):
         raise InputError(
             f"The direction is of shape {tuple(direction.shape)}, the model's residual stream of width {model.hidden_size}."
         )
-    if not bool(direction.any()):
-        raise InputError("The direction is zero.")
+    if not is_finite(direction) or not bool(direction.any()):
+        raise InputError("The direction is zero or not finite, and leads nowhere.")
     unit = direction.detach().cpu().double()
     unit = unit / unit.norm()
     every = range(model.num_layers)
     layers = [layers] if isinstance(layers, int) else layers
+    points = [points] if isinstance(points, str) else points
     for layer in (
         sorted(every) if layers is None else sorted(every[model._checked(layer)] for layer in layers)
     ):
         for name in _POINTS if points is None else points:
-            accessor = getattr(model, name)
+            accessor = accessor_of(model, name)
             try:
                 accessor.module(layer)
             except NotInThisModelError:
@@ -73,6 +79,10 @@ def ablate_direction(
                     continue
                 raise
             value = accessor[layer]
+            if value.shape[-1:] != direction.shape or value.ndim != 3:
+                raise InputError(
+                    f"{name}[{layer}] is of {tuple(value.shape)}, and no point of (batch, seq, {model.hidden_size})."
+                )
             dtype = torch.promote_types(value.dtype, torch.float32)
             along, wide = unit.to(value.device, dtype), value.to(dtype)
             accessor[layer] = (wide - (wide @ along)[..., None] * along).to(value.dtype)

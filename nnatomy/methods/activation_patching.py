@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.metrics import Metric
-from nnatomy.methods.pairs import Pairs, Positions
+from nnatomy.methods.pairs import Pairs, Positions, check_pair, gap
 from nnatomy.methods.patched_runs import Cells, PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import numbers
 
 #: How many tokens a forward pass has, where nobody says how many rows.
 TOKENS = 4096
@@ -53,10 +55,15 @@ class Patching:
 
     @property
     def normalized(self) -> Float[Tensor, ...]:
-        """(effect - corrupted) / (clean - corrupted): 1 where the patched run is as the clean one, 0 as the corrupted."""
+        """(effect - corrupted) / (clean - corrupted): 1 where the patched run is as the clean one, 0 as the corrupted.
+
+        Raises InputError where the metric is the same of both.
+        """
         axes = (1,) * (self.effect.ndim - self.clean.ndim)
-        clean, corrupted = (one.reshape(*one.shape, *axes) for one in (self.clean, self.corrupted))
-        return (self.effect - corrupted) / (clean - corrupted)
+        whole, corrupted = (
+            one.reshape(*one.shape, *axes) for one in (gap(self.clean, self.corrupted), self.corrupted)
+        )
+        return (self.effect - corrupted) / whole
 
     def plot(self, pair: int | None = None, *, normalized: bool = True) -> Any:
         """A plotly figure of the effects: a heat map, or bars where there is one for each layer.
@@ -68,6 +75,7 @@ class Patching:
         from nnatomy.plots import bars, heat_map
 
         values = self.normalized if normalized else self.effect
+        check_pair(pair, self.clean)
         if self.clean.ndim:
             values = values.nanmean(0) if pair is None else values[pair]
         name = "normalized effect" if normalized else "metric"
@@ -99,6 +107,7 @@ class Patching:
         return texts.pop() if len(texts) == 1 else str(position - len(self.tokens[0]))
 
 
+@method
 @torch.no_grad()
 def activation_patching(
     model: StandardizedTransformer,
@@ -109,7 +118,7 @@ def activation_patching(
     point: str = "layers_output",
     layers: int | Sequence[int] | None = None,
     positions: Positions | None = None,
-    heads: Sequence[int] | str | None = None,
+    heads: int | Sequence[int] | str | None = None,
     mode: str = "denoising",
     batch_size: int | None = None,
     progress: bool = True,
@@ -156,7 +165,7 @@ def activation_patching(
         >>> found.normalized.argmax(-1).tolist()  # the position that matters, by layer: first the country, then the last
         [3, 3, 4, 4, 4, 4]
     """
-    pairs = Pairs.of(model, clean, corrupted)
+    pairs = Pairs.of(model, clean, corrupted).refuse_same()
     where = layers_of(accessor_of(model, point), layers)
     base, source = pairs.of_mode(mode)
     runs = PatchedRuns(model, base, source, point, where)
@@ -203,7 +212,7 @@ class Grid:
     def __init__(
         self,
         runs: PatchedRuns,
-        heads: Sequence[int] | str | None,
+        heads: int | Sequence[int] | str | None,
         positions: Positions,
         columns: list[int],
     ) -> None:
@@ -216,7 +225,7 @@ class Grid:
             if axis == ():
                 raise InputError(f"{name}: give at least one.")
 
-    def _heads(self, heads: Sequence[int] | str) -> list[int]:
+    def _heads(self, heads: int | Sequence[int] | str) -> list[int]:
         name, axis = self._runs.accessor.name, self._runs.axes.head
         if axis is None:
             raise InputError(
@@ -230,7 +239,7 @@ class Grid:
         self._count = count = next(iter(counts.values()))
         if isinstance(heads, str) and heads != "each":
             raise InputError(f"heads={heads!r}: give 'each', or a list of heads.")
-        chosen = list(range(count)) if isinstance(heads, str) else list(heads)
+        chosen = list(range(count)) if isinstance(heads, str) else numbers("heads", heads)
         if any(not -count <= head < count for head in chosen):
             raise InputError(f"heads={heads!r}: {name} has {count} heads, 0 to {count - 1}.")
         return [head % count for head in chosen]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.gradients import (
     AttributionMap,
     Metric,
@@ -24,6 +25,7 @@ from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
 
 
+@method
 def attribution_patching(
     model: StandardizedTransformer,
     clean: Any,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nnatomy.methods.positions import mask_of
+from nnatomy.standardized.positions import mask_of
 
 #: How many tokens, padding counted, a forward pass has at most where no number of prompts is given (but one prompt).
 TOKENS = 1024

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_patching import Grid, Patching, measured
+from nnatomy.methods.arguments import method
 from nnatomy.methods.metrics import Metric, probability
 from nnatomy.methods.pairs import Pairs, Positions
 from nnatomy.methods.patched_runs import PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of, layers_with
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import numbers
 
 #: Of how many tokens, evenly spaced in the vocabulary, the embeddings' standard deviation is taken.
 _SAMPLE = 8192
 
 
+@method
 @torch.no_grad()
 def causal_tracing(
     model: StandardizedTransformer,
@@ -75,8 +78,6 @@ def causal_tracing(
     pairs = Pairs.of(model, prompt, prompt)
     if len(pairs.clean) != 1:
         raise InputError(f"Causal tracing takes one prompt; {len(pairs.clean)} were given.")
-    if samples < 1 or window < 1:
-        raise InputError(f"samples={samples}, window={window}: both are at least 1.")
     ids = pairs.clean[0]
     at = subject_positions(model, prompt, subject, len(ids))
     added = torch.zeros(samples, len(ids), model.hidden_size)
@@ -114,7 +115,7 @@ def subject_positions(
 ) -> list[int]:
     """The positions of the tokens that have a part of the subject. Raises InputError if there are none."""
     if not isinstance(subject, str):
-        subject = [subject] if isinstance(subject, int) else subject
+        subject = numbers("subject", subject)
         if not subject or not all(-length <= position < length for position in subject):
             raise InputError(f"subject={list(subject)}: give some positions of the prompt's {length} tokens.")
         return [position % length for position in subject]

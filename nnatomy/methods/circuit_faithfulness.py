@@ -12,11 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.edge_attribution import EdgeAttribution
 from nnatomy.methods.edges import INSIDE, Graph, Streams, graph_of, heads_written, run
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.methods.gradients import Metric, Pairs, measured
+from nnatomy.methods.pairs import gap
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import numbers
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Faithfulness:
     def recovered(self) -> Float[Tensor, " size"]:
         """The share of what lies between the corrupted runs (0) and the clean ones (1), on average over the prompts."""
         base = self.corrupted.mean()
-        return (self.metrics.mean(0) - base) / (self.clean.mean() - base)
+        return (self.metrics.mean(0) - base) / gap(self.clean.mean(), base)
 
     def plot(self, title: str = "Faithfulness") -> Any:
         """The share recovered, by the number of edges."""
@@ -53,13 +56,14 @@ class Faithfulness:
         )
 
 
+@method
 def circuit_faithfulness(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
     metric: Metric,
     attribution: EdgeAttribution,
-    sizes: Sequence[int] | None = None,
+    sizes: int | Sequence[int] | None = None,
     *,
     progress: bool = False,
 ) -> Faithfulness:
@@ -90,12 +94,16 @@ def circuit_faithfulness(
         >>> [round(share, 2) + 0.0 for share in found.recovered.tolist()]
         [0.0, 0.68, 1.06, 1.0]
     """
+    if not isinstance(attribution, EdgeAttribution):
+        raise InputError(f"attribution is a {type(attribution).__name__}: give what edge_attribution gave.")
     pairs = Pairs.of(model, clean, corrupted)
     graph = graph_of(model, pairs.clean)
     if tuple(graph.sources) != attribution.sources or tuple(graph.destinations) != attribution.destinations:
         raise InputError("The scores are of another model: their nodes are not this one's.")
     count = int(graph.edges.sum())
-    sizes = [0, *(2**n for n in range(count.bit_length())), count] if sizes is None else list(sizes)
+    sizes = (
+        [0, *(2**n for n in range(count.bit_length())), count] if sizes is None else numbers("sizes", sizes)
+    )
     if wrong := [size for size in sizes if not 0 <= size <= count]:
         raise InputError(
             f"sizes={sizes}: {wrong[0]} edges cannot be kept, there are {count} (sizes: 0 to {count})."

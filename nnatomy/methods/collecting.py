@@ -13,10 +13,12 @@ from tqdm import tqdm
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import ActivationStore, StoreWriter, fingerprint
 from nnatomy.methods.activations import Activations
+from nnatomy.methods.arguments import method, several
 from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.methods.reading import Reader, Tokens, Wanted
 from nnatomy.names import TABLE
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import numbers
 
 Points = str | Sequence[str] | Mapping[str, int | Sequence[int] | None]
 Positions = str | int | Sequence[int] | Callable[[list[int]], Sequence[int]]
@@ -59,6 +61,7 @@ def collect_activations(
 ) -> ActivationStore: ...
 
 
+@method
 @torch.no_grad()
 def collect_activations(
     model: StandardizedTransformer,
@@ -113,6 +116,13 @@ def collect_activations(
         >>> len(acts.tensors), acts["layers_output", 0].shape, acts.offsets.tolist()
         (6, torch.Size([8, 96]), [0, 5, 8])
     """
+    several("prompts", prompts)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise InputError(f"dtype={dtype!r}: give a torch.dtype, such as torch.float32.")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r}: {str(error).splitlines()[0]}") from None
     wanted = _wanted(model, points)
     if isinstance(prompts, (str, Prompt)):
         prompts = [prompts]
@@ -149,6 +159,7 @@ def collect_activations(
 
 
 def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
+    several("points", points)
     names = [points] if isinstance(points, str) else list(points)
     wanted = []
     for name in names:
@@ -198,10 +209,10 @@ def _tokens(model: StandardizedTransformer, prompt: Any, positions: Positions, n
                 f"positions={chosen!r}: give 'last', 'all', indices, or a function from ids to indices."
             )
         chosen = range(len(ids)) if chosen == "all" else -1
-    chosen = [chosen] if isinstance(chosen, int) else [int(at) for at in chosen]
+    if hasattr(chosen, "__len__") and not len(chosen):
+        raise InputError(f"positions: none of {name} was chosen; leave such prompts out.")
+    chosen = numbers("positions", chosen)
     for at in chosen:
         if not -len(ids) <= at < len(ids):
             raise InputError(f"{name} has {len(ids)} tokens: there is no position {at}.")
-    if not chosen:
-        raise InputError(f"positions: none of {name} was chosen; leave such prompts out.")
     return Tokens(ids, [range(len(ids))[at] for at in chosen])

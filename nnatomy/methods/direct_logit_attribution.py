@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.frozen_norms import FrozenNorms
-from nnatomy.methods.metrics import Answer, of_answer, token_ids
+from nnatomy.methods.metrics import Answer, Answers
 from nnatomy.methods.points import has
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import own_positions
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LogitAttribution:
         return bars(self.values.mean(0), labels=self.parts, title=title, value_name="logit")
 
 
+@method
 def direct_logit_attribution(
     model: StandardizedTransformer,
     prompts: Any,
@@ -70,14 +73,14 @@ def direct_logit_attribution(
             "component": the token mixer, cross-attention and MLP of each layer, after all norms and multipliers. "head": of
             an attention, each head; what is no head's (a bias) is "L3 attention rest". A norm after the attention is held
             fixed too.
-        position: at which token. Batches are padded on the left: count from the end.
+        position: at which of each prompt's own tokens: 0 is its first, -1 its last.
 
     Returns:
         The parts and what they add, on the CPU, in float32. "rest" is what no part adds: the biases of the final norm and
         the unembedding, and where logits are capped or the head is not linear, what its gradient does not explain.
 
     Raises:
-        InputError: for an answer that is not one token, or a position in the padding.
+        InputError: for an answer that is not one token, or a position that a prompt does not have.
         NotInThisModelError: where what a layer's parts add to the stream is not known; the text says why.
 
     Example:
@@ -91,8 +94,10 @@ def direct_logit_attribution(
     if by not in ("layer", "component", "head"):
         raise InputError(f"by={by!r}: take 'layer', 'component' or 'head'.")
     with torch.set_grad_enabled(by == "head"), FrozenNorms(), model.trace(plain(prompts), use_cache=False):
-        mask = model.attention_mask
         first = model.layers_input[0]
+        rows = torch.arange(len(first))
+        own = own_positions(model, "direct_logit_attribution", first.shape[:2])
+        columns, _ = own.columns(torch.full_like(rows, position), rows)
         parts = [_Part("embeddings", first)]
         for i in range(model.num_layers):
             parts += _read_layer(model, i, by) if by != "layer" else ()
@@ -101,16 +106,12 @@ def direct_logit_attribution(
                 parts.append(_Part(f"L{i}", output - first.to(output.device)))
                 first = output
         hidden = model.layers_output[-1]
-    if not -mask.shape[1] <= position < mask.shape[1] or not mask[:, position].all():
-        raise InputError(
-            f"position={position} is no token of every prompt: they have {mask.sum(1).tolist()}."
-        )
-    direction, logits = _direction(model, hidden[:, position].detach(), answer, wrong)
+    direction, logits = _direction(model, _at(hidden, columns).detach(), answer, wrong)
     names: list[str] = []
     values: list[Tensor] = []
     for part in parts:
         along = torch.zeros_like(part.added)
-        along[:, position] = direction.to(along)
+        along[rows.to(along.device), columns.to(along.device)] = direction.to(along)
         direct = (part.added * along).detach().float().sum((1, 2))
         if part.heads is not None:
             (gradient,) = torch.autograd.grad(part.added, part.heads, along)
@@ -123,6 +124,11 @@ def direct_logit_attribution(
     table = torch.stack([value.cpu() for value in values], -1)
     rest = logits - table.sum(-1)
     return LogitAttribution((*names, "rest"), torch.cat([table, rest[:, None]], -1), logits)
+
+
+def _at(value: Tensor, columns: Tensor) -> Tensor:
+    """Each prompt's value at its column."""
+    return value[torch.arange(len(value), device=value.device), columns.to(value.device)]
 
 
 class _Part(NamedTuple):
@@ -166,8 +172,8 @@ def _direction(
     with torch.enable_grad(), FrozenNorms():
         hidden = hidden.requires_grad_()
         logits = model.project_on_vocab(hidden).float()
-        value = of_answer(logits, token_ids(answer, model))
+        value = Answers(answer, model).of(logits, logits)
         if wrong is not None:
-            value = value - of_answer(logits, token_ids(wrong, model))
+            value = value - Answers(wrong, model).of(logits, logits)
         (direction,) = torch.autograd.grad(value.sum(), hidden)
     return direction.float(), value.detach().cpu()

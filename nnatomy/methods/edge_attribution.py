@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method, whole
 from nnatomy.methods.edges import INSIDE, Graph, graph_of, run
 from nnatomy.methods.gradients import Metric, Pairs, measured
 from nnatomy.standardized import StandardizedTransformer
@@ -43,7 +43,8 @@ class EdgeAttribution:
         return sorted(found, key=lambda one: -abs(one[2]))
 
     def kept(self, k: int) -> Bool[Tensor, "source destination"]:
-        """Which edges the first `k` are."""
+        """Which edges the first `k` are. Raises InputError for a `k` that is no number of edges."""
+        whole(0)("k", k)
         size = torch.where(self.edges, self.scores.mean(0).abs(), -1.0).flatten()
         keep = torch.zeros_like(size, dtype=torch.bool)
         keep[size.argsort(descending=True, stable=True)[: min(k, int(self.edges.sum()))]] = True
@@ -71,6 +72,7 @@ class EdgeAttribution:
         )
 
 
+@method
 def edge_attribution(
     model: StandardizedTransformer,
     clean: Any,
@@ -112,8 +114,6 @@ def edge_attribution(
         >>> found.scores.shape, [edge[:2] for edge in found.top(2)]
         (torch.Size([1, 43, 115]), [('embeddings', 'L0 mlp'), ('L0 mlp', 'L2H0.v')])
     """
-    if steps < 1:
-        raise InputError(f"steps={steps}: take one at least.")
     pairs = Pairs.of(model, clean, corrupted)
     graph = graph_of(model, pairs.clean)
     one, other = (run(model, graph, inputs) for inputs in (pairs.clean, pairs.corrupted))

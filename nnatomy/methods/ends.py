@@ -16,7 +16,7 @@ def by_stream(model: StandardizedTransformer) -> bool:
 def ends(model: StandardizedTransformer) -> Float[Tensor, "batch end"]:
     """In a trace: at the last position, what the logits are made of, or they themselves."""
     end = model.layers_output[-1] if by_stream(model) else model.logits
-    return end[:, -1].to(model.device)
+    return end[:, -1].to(model.device)  # methods pad on the left
 
 
 def end_logits(

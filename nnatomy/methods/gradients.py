@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.pairs import gap, refuse_same
 from nnatomy.methods.points import accessor_of, axes_of
-from nnatomy.methods.positions import mask_of
-from nnatomy.methods.prompts import left_padded, token_texts
+from nnatomy.methods.prompts import prepared, token_texts
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import mask_of
 
 #: From the logits of the next token, one number for each prompt.
 Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
@@ -53,7 +54,7 @@ class AttributionMap:
     @property
     def normalized(self) -> Float[Tensor, "prompt layer *axes"]:
         """As a share of what lies between the corrupted run (0) and the clean run (1)."""
-        whole = self.clean - self.corrupted
+        whole = gap(self.clean, self.corrupted)
         return self.effects / whole.reshape(-1, *[1] * (self.effects.ndim - 1))
 
     def plot(self, title: str = "") -> Any:
@@ -84,12 +85,15 @@ class Pairs:
     @classmethod
     def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any) -> Pairs:
         """Raises InputError unless each clean prompt has as many tokens as its corrupted one."""
-        one, other = (model.prepare(left_padded(prompts)) for prompts in (clean, corrupted))
+        one, other = (prepared(model, prompts) for prompts in (clean, corrupted))
         lengths = [mask_of(inputs).sum(-1).tolist() for inputs in (one, other)]
         if lengths[0] != lengths[1]:
             raise InputError(
                 f"Clean and corrupted prompts are compared token by token, but have {lengths[0]} and {lengths[1]} tokens."
             )
+        if other.get("input_ids") is None:
+            raise InputError("Attribution takes prompts as texts or token ids, not as embeddings.")
+        refuse_same(enumerate(zip(_tokens(one), _tokens(other), strict=True)))
         first = other.get("decoder_input_ids", other["input_ids"])[0]
         return cls(one, other, tuple(token_texts(model, first)))
 
@@ -97,6 +101,13 @@ class Pairs:
     def mask(self) -> Int[Tensor, "prompt seq"]:
         """1 for tokens, 0 for padding."""
         return mask_of(self.clean)
+
+
+def _tokens(inputs: Mapping[str, Any]) -> list[list[int]]:
+    """All that sets the prompts apart: ids, an encoder's too, and where there is padding."""
+    read = (inputs.get(name) for name in ("input_ids", "decoder_input_ids", "attention_mask"))
+    found: list[list[int]] = torch.cat([one for one in read if one is not None], 1).tolist()
+    return found
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.gradients import (
     AttributionMap,
     Metric,
@@ -22,6 +22,7 @@ from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.standardized import StandardizedTransformer
 
 
+@method
 def integrated_gradients(
     model: StandardizedTransformer,
     clean: Any,
@@ -64,8 +65,6 @@ def integrated_gradients(
         >>> bool(abs(found.normalized.sum() - 1) < 0.02)
         True
     """
-    if steps < 1:
-        raise InputError(f"steps={steps}: take one at least.")
     accessor = accessor_of(model, point)
     pairs = Pairs.of(model, clean, corrupted)
     chosen = tuple(sorted({*layers_of(accessor, layers)}))

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.logit_lens import Lens
-from nnatomy.methods.positions import positions_from_end
+from nnatomy.methods.metrics import Spelling, token_ids
 from nnatomy.methods.prompts import get_first_tokens, plain, token_texts
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import positions_from_end
 
 _PLOTTED = ("probability", "kl", "entropy", "target_probability", "target_rank")
 
@@ -91,6 +93,7 @@ class LensStatistics:
         )
 
 
+@method
 @torch.no_grad()
 def lens_statistics(
     model: StandardizedTransformer,
@@ -132,10 +135,12 @@ def lens_statistics(
         raise InputError(
             "lens_statistics names the tokens of its prompts: give texts or token ids, not inputs_embeds."
         )
+    if top_k > model.vocab_size:
+        raise InputError(f"top_k={top_k}: the model has {model.vocab_size} tokens.")
     where = positions_from_end(inputs, "all")
     ids = inputs["input_ids"].cpu()
     length = max(map(len, where))
-    given = _targets(model, targets, next_tokens, ids, where)
+    given, spellings = _targets(model, targets, next_tokens, ids, where)
     with model.trace(**inputs, use_cache=False):
         stream = model.layers_output[:]
     layers, device = len(stream), model.device
@@ -154,6 +159,8 @@ def lens_statistics(
             here = torch.arange(length - len(positions), length)[chunk]
             hidden = torch.stack([h[prompt, there].to(device) for h in stream], dim=1)
             logits = model.project_on_vocab(hidden if lens is None else lens(hidden)).float().transpose(0, 1)
+            if (spelling := spellings[prompt]) is not None and start + len(there) == len(positions):
+                spelling.compare(logits[-1, -1:])
             log_probs = logits.log_softmax(-1)
             probs = log_probs.exp()
             last, last_probs = log_probs[-1], probs[-1]
@@ -191,18 +198,24 @@ def _targets(
     next_tokens: bool,
     ids: Int[Tensor, "prompt seq"],
     where: list[Tensor],
-) -> list[Tensor] | None:
-    """The target at each position of each prompt, -1 where there is none; None for the model's own."""
+) -> tuple[list[Tensor] | None, list[Spelling | None]]:
+    """The target at each position of each prompt, -1 where there is none; None for the model's own. And how they are spelled."""
+    as_they_are: list[Spelling | None] = [None] * len(where)
     if next_tokens:
         if targets is not None:
             raise InputError("Give targets or next_tokens=True, not both.")
-        return [torch.cat([ids[i, one[1:]], torch.tensor([-1])]) for i, one in enumerate(where)]
+        return [torch.cat([ids[i, one[1:]], torch.tensor([-1])]) for i, one in enumerate(where)], as_they_are
     if targets is None:
-        return None
-    each = [targets] * len(where) if isinstance(targets, (str, int)) else list(targets)
+        return None, as_they_are
+    each: list[Any] = [targets] * len(where) if isinstance(targets, (str, int)) else list(targets)
     if len(each) != len(where):
         raise InputError(
             f"There are {len(where)} prompts and {len(each)} targets: give one for all, or one each."
         )
-    tokens = [one if isinstance(one, int) else get_first_tokens(one, model, True)[0] for one in each]
-    return [torch.full((len(one),), token) for one, token in zip(where, tokens, strict=True)]
+    tokens = [get_first_tokens(one, model, True)[0] if isinstance(one, str) else one for one in each]
+    tokens = token_ids(list(tokens), model).tolist()
+    spellings = [
+        Spelling.of(one, token, model) if isinstance(one, str) else None
+        for one, token in zip(each, tokens, strict=True)
+    ]
+    return [torch.full((len(one),), token) for one, token in zip(where, tokens, strict=True)], spellings

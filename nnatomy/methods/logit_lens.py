@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.by_length import Part, by_length
 from nnatomy.methods.packed_rows import NotPackedError, packed
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
-from nnatomy.methods.positions import positions_from_end
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
+from nnatomy.standardized.positions import positions_from_end
 
 Lens = Callable[[Float[Tensor, "*rows layer hidden"]], Float[Tensor, "*rows layer hidden"]]
 Values = Float[Tensor, "prompt layer *position vocab"] | list[Float[Tensor, "layer position vocab"]]
@@ -35,6 +36,7 @@ _LOGITS = 40_000_000
 _log = logging.getLogger(__name__)
 
 
+@method
 @torch.no_grad()
 def logit_lens(
     model: StandardizedTransformer,

@@ -6,19 +6,27 @@ of prompts it is given one row for each pair, in their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import model as check_model
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import is_fake
+from nnatomy.standardized.warn import warn
 
 Metric = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]]
 
 #: A token by its id or text; or one for each row.
 Answer = int | str | Sequence[int | str] | Int[Tensor, " answer"]
+#: What a logit is more by where a probability is ten times as large.
+_TEN = math.log(10)
 
 
 def logit_difference(answer: Answer, wrong: Answer, model: StandardizedTransformer | None = None) -> Metric:
@@ -26,7 +34,8 @@ def logit_difference(answer: Answer, wrong: Answer, model: StandardizedTransform
 
     Args:
         answer, wrong: token ids; or texts of one token each, as they follow the prompt (" Paris"); one, or a
-            list with one for each row.
+            list with one for each row. Where a run has the same word with or without its space ten times as probable, a
+            warning names that token.
         model: whose tokenizer reads the texts.
 
     Raises:
@@ -38,20 +47,20 @@ def logit_difference(answer: Answer, wrong: Answer, model: StandardizedTransform
         >>> metric(torch.tensor([[3.0, 0.0, 1.0], [5.0, 0.0, 1.0]]))
         tensor([2., 4.])
     """
-    ids, others = token_ids(answer, model), token_ids(wrong, model)
-    return lambda logits: of_answer(logits, ids) - of_answer(logits, others)
+    right, other = Answers(answer, model), Answers(wrong, model)
+    return lambda logits: right.of(logits, logits) - other.of(logits, logits)
 
 
 def probability(answer: Answer, model: StandardizedTransformer | None = None) -> Metric:
     """softmax(logits)[answer]. Arguments and errors as `logit_difference`."""
-    ids = token_ids(answer, model)
-    return lambda logits: of_answer(logits.softmax(-1), ids)
+    right = Answers(answer, model)
+    return lambda logits: right.of(logits.softmax(-1), logits)
 
 
 def log_probability(answer: Answer, model: StandardizedTransformer | None = None) -> Metric:
     """log softmax(logits)[answer], in nats. Arguments and errors as `logit_difference`."""
-    ids = token_ids(answer, model)
-    return lambda logits: of_answer(logits.log_softmax(-1), ids)
+    right = Answers(answer, model)
+    return lambda logits: right.of(logits.log_softmax(-1), logits)
 
 
 def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
@@ -59,10 +68,26 @@ def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
 
     Args:
         reference_logits: of (vocab), or (batch, vocab) with one for each row.
+
+    Raises:
+        InputError: for logits of another form, or NaN.
     """
+    if (
+        not isinstance(reference_logits, Tensor)
+        or reference_logits.ndim not in (1, 2)
+        or bool(reference_logits.isnan().any())
+    ):
+        raise InputError("reference_logits are a tensor of (vocab) or (batch, vocab), with no NaN in it.")
     reference = reference_logits.log_softmax(-1)
 
     def metric(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        if reference.shape[-1] != logits.shape[-1] or (
+            reference.ndim == 2 and len(reference) not in (1, len(logits))
+        ):
+            raise InputError(
+                f"The reference's logits are of {tuple(reference.shape)}, the run's of {tuple(logits.shape)}: give one for all rows, "
+                "or one for each."
+            )
         ours = reference.to(logits)
         return (ours.exp() * (ours - logits.log_softmax(-1)).nan_to_num()).sum(
             -1
@@ -71,10 +96,99 @@ def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
     return metric
 
 
+class Answers:
+    """Tokens given as ids or texts. Errors as `logit_difference`.
+
+    Attributes:
+        ids: one for all rows, or one for each.
+    """
+
+    ids: Int[Tensor, " answer"]
+
+    def __init__(self, answer: Answer, model: StandardizedTransformer | None = None) -> None:
+        if model is not None:
+            check_model("model", model)
+        answers: list[Any] = (
+            [answer] if not isinstance(answer, Iterable) or isinstance(answer, str) else list(answer)
+        )
+        if not answers:
+            raise InputError("There is no answer: give a token id or a text of one token.")
+        vocab = None if model is None else model.dimensions.vocab_size
+        self.ids = torch.tensor(
+            [_token_id(one, model) if isinstance(one, str) else _known(one, vocab) for one in answers]
+        )
+        self._spellings = [
+            Spelling.of(one, int(token), model) if isinstance(one, str) else None
+            for one, token in zip(answers, self.ids, strict=True)
+        ]
+
+    def of(
+        self, values: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, " batch"]:
+        """Each row's value of its answer."""
+        if values.ndim != 2:
+            raise InputError(f"A metric takes logits of (batch, vocab); got {tuple(values.shape)}.")
+        if len(self.ids) not in (1, len(values)):
+            raise InputError(
+                f"{len(self.ids)} answers for {len(values)} rows of logits: give one, or one for each."
+            )
+        if int(self.ids.max()) >= values.shape[-1]:
+            raise InputError(f"There is no token {int(self.ids.max())} among logits of {values.shape[-1]}.")
+        for i, spelling in enumerate(self._spellings):
+            if spelling is not None and spelling.compare(logits if len(self.ids) == 1 else logits[i : i + 1]):
+                self._spellings[i] = None  # has been said
+        return values.gather(-1, self.ids.to(values.device).expand(len(values))[:, None])[:, 0]
+
+
 def token_ids(answer: Answer, model: StandardizedTransformer | None = None) -> Int[Tensor, " answer"]:
     """The ids of tokens given as ids or texts. Errors as `logit_difference`."""
-    answers = [answer] if isinstance(answer, (int, str)) else list(answer)
-    return torch.tensor([_token_id(one, model) if isinstance(one, str) else int(one) for one in answers])
+    return Answers(answer, model).ids
+
+
+def _known(token: Any, vocab: int | None) -> int:
+    try:
+        token = index(token)
+    except TypeError:
+        raise InputError(f"The answer {token!r} is neither a token id nor a text.") from None
+    if token < 0 or (vocab is not None and token >= vocab):
+        raise InputError(
+            f"The answer {token} is no token id{'' if vocab is None else f' of a vocabulary of {vocab}'}."
+        )
+    return int(token)
+
+
+class Spelling(NamedTuple):
+    """A text that is a token, and the token of the same text with, or without, a space before it."""
+
+    text: str
+    token: int
+    other_text: str
+    other: int
+
+    @classmethod
+    def of(cls, text: str, token: int, model: Any) -> Spelling | None:
+        """None if there is no other."""
+        other_text = text[1:] if text.startswith(" ") else f" {text}"
+        others = model.tokenizer(other_text, add_special_tokens=False)["input_ids"]
+        return (
+            cls(text, token, other_text, int(others[0])) if len(others) == 1 and others[0] != token else None
+        )
+
+    def compare(self, logits: Float[Tensor, "batch vocab"]) -> bool:
+        """Warn if the other is ten times as probable in a row; returns whether it is."""
+        if is_fake(logits) or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False  # numbers are not known here
+        log_probs = logits.detach().float().log_softmax(-1)
+        ours, theirs = log_probs[:, self.token], log_probs[:, self.other]
+        row = int((theirs - ours).argmax())
+        if not float(theirs[row] - ours[row]) > _TEN:
+            return False
+        warn(
+            f"The answer {self.text!r} (token {self.token}) has probability {float(ours[row].exp()):.1e} and "
+            f"{self.other_text!r} (token {self.other}) {float(theirs[row].exp()):.1e}: a word in a text begins with a space, one at "
+            f"its beginning, or behind a space, does not. If it is that one that is meant, give {self.other_text!r}."
+        )
+        return True
 
 
 def _token_id(text: str, model: StandardizedTransformer | None) -> int:
@@ -91,10 +205,3 @@ def _token_id(text: str, model: StandardizedTransformer | None) -> int:
             "token (a word in a text begins with a space), or its id."
         )
     return int(ids[0])
-
-
-def of_answer(values: Float[Tensor, "batch vocab"], ids: Int[Tensor, " answer"]) -> Float[Tensor, " batch"]:
-    """Each row's value of its answer."""
-    if len(ids) not in (1, len(values)):
-        raise InputError(f"{len(ids)} answers for {len(values)} rows of logits: give one, or one for each.")
-    return values.gather(-1, ids.to(values.device).expand(len(values))[:, None])[:, 0]

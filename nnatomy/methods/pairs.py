@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.prompts import Prompt, plain, token_texts
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import mask_of, numbers
 
 #: Which positions are patched: "each" by itself, "all" together, or each of these.
-Positions = str | Sequence[int]
+Positions = str | int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Pairs:
             raise InputError(f"mode={mode!r}: give 'denoising' or 'noising'.")
         return (self.corrupted, self.clean) if mode == "denoising" else (self.clean, self.corrupted)
 
+    def refuse_same(self) -> Pairs:
+        """Raise InputError if the two prompts of a pair are the same: then there is nothing to patch."""
+        refuse_same(enumerate(zip(self.clean, self.corrupted, strict=True)))
+        return self
+
     @property
     def lengths(self) -> list[int]:
         """How many tokens each pair has."""
@@ -64,6 +72,7 @@ class Pairs:
             if positions not in ("each", "all"):
                 raise InputError(f"positions={positions!r}: give 'each', 'all', or a list of positions.")
             return list(range(self.seq))
+        positions = numbers("positions", positions)
         if any(position >= 0 for position in positions) and len(set(self.lengths)) > 1:
             raise InputError(
                 f"positions={list(positions)}: the pairs have {self.lengths} tokens, so that positions mean the same in "
@@ -73,6 +82,15 @@ class Pairs:
             if not -self.seq <= position < self.seq:
                 raise InputError(f"positions={list(positions)}: the prompts have {self.seq} tokens.")
         return [position % self.seq for position in positions]
+
+    def all_have(self, positions: Positions) -> None:
+        """Raise InputError for a position that a shorter pair does not have."""
+        for position in [] if isinstance(positions, str) else numbers("positions", positions):
+            for pair, length in enumerate(self.lengths):
+                if not -length <= position < length:
+                    raise InputError(
+                        f"positions: pair {pair} has {length} tokens; there is no position {position}."
+                    )
 
     def texts(self, model: StandardizedTransformer) -> tuple[tuple[str, ...], ...]:
         """Each pair's tokens, padded on the left with ""; "clean|corrupted" where the two differ."""
@@ -86,12 +104,52 @@ class Pairs:
         )
 
 
+def refuse_same(pairs: Iterable[tuple[int, tuple[Any, Any]]]) -> None:
+    """Raise InputError if the two of a numbered pair are equal."""
+    for i, (clean, corrupted) in pairs:
+        if clean == corrupted:
+            raise InputError(
+                f"The clean and the corrupted prompt of pair {i} are the same, so that there is nothing to tell apart: give a "
+                "corrupted prompt with other tokens, as many of them."
+            )
+
+
+def check_pair(pair: int | None, clean: Float[Tensor, "*pair"]) -> None:
+    """Raise InputError for a pair that there is not."""
+    count = len(clean) if clean.ndim else 0
+    if pair is not None and not -count <= pair < count:
+        there = f"there are {count}, 0 to {count - 1}" if count else "one pair was given, and not a list"
+        raise InputError(f"pair={pair}: {there}.")
+
+
+def gap(clean: Float[Tensor, "*pair"], corrupted: Float[Tensor, "*pair"]) -> Float[Tensor, "*pair"]:
+    """clean - corrupted, of which effects are a share.
+
+    Raises:
+        InputError: where the metric is the same of both but for rounding.
+    """
+    if not bool((clean - corrupted).isfinite().all()):
+        raise InputError(
+            "The metric of the clean or the corrupted run is not finite: nothing is a share of what lies between them."
+        )
+    same = (clean - corrupted).abs() <= 1e-6 * torch.maximum(clean.abs(), corrupted.abs())
+    if bool(same.any()):
+        which = f" of pairs {', '.join(map(str, same.nonzero().flatten().tolist()))}" if same.ndim else ""
+        of_clean, of_corrupted = (float(metric[same].flatten()[0]) for metric in (clean, corrupted))
+        raise InputError(
+            f"The metric is the same in the clean and the corrupted run{which} ({of_clean:.6g} and {of_corrupted:.6g}), so that "
+            "no effect is a share of what lies between them: take another metric or other prompts, or the effects themselves, "
+            "which are in units of the metric."
+        )
+    return clean - corrupted
+
+
 def prompt_ids(model: StandardizedTransformer, prompts: Any) -> list[list[int]]:
     """The token ids of each prompt, without padding."""
     inputs = model.prepare(plain(prompts))
     if inputs.get("input_ids") is None:
         raise InputError("Patching takes prompts as texts or token ids, not as embeddings.")
-    masks = inputs["attention_mask"].bool()
+    masks = mask_of(inputs).bool()
     return [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
 
 

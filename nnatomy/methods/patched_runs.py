@@ -60,7 +60,7 @@ class PatchedRuns:
         self.batch = len(base)
         self.shortcut = set(layers) <= set(layers_with(model.layers_input))
         self._noise = noise
-        both = model.prepare([*source, *base])
+        both = model.prepare([*source, *base], padding_side="left")
         self._inputs = {name: value[self.batch :] for name, value in both.items()}
         self.values: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}

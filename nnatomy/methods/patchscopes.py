@@ -11,17 +11,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method
 from nnatomy.methods.patched_rows import PatchedRows, of_rows
-from nnatomy.methods.positions import from_end, positions_from_end
-from nnatomy.methods.prompts import left_padded, plain
+from nnatomy.methods.prompts import plain, prepared
 from nnatomy.methods.target_prompts import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.positions import from_end, positions_from_end
 
 Layers = int | Sequence[int] | None
 Mapped = Callable[[Float[Tensor, "layer source _"]], Float[Tensor, "layer source hidden"]]
 
 
+@method
 @torch.no_grad()
 def patchscope_lens(
     nn_model: StandardizedTransformer,
@@ -79,7 +81,7 @@ def patchscope_lens(
         raise InputError("Give source_prompts or latents: one of the two.")
     source = source_model or nn_model
     chosen = _indices(source, layers)
-    given = None if latents is None else torch.stack(list(latents))
+    given = None if latents is None else _stacked(latents)
     if given is None:
         given = _states(source, source_prompts, chosen, source_position)
     elif len(given) not in (len(chosen), source.num_layers):
@@ -108,6 +110,7 @@ def patchscope_lens(
     return probs.unflatten(0, (len(chosen), count)).transpose(0, 1)
 
 
+@method
 @torch.no_grad()
 def patchscope_generate(
     nn_model: StandardizedTransformer,
@@ -115,8 +118,8 @@ def patchscope_generate(
     target_patch_prompt: TargetPrompt,
     max_length: int = 50,
     layers: Layers = None,
-    max_batch_size: int = 32,
     *,
+    max_batch_size: int = 32,
     target_layers: Layers = None,
     source_position: int = -1,
     source_model: StandardizedTransformer | None = None,
@@ -168,6 +171,7 @@ def patchscope_generate(
     return found
 
 
+@method
 @torch.no_grad()
 def patch_object_attn_lens(
     nn_model: StandardizedTransformer,
@@ -202,11 +206,11 @@ def patch_object_attn_lens(
     accessor = nn_model.attentions_input
     if not nn_model.attention_layers:
         accessor.module(0)  # says why there is none
-    source = nn_model.prepare(left_padded(source_prompts))
+    source = prepared(nn_model, source_prompts)
     columns = torch.cat(positions_from_end(source, -1))
     with nn_model.trace(**source, use_cache=False):
         states = {i: accessor[i][torch.arange(len(columns)), columns] for i in nn_model.attention_layers}
-    inputs = nn_model.prepare(left_padded(target_prompts))
+    inputs = prepared(nn_model, target_prompts)
     columns = torch.cat(positions_from_end(inputs, attn_idx_patch))
     count = len(columns)
     if any(len(state) not in (1, count) for state in states.values()):
@@ -224,6 +228,20 @@ def patch_object_attn_lens(
 
     probs = PatchedRows(nn_model, inputs, columns, put).probs(rows, batch_size, progress)
     return probs.unflatten(0, (nn_model.num_layers, count)).transpose(0, 1)
+
+
+def _stacked(latents: Any) -> Float[Tensor, "layer source _"]:
+    each = latents if isinstance(latents, (list, tuple)) else [latents]
+    if not all(isinstance(one, Tensor) for one in each) or (
+        len(each) > 1 and len({one.shape for one in each}) > 1
+    ):
+        raise InputError(
+            "latents are a tensor of (layer, source, hidden), or one of (source, hidden) for each layer."
+        )
+    stacked = latents if isinstance(latents, Tensor) else torch.stack(list(latents))
+    if stacked.ndim != 3:
+        raise InputError(f"latents are of (layer, source, hidden); got {tuple(stacked.shape)}.")
+    return stacked
 
 
 def _indices(model: StandardizedTransformer, layers: Layers) -> list[int]:
@@ -272,7 +290,7 @@ def _prepared(
     model: StandardizedTransformer, targets: TargetPromptBatch
 ) -> tuple[dict[str, Any], Int[Tensor, " target"]]:
     """The model's arguments, and where each prompt's position stands, counted from the end."""
-    inputs = model.prepare(plain(targets.prompts))
+    inputs = prepared(model, targets.prompts)
     mask, index = inputs["attention_mask"].cpu(), targets.index_to_patch.tolist()
     return inputs, torch.cat([from_end(mask[i], [where], i) for i, where in enumerate(index)])
 

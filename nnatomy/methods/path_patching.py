@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods.activation_patching import TOKENS, measured
+from nnatomy.methods.arguments import method, several
 from nnatomy.methods.metrics import Metric
-from nnatomy.methods.pairs import Pairs
+from nnatomy.methods.pairs import Pairs, check_pair, gap
 from nnatomy.methods.patched_runs import is_close, repeated
 from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
 from nnatomy.standardized import StandardizedTransformer
@@ -56,13 +57,14 @@ class PathPatching:
     @property
     def normalized(self) -> Float[Tensor, "*pair sender"]:
         """(effect - corrupted) / (clean - corrupted): 1 as in the clean run, 0 as in the corrupted one."""
-        return (self.effect - self.corrupted[..., None]) / (self.clean - self.corrupted)[..., None]
+        return (self.effect - self.corrupted[..., None]) / gap(self.clean, self.corrupted)[..., None]
 
     def plot(self, pair: int | None = None, *, normalized: bool = True) -> Any:
         """A plotly figure with a bar for each sender. Arguments as `Patching.plot`."""
         from nnatomy.plots import bars
 
         values = self.normalized if normalized else self.effect
+        check_pair(pair, self.clean)
         if self.clean.ndim:
             values = values.mean(0) if pair is None else values[pair]
         title = f"Paths to {', '.join(self.receivers)}"
@@ -70,6 +72,7 @@ class PathPatching:
         return bars(values, labels=self.senders, title=title, value_name=name)
 
 
+@method
 @torch.no_grad()
 def path_patching(
     model: StandardizedTransformer,
@@ -79,7 +82,7 @@ def path_patching(
     sender: str | Sequence[str],
     receivers: str | Sequence[str],
     metric: Metric,
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     mode: str = "denoising",
     batch_size: int | None = None,
     progress: bool = True,
@@ -119,7 +122,9 @@ def path_patching(
         >>> found.effect.shape
         torch.Size([6])
     """
-    pairs = Pairs.of(model, clean, corrupted)
+    pairs = Pairs.of(model, clean, corrupted).refuse_same()
+    several("sender", sender)
+    several("receivers", receivers)
     names = (sender,) if isinstance(sender, str) else tuple(sender)
     to = (receivers,) if isinstance(receivers, str) else tuple(receivers)
     base, source = pairs.of_mode(mode)
@@ -136,6 +141,7 @@ def path_patching(
                 )
     paths = _Paths(model, base, source, senders, ends, "logits" in to)
     if positions is not None:
+        pairs.all_have(positions)
         paths.only_at(pairs.columns(positions))
     rows = max(1, (batch_size or max(1, TOKENS // pairs.seq)) // len(base))
     values: list[Tensor] = []
@@ -151,7 +157,7 @@ def path_patching(
 
 
 def _part(model: StandardizedTransformer, name: str, points: Sequence[str]) -> Part:
-    match = re.fullmatch(r"(\w+)\[(-?\d+)\](?:\[(-?\d+)\])?", name)
+    match = re.fullmatch(r"(\w+)\[(-?\d+)\](?:\[(-?\d+)\])?", name) if isinstance(name, str) else None
     if match is None or match[1] not in points or (match[3] and axes_of(match[1]).head is None):
         forms = ", ".join(
             f"{point}[layer]" + "[head]" * (axes_of(point).head is not None) for point in points
@@ -177,7 +183,7 @@ class _Paths:
     ) -> None:
         self.model, self.senders, self.receivers, self.to_logits = model, senders, receivers, to_logits
         self.batch = len(base)
-        both = model.prepare([*source, *base])
+        both = model.prepare([*source, *base], padding_side="left")
         self._inputs = {name: value[self.batch :] for name, value in both.items()}
         self._mixed = layers_with(model.mixers_contribution)
         self._streams: dict[int, Tensor] = {}
@@ -205,10 +211,21 @@ class _Paths:
                 for point in _SENDERS:
                     if point in points:
                         self._sent[point, layer] = getattr(model, point)[layer]
+                        self._check_heads(self.senders, point, layer, self._sent[point, layer])
                     if point == "mixers_contribution" and layer in self._mixed:
                         self._mixers[layer] = model.mixers_contribution[layer][n:]
                 before = model.layers_output[layer]
             self.source_logits, self.base_logits = model.logits[:, -1].to(model.device).split(n)
+
+    def _check_heads(self, parts: Sequence[Part], point: str, layer: int, value: Tensor) -> None:
+        axis = axes_of(point).head
+        for one in parts:
+            if one.head is None or (one.point, one.layer) != (point, layer) or axis is None:
+                continue
+            if not -value.shape[axis] <= one.head < value.shape[axis]:
+                raise InputError(
+                    f"{point}[{layer}][{one.head}]: there are {value.shape[axis]} heads, 0 to {value.shape[axis] - 1}."
+                )
 
     def _changes(self) -> list[Float[Tensor, "batch seq hidden"]]:
         """What each of the other run's senders changes in the stream after it."""
@@ -284,6 +301,7 @@ class _Paths:
         """Those heads that are receivers as they have heard, and the others as they are."""
         heads = [one.head for one in self.receivers if (one.layer, one.point) == (layer, point)]
         value = getattr(self.model, point)[layer]
+        self._check_heads(self.receivers, point, layer, value)
         if None in heads:
             return heard
         value = value.clone()

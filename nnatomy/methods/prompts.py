@@ -13,7 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm as _tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import method, several
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import mask_of
 
 #: What a word is put behind, to see its tokens in the middle of a text. A tokenizer that puts a space before every text puts
 #: it before these. If nothing of them merges with the word, the word's tokens are what they would be alone.
@@ -61,6 +63,10 @@ class Prompt:
         Raises:
             InputError: see `get_first_tokens`.
         """
+        if not target_strings:
+            raise InputError(
+                "There are no targets: give words, or a dict of words by the name of each target."
+            )
         named = dict(target_strings) if isinstance(target_strings, Mapping) else {"target": target_strings}
         tokens = {target: get_first_tokens(words, tokenizer) for target, words in named.items()}
         return cls(prompt, tokens, named)
@@ -79,6 +85,16 @@ class Prompt:
         Returns:
             By the name of each target (prompt, layer), on the CPU; (prompt) if `layer` is given.
         """
+        if not isinstance(probs, Tensor) or probs.ndim != 3:
+            got = tuple(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
+            raise InputError(
+                f"Probabilities are of (prompt, layer, vocab), as logit_lens gives them; got {got}."
+            )
+        for target, tokens in self.target_tokens.items():
+            if wrong := [token for token in tokens if not 0 <= token < probs.shape[2]]:
+                raise InputError(
+                    f"Target {target!r} has token {wrong[0]}, outside of a vocabulary of {probs.shape[2]}."
+                )
         where = slice(None) if layer is None else layer
         return {
             target: probs[:, where, tokens].sum(-1).cpu() for target, tokens in self.target_tokens.items()
@@ -123,7 +139,10 @@ def get_first_tokens(
         raise InputError(
             "Words have tokens only with a tokenizer: StandardizedTransformer(model, tokenizer)."
         )
+    several("words", words)
     words = [words] if isinstance(words, str) else list(words)
+    if wrong := [word for word in words if not isinstance(word, str)]:
+        raise InputError(f"words: {wrong[0]!r} is no text.")
     if not words:
         raise InputError("There are no words to take the first tokens of.")
     tokens: list[int] = []
@@ -157,6 +176,7 @@ def _first_token(tokenizer: Any, text: str) -> int | None:
     return next(iter(ids(text)), None)
 
 
+@method
 @torch.no_grad()
 def run_prompts(
     nn_model: StandardizedTransformer,
@@ -164,6 +184,7 @@ def run_prompts(
     batch_size: int = 32,
     get_probs_func: Callable[..., Any] | None = None,
     func_kwargs: dict[str, Any] | None = None,
+    *,
     tqdm: Callable[..., Any] | None = _tqdm,
 ) -> dict[str, Float[Tensor, "prompt layer"]]:
     """The targets' probabilities of many prompts, in batches.
@@ -189,6 +210,10 @@ def run_prompts(
         >>> (run_prompts(model, prompts, tqdm=None)["target"] > 0.9).tolist()
         [[True], [True]]
     """
+    if isinstance(prompts, (Prompt, str)) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise InputError(
+            f"prompts={prompts!r:.60}: give a list of Prompts, [Prompt.from_strings(text, targets, model), ...]."
+        )
     if not prompts:
         return {}
     names = prompts[0].target_tokens.keys()
@@ -210,17 +235,22 @@ def run_prompts(
     return {name: torch.cat(each) for name, each in found.items()}
 
 
+@method
 @torch.no_grad()
 def compute_next_token_probs(nn_model: StandardizedTransformer, prompt: Any) -> Float[Tensor, "prompt vocab"]:
     """The model's next-token probabilities after each prompt, on the CPU."""
+    inputs = nn_model.prepare(plain(prompt))
+    mask = inputs.get("attention_mask")
+    at_end = isinstance(mask, Tensor) and bool(mask[..., -1].all())
     # Only where nothing else is read: some models shorten their last layers with it (Gemma 4).
-    takes = "logits_to_keep" in inspect.signature(nn_model.steps_of.forward).parameters
-    kwargs: dict[str, Any] = {"logits_to_keep": 1} if takes else {}
-    with nn_model.trace(left_padded(prompt), use_cache=False, **kwargs):
+    if at_end and "logits_to_keep" in inspect.signature(nn_model.steps_of.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with nn_model.trace(**inputs, use_cache=False):
         probs = nn_model.next_token_probs
     return probs.cpu()
 
 
+@method
 def next_token_probs_unsqueeze(
     nn_model: StandardizedTransformer, prompt: Any, **_: Any
 ) -> Float[Tensor, "prompt 1 vocab"]:
@@ -237,15 +267,30 @@ def plain(prompts: Any) -> Any:
     return prompts
 
 
-def left_padded(prompts: Any) -> Any:
-    """`plain`, where prompts that a dict pads on the right, as tokenizers do, are token ids: these are padded on the left."""
-    prompts = plain(prompts)
-    if not isinstance(prompts, Mapping) or {*prompts} != {"input_ids", "attention_mask"}:
-        return prompts
-    ids, mask = (torch.as_tensor(prompts[name]) for name in ("input_ids", "attention_mask"))
-    if mask.ndim != 2 or ids.shape != mask.shape or mask[:, -1].all():
-        return prompts
-    return [row[here].tolist() for row, here in zip(ids, mask.bool(), strict=True)]
+def prepared(model: StandardizedTransformer, prompts: Any, **kwargs: Any) -> dict[str, Any]:
+    """What `model.prepare` gives, padded on the left, whatever side the prompts or the tokenizer have it on.
+
+    Raises:
+        InputError: as `model.prepare`; and where nothing says which tokens are padding, or padding on the left would show.
+    """
+    inputs = model.prepare(plain(prompts), padding_side="left", **kwargs)
+    mask = mask_of(inputs)
+    if bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        return inputs
+    if inputs.get("decoder_input_ids") is not None:
+        raise InputError(
+            "The decoder's prompts are padded on the right: give decoder_input_ids of one length."
+        )
+    model._prompts.check_lengths(mask.sum(1).tolist())
+    order = (mask != 0).long().argsort(stable=True, dim=1)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+            return value
+        return value.gather(1, order.reshape(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
+
+    inputs = {name: moved(value) for name, value in inputs.items()}
+    return {**inputs, **model._prompts.positions(inputs)}
 
 
 def token_texts(model: Any, ids: Any) -> list[str]:

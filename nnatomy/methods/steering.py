@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import write_whole
+from nnatomy.methods.arguments import method as checked
+from nnatomy.methods.arguments import number, several
 from nnatomy.methods.collecting import Positions, collect_activations
 from nnatomy.methods.directions import METHODS, mean_difference
+from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import plain, token_texts
 from nnatomy.standardized import StandardizedTransformer
-
-Where = int | slice | Sequence[int] | None
+from nnatomy.standardized.chats import is_chat
+from nnatomy.standardized.positions import Where, is_fake, mask_of, own_positions
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,34 @@ class SteeringVector:
     method: str
 
     @staticmethod
+    @checked
     def from_pairs(
-        model: StandardizedTransformer, pairs: Iterable[tuple[Any, Any]], **kwargs: Any
+        model: StandardizedTransformer, pairs: Iterable[Sequence[Any]], **kwargs: Any
     ) -> SteeringVector:
         """From pairs of prompts (positive, negative) that differ in what the vector is to be of.
 
         Args:
             **kwargs: as in `from_prompts`.
         """
-        both = list(pairs)
+        several("pairs", pairs)
+        both = [pairs] if isinstance(pairs, (str, Mapping)) else list(pairs)
+        for i, pair in enumerate(both):
+            if (
+                not isinstance(pair, (tuple, list))
+                or len(pair) != 2
+                or isinstance(pair[0], int)
+                or is_chat(pair)
+            ):
+                raise InputError(
+                    f"pairs[{i}] is {pair!r:.60}: give pairs of prompts, [(positive, negative), ...]. Of prompts that are not in "
+                    "pairs: SteeringVector.from_prompts(model, positive, negative)."
+                )
         return SteeringVector.from_prompts(
             model, [pair[0] for pair in both], [pair[1] for pair in both], **kwargs
         )
 
     @staticmethod
+    @checked
     def from_prompts(
         model: StandardizedTransformer,
         positive: Sequence[Any],
@@ -141,10 +158,15 @@ class SteeringVector:
         return {layer: float(direction.norm()) for layer, direction in self.directions.items()}
 
     def normalized(self) -> SteeringVector:
-        """With directions of length 1."""
+        """With directions of length 1. Raises InputError for one that has none."""
+        if zero := [layer for layer, norm in self.norms.items() if not norm > 0]:
+            raise InputError(
+                f"The direction of layer {zero[0]} is zero or not finite, and has no length to be made 1."
+            )
         return self._with(lambda direction: direction / direction.norm())
 
     def __mul__(self, factor: float | int) -> SteeringVector:
+        number("factor", factor)
         return self._with(lambda direction: direction * factor)
 
     __rmul__ = __mul__
@@ -153,6 +175,8 @@ class SteeringVector:
         return self * -1
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         ours, theirs = ((one.model_type, one.point, one.width) for one in (self, other))
         if ours != theirs:
             raise InputError(
@@ -169,6 +193,8 @@ class SteeringVector:
         )
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
         return self + -other
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> SteeringVector:
@@ -176,6 +202,7 @@ class SteeringVector:
 
     # Use.
 
+    @checked
     def apply(
         self,
         model: StandardizedTransformer,
@@ -186,15 +213,16 @@ class SteeringVector:
         """Add `factor` times the directions, in a block or in a function for `model.edit`.
 
         Args:
-            positions: where; everywhere if None. Indices, or a slice (without a stride). From 0 they count in each
-                prompt's own tokens and, while generating, on in what follows them: `slice(5, None)` is position 5 and
-                all behind it. Negative ones count from the end of what the step computes: -1 is a prompt's last
-                token, and then each new one.
+            positions: which of each prompt's own tokens; everywhere if None. One, several, or a slice (without a stride): 0 is
+                the first token, -1 the last (see `nnatomy.standardized.positions`). While generating they count on in what
+                follows: `slice(5, None)` is position 5 and all behind it, and -1 each new token in its turn.
             from_step: do nothing in earlier steps of a generation.
 
         Raises:
             InputError: if the model is of another width, or in step 0 a prompt has no such index.
         """
+        if not self.directions:
+            raise InputError("This vector has no direction for any layer.")
         if self.width != model.hidden_size:
             raise InputError(
                 f"The vector is of width {self.width} (from a {self.model_type}), the model's residual stream of width "
@@ -202,15 +230,16 @@ class SteeringVector:
             )
         if model._blocks.current("steering").step < from_step:
             return
-        accessor = getattr(model, self.point)
-        chosen = None if positions is None else _chosen(model, positions)
+        accessor = accessor_of(model, self.point)
         for layer in sorted(self.directions):
             value = accessor[layer]
             added = factor * self.directions[layer].to(value)
-            if chosen is not None:
-                added = added * chosen[..., None].to(value)
+            if positions is not None and not is_fake(value):
+                own = own_positions(model, "SteeringVector.apply", value.shape[:2])
+                added = added * own.chosen(positions)[..., None].to(value)
             accessor[layer] = value + added
 
+    @checked
     @torch.no_grad()
     def projections(self, model: StandardizedTransformer, prompt: Any) -> Float[Tensor, "layer seq"]:
         """How far each token of a prompt lies along each unit direction, in the stream's own units.
@@ -234,10 +263,12 @@ class SteeringVector:
         """The projections of a prompt's tokens on each layer's direction, as a plotly figure."""
         from nnatomy.plots import heat_map
 
+        inputs = model.prepare(plain(prompt))
+        tokens = inputs["input_ids"][0][mask_of(inputs)[0].bool()]
         return heat_map(
             self.projections(model, prompt),
             rows=[str(layer) for layer in self.directions],
-            columns=token_texts(model, model.prepare(plain(prompt))["input_ids"][0]),
+            columns=token_texts(model, tokens),
             title=f"{self.point} along the direction of each layer ({self.method})",
             diverging=True,
             value_name="projection",
@@ -267,39 +298,6 @@ class SteeringVector:
         except (SafetensorError, KeyError) as error:
             raise InputError(f"{path} is no file that SteeringVector.save wrote: {error!r}.") from None
         return SteeringVector(directions, about["point"], about["model_type"], about["method"])
-
-
-def _chosen(model: StandardizedTransformer, positions: Where) -> Tensor:
-    """Which of the positions that this step computes are meant: (batch, seq)."""
-    batch, seq = model.input_size
-    if isinstance(positions, slice) and positions.step not in (None, 1):
-        raise InputError(f"positions={positions}: a slice has no stride.")
-    mask = model.attention_mask
-    tokens = mask.cumsum(-1)[
-        :, -seq:
-    ]  # how many up to this one; with a cache the mask has the earlier ones too
-    from_start = torch.where(mask[:, -seq:].bool(), tokens - 1, -1)
-    from_end = torch.arange(-seq, 0, device=mask.device).expand(batch, seq)
-
-    def count(at: int) -> Tensor:
-        return from_start if at >= 0 else from_end
-
-    if isinstance(positions, slice):
-        start, stop = positions.start, positions.stop
-        chosen = mask[:, -seq:].bool()
-        if start is not None:
-            chosen = chosen & (count(start) >= start)
-        return chosen if stop is None else chosen & (count(stop) < stop)
-    chosen = torch.zeros_like(from_start, dtype=torch.bool)
-    for at in [positions] if isinstance(positions, int) else positions or ():
-        here = (count(at) == at) & (from_start >= 0)
-        if model._blocks.current("steering").step == 0 and not bool(here.any(1).all()):
-            raise InputError(
-                f"positions: not every prompt has a token {at}; the shortest has {int(mask.sum(1).min())}. A slice leaves "
-                "out what is not there."
-            )
-        chosen = chosen | here
-    return chosen
 
 
 def _type_of(model: StandardizedTransformer) -> str:

@@ -11,6 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.methods.arguments import several, whole
+from nnatomy.standardized.positions import is_one, numbers
 
 _WORDS = ("king", "1135", "hello")
 _TASK = "Which word comes next in this text? Answer with that word and nothing else."
@@ -45,7 +47,17 @@ class TargetPromptBatch:
 
     @classmethod
     def from_target_prompts(cls, prompts_: Sequence[TargetPrompt]) -> TargetPromptBatch:
-        """Of these."""
+        """Of these. Raises InputError for anything else, or none."""
+        several("target prompts", prompts_)
+        prompts_ = list(prompts_)
+        for i, one in enumerate(prompts_):
+            if not isinstance(one, TargetPrompt):
+                raise InputError(
+                    f"target prompts[{i}] is {one!r:.60}: give TargetPrompt(prompt, index_to_patch)."
+                )
+            whole()(f"target prompts[{i}].index_to_patch", one.index_to_patch)
+        if not prompts_:
+            raise InputError("There are no target prompts: give at least one.")
         return cls(
             [one.prompt for one in prompts_], torch.tensor([int(one.index_to_patch) for one in prompts_])
         )
@@ -64,10 +76,10 @@ class TargetPromptBatch:
         Raises:
             InputError: if there are not as many positions as prompts.
         """
+        several("prompts", prompts)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if isinstance(index_to_patch, int):
-            index_to_patch = [index_to_patch] * len(prompts)
-        index = torch.as_tensor(index_to_patch)
+        given = numbers("index_to_patch", index_to_patch)
+        index = torch.tensor(given * len(prompts) if is_one(index_to_patch) else given)
         if index.shape != (len(prompts),):
             raise InputError(
                 f"index_to_patch has {index.numel()} positions for {len(prompts)} prompts: give one for all, or one each."
@@ -118,7 +130,12 @@ def repeat_prompt(
         >>> from nnatomy.methods import repeat_prompt
         >>> repeat_prompt(["cat", "dog"], rel="->", sep="; ").prompt
         'cat->cat; dog->dog; ?'
+
+    Raises:
+        InputError: for no words, or words that are one text.
     """
+    if isinstance(words, str) or (words is not None and not words):
+        raise InputError(f"words={words!r}: give several, in a list.")
     pairs = [f"{word}{rel}{word}" for word in _WORDS] if words is None else [f"{w}{rel}{w}" for w in words]
     return TargetPrompt(sep.join([*pairs, placeholder]), index_to_patch)
 

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.positions import mask_of
-from nnatomy.methods.prompts import left_padded
+from nnatomy.methods.arguments import method
+from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import is_fake, numbers, own_positions
 
 #: From the model and a layer, inside a trace, to a value of (batch, seq, hidden).
 GetActivations = Callable[[StandardizedTransformer, int], Tensor]
@@ -22,12 +23,14 @@ def _layer_output(model: StandardizedTransformer, layer: int) -> Tensor:
     return model.layers_output[layer]
 
 
+@method
 @torch.no_grad()
 def get_token_activations(
     model: StandardizedTransformer,
     prompts: Any = None,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
+    *,
     idx: int | None = None,
     tracer: Any = None,
 ) -> Float[Tensor, "layer prompt hidden"]:
@@ -56,41 +59,48 @@ def get_token_activations(
     if tracer is None:
         if prompts is None:
             raise InputError("There are no prompts: give some, or a trace that is open (tracer=...).")
-        with model.trace(left_padded(prompts), use_cache=False):
+        with model.trace(plain(prompts), use_cache=False):
             found = _read(model, layers, get_activations or _layer_output, idx)
         return found.cpu()
     return _read(model, layers, get_activations or _layer_output, idx)
 
 
 def _read(
-    model: StandardizedTransformer, layers: Sequence[int] | None, get: GetActivations, idx: int | None
+    model: StandardizedTransformer, layers: int | Sequence[int] | None, get: GetActivations, idx: int | None
 ) -> Float[Tensor, "layer prompt hidden"]:
     every = range(model.num_layers)
-    wanted = list(every) if layers is None else [every[layer] for layer in layers]
+    chosen = every if layers is None else numbers("layers", layers)
+    if layers is not None:
+        for layer in chosen:
+            model.layers_output.module(layer)  # raises where there is none
+    wanted = [every[layer] for layer in chosen]
     at = -1 if idx is None else idx
-    given, _ = model._root_inputs("attention_mask")
-    mask = mask_of(given) if "decoder_input_ids" in given else model.attention_mask
-    lengths = mask.sum(-1)
-    if not bool(((at < lengths) & (-at <= lengths)).all()):
-        raise InputError(f"idx={at}: the shortest prompt has {int(lengths.min())} tokens.")
-    column = (
-        mask.shape[-1] - lengths + at if at >= 0 else lengths.new_full(lengths.shape, mask.shape[-1] + at)
-    )
-    rows = torch.arange(len(mask))
     found: dict[int, Tensor] = {}
     for layer in sorted(set(wanted)):  # in the order of the forward pass
         value = get(model, layer)
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            raise InputError(
+                f"get_activations gave a {type(value).__name__} of layer {layer}, and no tensor of (batch, seq, ...)."
+            )
+        if is_fake(value):
+            found[layer] = value[:, -1]
+            continue
+        own = own_positions(model, "get_token_activations", value.shape[:2])
+        rows = torch.arange(len(value))
+        column, _ = own.columns(torch.full_like(rows, at), rows)
         found[layer] = value[rows.to(value.device), column.to(value.device)]
     device = found[min(found)].device
     return torch.stack([found[layer].to(device) for layer in wanted])
 
 
+@method
 def collect_token_activations_batched(
     model: StandardizedTransformer,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
+    *,
     idx: int | None = None,
     tqdm: Callable[[Iterable[int]], Iterable[int]] | None = None,
     use_session: bool = True,  # noqa: ARG001
@@ -102,25 +112,31 @@ def collect_token_activations_batched(
         tqdm: what to show progress with: `tqdm.tqdm`, or another that wraps an iterable.
         use_session: nnterp's; makes no difference here.
     """
+    if isinstance(prompts, (str, Prompt)):
+        prompts = [prompts]
     starts: Iterable[int] = range(0, len(prompts), batch_size)
     if not prompts:
         raise InputError("There are no prompts to collect activations of.")
     return torch.cat(
         [
-            get_token_activations(model, prompts[start : start + batch_size], layers, get_activations, idx)
+            get_token_activations(
+                model, prompts[start : start + batch_size], layers, get_activations, idx=idx
+            )
             for start in (starts if tqdm is None else tqdm(starts))
         ],
         dim=1,
     )
 
 
+@method
 def collect_last_token_activations_session(
     model: StandardizedTransformer,
     prompts: Sequence[Any],
     batch_size: int,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
+    *,
     idx: int | None = None,
 ) -> Float[Tensor, "layer prompt hidden"]:
     """`collect_token_activations_batched`, under its other name in nnterp."""
-    return collect_token_activations_batched(model, prompts, batch_size, layers, get_activations, idx)
+    return collect_token_activations_batched(model, prompts, batch_size, layers, get_activations, idx=idx)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
-from nnatomy.methods.positions import positions_from_end
+from nnatomy.methods.arguments import method
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import positions_from_end
 
 _FORMAT = "nnatomy tuned lens 1"
 
@@ -70,6 +71,7 @@ class TunedLens:
         return torch.cat([moved, hidden[..., -1:, :]], dim=-2)
 
     @classmethod
+    @method
     def train(
         cls,
         model: StandardizedTransformer,
@@ -154,10 +156,15 @@ class TunedLens:
         Raises:
             InputError: if it is no tuned lens, or its number of layers or width is not the model's.
         """
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT:
-                raise InputError(f"{path} holds no tuned lens: it has to be written by TunedLens.save.")
-            lens = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                of_lens = (file.metadata() or {}).get("format") == _FORMAT
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            of_lens = False
+        if not of_lens:
+            raise InputError(f"{path} holds no tuned lens: it has to be written by TunedLens.save.")
+        lens = cls(**tensors)
         if model is not None:
             lens._check(model.num_layers, model.hidden_size)
         return lens

@@ -18,6 +18,7 @@ from nnatomy.core.frames import hide_our_frames
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
+from nnatomy.standardized.pickling import NotPickled
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
 _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -26,7 +27,7 @@ _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = 
 }
 
 
-class LayerAccessor:
+class LayerAccessor(NotPickled):
     """A standard name: `accessor[i]` reads it on layer `i`, `accessor[i] = x` puts `x` in its place.
 
     `i` may be negative. A slice reads several at once, as a list, without stopping the forward pass at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,7 @@ from nnatomy.core.calls import Inputs
 from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.names import Names
-
-Indices = int | Sequence[int] | Tensor | None
+from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, numbers, own_positions
 
 
 class Edits(Names):
@@ -82,16 +82,17 @@ class Edits(Names):
         layers: int | Sequence[int],
         steering_vector: Float[Tensor, "*broadcast hidden"],
         factor: float = 1.0,
-        token_positions: Indices = None,
-        batch_index: Indices = None,
+        token_positions: Where = None,
+        *,
+        batch_index: int | Sequence[int] | Tensor | None = None,
     ) -> None:
         """Add `factor * steering_vector` to the output of layers (activation addition, Turner et al. 2023).
 
         Args:
             layers: one or several; they are steered in the order of the forward pass.
             steering_vector: of (hidden), or anything that broadcasts to the chosen (batch, seq, hidden).
-            token_positions: which positions (all by default). Batches are padded on the left: count from
-                the end, -1 is each prompt's last token.
+            token_positions: which of each prompt's own tokens: 0 is its first, -1 its last, whatever it is batched with (see
+                `nnatomy.standardized.positions`); one, several or a slice. All columns, padding too, if None.
             batch_index: which prompts (all by default). Where both are sequences they are taken in pairs,
                 as in `tensor[batch_index, token_positions]`.
 
@@ -99,26 +100,57 @@ class Edits(Names):
             InputError: if the vector is not as wide as the stream, or there are no such prompts or positions.
             LayerIndexError: for a layer that there is not.
         """
-        steering_vector = torch.as_tensor(steering_vector)
-        if steering_vector.shape[-1:] != (self.hidden_size,):
+        try:
+            vector = torch.as_tensor(steering_vector)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"The steering vector is of shape {tuple(steering_vector.shape)}, the model's residual stream of width "
+                f"The steering vector is {type(steering_vector).__name__}, and no tensor: {error}"
+            ) from None
+        if not isinstance(factor, (int, float, Tensor)):
+            raise InputError(f"factor={factor!r}: it is a number.")
+        if not is_finite(vector):
+            raise InputError("The steering vector has entries that are NaN or infinite.")
+        if vector.shape[-1:] != (self.hidden_size,):
+            raise InputError(
+                f"The steering vector is of shape {tuple(vector.shape)}, the model's residual stream of width "
                 f"{self.hidden_size}."
             )
         each = [layers] if isinstance(layers, int) else list(layers)
+        if not each:
+            raise InputError("layers: give at least one to steer.")
         for i in each:
             self.layers_output.module(i)  # raises if there is none
         for layer in sorted(range(self.num_layers)[i] for i in each):
             hidden = self.layers_output[layer].clone()
-            where = (
-                slice(None) if batch_index is None else batch_index,
-                slice(None) if token_positions is None else token_positions,
-            )
             try:
-                hidden[where] += factor * steering_vector.to(hidden)
-            except (IndexError, TypeError, RuntimeError) as error:
+                self._add(hidden, factor * vector.to(hidden), token_positions, batch_index)
+            except (IndexError, TypeError, RuntimeError, InputError) as error:
                 raise InputError(
                     f"batch_index={batch_index!r}, token_positions={token_positions!r} and a vector of "
-                    f"{tuple(steering_vector.shape)} do not fit a stream of {tuple(hidden.shape)}: {error}"
+                    f"{tuple(vector.shape)} do not fit a stream of {tuple(hidden.shape)}: {error}"
                 ) from None
             self.layers_output[layer] = hidden
+
+    def _add(self, hidden: Tensor, vector: Tensor, positions: Where, batch_index: Any) -> None:
+        """Add a vector in place, at these positions of these prompts."""
+        rows = slice(None) if batch_index is None else batch_index
+        if positions is None or is_fake(hidden):  # of a scan only shapes are asked
+            hidden[rows] += vector
+            return
+        own = own_positions(self, "steer", hidden.shape[:2])
+        if isinstance(positions, slice):
+            hidden[rows] += vector * own.chosen(positions).to(hidden)[rows][..., None]
+            return
+        prompts = torch.arange(len(hidden)) if batch_index is None else torch.as_tensor(batch_index)
+        if prompts.dtype == torch.bool:
+            prompts = prompts.nonzero().flatten()
+        prompts = torch.arange(len(hidden))[prompts]  # raises where there is none such
+        wanted = torch.tensor(numbers("token_positions", positions)).reshape(
+            () if is_one(positions) else (-1,)
+        )
+        if batch_index is None or not (prompts.ndim and wanted.ndim):  # else they are taken in pairs
+            prompts = prompts.reshape((*prompts.shape, *[1] * wanted.ndim))
+        prompts, wanted = torch.broadcast_tensors(prompts, wanted)
+        columns, there = (one.to(hidden.device) for one in own.columns(wanted, prompts))
+        added = vector.expand(*columns.shape, -1)[there]
+        hidden[prompts.to(hidden.device)[there], columns[there]] += added

@@ -1,14 +1,14 @@
 """From prompts to the arguments of the model's forward.
 
-Batches are padded on the left, with an attention mask and with position ids made from it, so that a
-prompt's values do not depend on what it is batched with. (Not every model derives positions from the
-mask by itself: GPT-2's last-token logits are off by more than half without them.) What an encoder-decoder's encoder
+Batches are padded on the left (or on the right, where the user asks for that), with an attention mask and with position
+ids made from it, so that a prompt's values do not depend on what it is batched with. (Not every model derives positions from
+the mask by itself: GPT-2's last-token logits are off by more than half without them.) What an encoder-decoder's encoder
 reads is padded on the right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from torch import Tensor
 
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.errors import InputError
+from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
+from nnatomy.standardized.warn import warn
+
+#: Arguments of `prepare` that do not go to the model.
+OPTIONS = ("padding_side", *TEMPLATE_OPTIONS)
 
 #: Why a model of somebody's takes no padding.
 NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
@@ -38,6 +43,8 @@ class Prompts:
         places_images: whether the model makes positions of three axes where there are images.
         not_taken: which of `attention_mask` and `use_cache` the model's forward does not take.
         cache: what the model calls a KV cache that it is given; it may be given by another of its names.
+        causal: whether no position depends on a later one, as padding on the right is.
+        default_side: what the tokenizer said when it was loaded, if that has been some time ago.
     """
 
     def __init__(
@@ -53,6 +60,8 @@ class Prompts:
         places_images: bool = False,
         not_taken: Collection[str] = (),
         cache: str = "",
+        causal: Callable[[], bool] = lambda: False,
+        default_side: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
@@ -65,9 +74,12 @@ class Prompts:
         self.places_images = places_images
         self.cache = cache
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
-        #: Why prompts of unequal length cannot be in one batch.
+        #: Why prompts of unequal length cannot be in one batch that is padded on the left.
         self.no_padding = NO_MASK if "attention_mask" in not_taken else ""
         self._not_taken = not_taken
+        self._causal = causal
+        #: What the tokenizer says when it is loaded is a default, and nobody's wish.
+        self.default_side: str = default_side or str(getattr(tokenizer, "padding_side", "left"))
 
     def prepare(self, prompts: Any, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The arguments for `prompts`, with `kwargs` on top, on `device`.
@@ -80,6 +92,7 @@ class Prompts:
             InputError: if there is nothing to run, an id is outside of the vocabulary, the prompt is of
                 no kind above, or is text and there is no tokenizer.
         """
+        side, template, kwargs = self._options(kwargs)
         if prompts is None:
             given: dict[str, Any] = {}
         elif isinstance(prompts, Mapping):
@@ -113,7 +126,7 @@ class Prompts:
                 )
             del given["attention_mask"]  # a tokenizer's without padding: nothing is masked
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
-        ids, mask = self._ids_and_mask(given["input_ids"])
+        ids, mask = self._ids_and_mask(given["input_ids"], side, template)
         given["input_ids"] = ids
         self._check_labels(given.get("labels"), mask)
         given = self._with_decoder(given)
@@ -128,6 +141,7 @@ class Prompts:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
+        self._warn_of_padding(mask)
         if mask.shape == (len(ids), past + ids.shape[1]) and given.get("position_ids") is None:
             given |= {name: value[:, past:] for name, value in self.positions(given).items()}
         if "attention_mask" in self._not_taken and not bool(mask.all()):
@@ -148,6 +162,33 @@ class Prompts:
                 "-100 there."
             )
 
+    def _options(self, kwargs: dict[str, Any]) -> tuple[str, dict[str, bool], dict[str, Any]]:
+        """The side on which a batch is padded, what the chat template is told, and the other arguments."""
+        kwargs = dict(kwargs)
+        template = {name: kwargs.pop(name) for name in TEMPLATE_OPTIONS if name in kwargs}
+        if (side := kwargs.pop("padding_side", None)) is None:
+            return self.side, template, kwargs
+        if side not in ("left", "right"):
+            raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
+        return side, template, kwargs
+
+    @property
+    def side(self) -> str:
+        """On which side a batch is padded: on the left, unless the user has set the tokenizer's `padding_side` since."""
+        side: str = getattr(self.tokenizer, "padding_side", self.default_side)
+        return "left" if side == self.default_side else side
+
+    def _warn_of_padding(self, mask: Tensor) -> None:
+        if self.no_padding and mask.ndim == 2 and not bool(mask[:, 0].all()):
+            rows = (mask[:, 0] == 0).nonzero().flatten().tolist()
+            warn(
+                f"Prompts {', '.join(map(str, rows))} are padded on the left by the attention mask that was given. On this model "
+                f"that changes their values: {self.no_padding}. Run each alone{self._or_right()}."
+            )
+
+    def _or_right(self) -> str:
+        return ", or pad on the right (padding_side='right')" if self._causal() else ""
+
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
         """`position_ids` by the mask, where the batch is padded and the model is to be given any."""
         mask = given["attention_mask"]
@@ -163,7 +204,7 @@ class Prompts:
         if (ids := given.get("decoder_input_ids")) is None:
             given["decoder_input_ids"] = torch.full((len(given[self.read(given)]), 1), self.decoder_start)
             return given
-        given["decoder_input_ids"], mask = self._ids_and_mask(ids)
+        given["decoder_input_ids"], mask = self._ids_and_mask(ids, "left", {})
         if not bool(mask.all()):
             raise InputError("The decoder's prompts are of several lengths: give decoder_input_ids of one.")
         return given
@@ -173,7 +214,9 @@ class Prompts:
         names = ("input_ids", "inputs_embeds", self.main_input, "encoder_outputs")
         return next((name for name in names if given.get(name) is not None), "")
 
-    def _ids_and_mask(self, prompts: Any) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    def _ids_and_mask(
+        self, prompts: Any, side: str, template: dict[str, bool]
+    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         if isinstance(prompts, Tensor):
             rows = prompts
             if rows.ndim not in (1, 2) or rows.is_floating_point() or rows.dtype == torch.bool:
@@ -187,17 +230,24 @@ class Prompts:
             mask = torch.ones_like(ids)
             self._check_vocabulary(*(int(bound) for bound in ids.aminmax()))
         else:
-            lists = self.token_lists(prompts)
+            lists = self.token_lists(prompts, side, template)
             ids, mask = self.padded(lists, max(map(len, lists)))
-            if self.decoder_start is not None:  # an encoder counts positions from the left, mask or none
+            if (
+                side == "right" or self.decoder_start is not None
+            ):  # an encoder counts positions from the left, mask or none
                 order = mask.argsort(stable=True, dim=1, descending=True)
                 ids, mask = ids.gather(1, order), mask.gather(1, order)
         return ids, mask
 
-    def token_lists(self, prompts: Any) -> list[list[int]]:
+    def token_lists(
+        self, prompts: Any, side: str = "left", template: Mapping[str, bool] | None = None
+    ) -> list[list[int]]:
         """The tokens of each prompt: strings, chats, ids (see `prepare`). Raises InputError."""
-        lists = [self._one(prompt, i) for i, prompt in enumerate(_as_batch(prompts))]
-        self.check_lengths([len(one) for one in lists])
+        batch = _as_batch(prompts)
+        if template and not any(map(is_chat, batch)):
+            raise InputError(f"{' and '.join(template)}: for chats, and there is none among the prompts.")
+        lists = [self._one(prompt, i, template or {}) for i, prompt in enumerate(batch)]
+        self.check_lengths([len(one) for one in lists], side)
         self._check_vocabulary(min(map(min, lists)), max(map(max, lists)))
         return lists
 
@@ -219,26 +269,23 @@ class Prompts:
                 f"{self.vocab_size - 1}): were these ids made by this model's tokenizer?"
             )
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
+    def check_lengths(self, lengths: Sequence[int], side: str = "left") -> None:
         """Raise InputError if prompts of these lengths have to be padded, and that is not to be had."""
-        if self.no_padding and len(set(lengths)) > 1:
-            raise InputError(
-                f"The prompts are of {', '.join(map(str, lengths))} tokens. On this model padding is no way to one length: "
-                f"{self.no_padding}. Give prompts of one length, or trace them one after the other. (A dict with input_ids "
-                "and an attention_mask of your own goes to the model as it is.)"
-            )
+        if not self.no_padding or len(set(lengths)) == 1 or (side == "right" and self._causal()):
+            return
+        raise InputError(
+            f"The prompts are of {', '.join(map(str, lengths))} tokens. On this model padding is no way to one length: "
+            f"{self.no_padding}. Give prompts of one length, or trace them one after the other{self._or_right()}. (A dict with "
+            "input_ids and an attention_mask of your own goes to the model as it is.)"
+        )
 
-    def _one(self, prompt: Any, index: int) -> list[int]:
+    def _one(self, prompt: Any, index: int, template: Mapping[str, bool]) -> list[int]:
         if isinstance(prompt, str):
-            ids = list(self._need_tokenizer()(prompt)["input_ids"])
-        elif _is_chat(prompt):
             tokenizer = self._need_tokenizer()
-            if not tokenizer.chat_template:
-                raise InputError(
-                    "The prompt is a chat, but the tokenizer has no chat template: give it as a string, or "
-                    "set model.tokenizer.chat_template."
-                )
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            ids = list(tokenizer(prompt)["input_ids"])
+            warn_of_two_beginnings(tokenizer, prompt, ids, index)
+        elif is_chat(prompt):
+            ids = chat_ids(self._need_tokenizer(), prompt, **template)
         elif isinstance(prompt, Tensor):
             ids = prompt.reshape(-1).tolist()
         else:
@@ -254,11 +301,11 @@ class Prompts:
 
 
 def _as_batch(prompts: Any) -> Sequence[Any]:
-    if isinstance(prompts, str) or _is_chat(prompts) or _is_ids(prompts):
+    if isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts):
         return [prompts]
     if isinstance(prompts, (list, tuple)) and prompts:
         kinds = (str, Tensor)
-        if all(isinstance(prompt, kinds) or _is_chat(prompt) or _is_ids(prompt) for prompt in prompts):
+        if all(isinstance(prompt, kinds) or is_chat(prompt) or _is_ids(prompt) for prompt in prompts):
             return prompts
     if isinstance(prompts, (list, tuple)):
         if not prompts:
@@ -269,14 +316,6 @@ def _as_batch(prompts: Any) -> Sequence[Any]:
     raise InputError(
         f"{type(prompts).__name__} is no prompt: give a string, a chat (a list of dicts with role and "
         f"content), token ids, a list of these, or a dict with input_ids; got {prompts!r:.200}."
-    )
-
-
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, (list, tuple))
-        and bool(prompt)
-        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
     )
 
 

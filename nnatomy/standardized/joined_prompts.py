@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class JoinPrompts(Joining):
         call: from the arguments of all blocks together to the call.
         prompts: what to pad with, and whether that may be.
         given: the arguments that all blocks share.
+        options: how the prompts of each block are padded and rendered, where that is said.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class JoinPrompts(Joining):
         call: Callable[[dict[str, Any]], Callable[[], Any]],
         prompts: Prompts,
         given: Iterable[str] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         #: How many blocks there are so far, and whether the model is to give a loss.
         self._blocks, self._labelled = 0, has_labels(given)
-        self._prepare = prepare
+        self._plain = not options and prompts.side == "left"
+        self._prepare = partial(prepare, **(options or {}))
         self._call = call
         self._prompts = prompts
 
@@ -53,6 +57,7 @@ class JoinPrompts(Joining):
             )
         if (
             self._prompts.reads_tokens_alone
+            and self._plain
             and args
             and not kwargs
             and isinstance(args[0], (str, list, tuple))

@@ -11,9 +11,10 @@ from nnatomy.arch_configs import Anatomy
 from nnatomy.core import ModuleView
 from nnatomy.core.block import OpenBlocks
 from nnatomy.errors import NotInThisModelError
+from nnatomy.standardized.pickling import NotPickled
 
 
-class LayerView(ModuleView):
+class LayerView(NotPickled, ModuleView):
     """A layer, whose attention and MLP are also reached as `self_attn` and `mlp`."""
 
     __slots__ = ("_absent", "_parts", "_paths")
@@ -41,7 +42,7 @@ class LayerView(ModuleView):
         return ModuleView(self._blocks, part, next(inner, self._paths[part]))
 
 
-class Views:
+class Views(NotPickled):
     """One child of every layer."""
 
     def __init__(self, layers: tuple[LayerView, ...], name: str) -> None:

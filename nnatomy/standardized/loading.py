@@ -60,16 +60,18 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
 
 
 def load_tokenizer(id_or_path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, str]:
-    """The tokenizer of that id or folder; or None, and why there is none."""
+    """The tokenizer of that id or folder, which pads on the left; or None, and why there is none."""
     place = locate(id_or_path)
     shared = {key: value for key, value in kwargs.items() if key in _SHARED}
     try:
-        return AutoTokenizer.from_pretrained(place, **shared), ""
+        tokenizer = AutoTokenizer.from_pretrained(place, **shared)
     except (OSError, ValueError, KeyError, ImportError) as error:
         return None, (
             f"none could be loaded from {str(id_or_path)!r} ({_first_line(error)}) Pass one: "
             "StandardizedTransformer(..., tokenizer=...), or give token ids."
         )
+    tokenizer.padding_side = "left"
+    return tokenizer, ""
 
 
 def locate(id_or_path: str | Path) -> str:

@@ -15,38 +15,60 @@ from nnatomy.core import Collector, Slot, Trace
 from nnatomy.core.blocks.rows import UnknownRows
 
 
-def tokens_of(arguments: Mapping[str, Any]) -> Tensor | None:
-    """What the arguments of a forward have for each token: its id or embedding."""
-    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
-    return next((one for one in given if one is not None), None)
+def tokens_of(arguments: Mapping[str, Any], decoder: bool = False) -> Tensor | None:
+    """What the arguments of a forward have for each token (that the decoder reads): its id or embedding."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds") if decoder else ("input_ids", "inputs_embeds")
+    return next((one for name in names if (one := arguments.get(name)) is not None), None)
 
 
-def positions_in(arguments: Mapping[str, Any]) -> int:
+def positions_in(arguments: Mapping[str, Any], decoder: bool = False) -> int:
     """How many positions the arguments of a forward are of, with those that a cache already has."""
-    tokens = tokens_of(arguments)
+    tokens = tokens_of(arguments, decoder)
     return cached_positions(arguments) + (0 if tokens is None else tokens.shape[1])
+
+
+class Given:
+    """What is known of the prompts before anything runs.
+
+    Attributes:
+        mask: the attention mask, if there is one.
+        seq: how many positions it has (those of a KV cache that was given, too).
+        untold: why nothing says which tokens are padding; "" if something does.
+    """
+
+    mask: Any = None
+    seq: int | None = None
+    untold: str = ""
 
 
 class RootInputs(Collector):
     """The arguments of the model's forward in the newest step, after all edits.
 
     Attributes:
-        length: how many positions the first step had.
+        given: what the prompts were before a wrapper or `generate` had them.
+        length, decoder_length: how many positions the first step had; those of the decoder.
     """
 
-    def __init__(self, root: Module) -> None:
+    def __init__(self, root: Module, given: Given) -> None:
         self.modules = {root}
         self.kinds = {"input": None}
+        self.given = given
         self.slot: Slot | None = None
         self.length = 0
+        self.decoder_length = 0
 
     def take(self, slot: Slot) -> None:
         self.slot = slot
         self.length = self.length or positions_in(slot.value[1])
+        self.decoder_length = self.decoder_length or positions_in(slot.value[1], decoder=True)
 
 
 class PromptTrace(Trace):
     """A trace that knows its prompts at any time."""
+
+    def __init__(self, *args: Any, given: Given, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = given
 
     @property
     def result(self) -> Any:
@@ -66,6 +88,6 @@ class PromptTrace(Trace):
 
     def __enter__(self) -> Trace:
         super().__enter__()
-        self.block.run.collectors.append(RootInputs(self.block.run.root))
+        self.block.run.collectors.append(RootInputs(self.block.run.root, self._given))
         self.block.run.watch()
         return self

@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
+from torch import Tensor
+
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core import Trace
 from nnatomy.errors import InputError, ModelChangedError
+from nnatomy.standardized.inputs import OPTIONS
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.positions import untold
+from nnatomy.standardized.prompt_trace import Given as GivenPrompts
 from nnatomy.standardized.prompt_trace import PromptTrace
 
 Given = ParamSpec("Given")
@@ -40,7 +45,10 @@ class Running(Parts):
 
     @_at_the_users_line
     def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """The arguments that `prompts` (see `trace`) give to the model's forward.
+        """The arguments that `prompts` give to the model's forward.
+
+        Args:
+            prompts, **kwargs: as in `trace`.
 
         Returns:
             `input_ids` and `attention_mask` of (batch, seq); `position_ids` too where a batch is padded. (No attention mask
@@ -60,10 +68,13 @@ class Running(Parts):
         Args:
             prompts: a string; a chat (a list of dicts with role and content); token ids (a list or 1-D
                 tensor); a list of these; a 2-D tensor of ids; or a dict with `input_ids`. Batches are
-                padded on the left, so that `[:, -1]` is each prompt's last token.
+                padded on the left, so that `[:, -1]` is each prompt's last token. A chat that ends with the assistant's
+                message is gone on with; behind any other the assistant's begins.
             early_stop: cancel the forward pass when the block ends. With PEFT's `adapter_names`, give False: it
                 takes back what they put on the model only if the call returns.
-            **kwargs: go to the model's forward. Several prompts in one row, told apart by `position_ids` that begin anew, are
+            **kwargs: `padding_side="right"` pads a batch on the right (so does `model.tokenizer.padding_side`, if it is changed
+                after loading); `continue_final_message` and `add_generation_prompt` are the chat template's. All others
+                go to the model's forward. Several prompts in one row, told apart by `position_ids` that begin anew, are
                 given with `attention_mask=None` and `use_cache=False`, as Transformers has it.
 
         Raises:
@@ -86,13 +97,17 @@ class Running(Parts):
 
         Args:
             prompts, early_stop: as in `trace`.
-            **kwargs: go to the model's `generate`.
+            **kwargs: as in `trace`, and those of the model's `generate`.
+
+        Raises:
+            InputError: as `trace`, and for prompts padded on the right, behind which nothing can be written.
         """
 
         given = {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
         started, masked = "decoder_input_ids" in given, given.get("attention_mask") is not None
 
         def call(inputs: dict[str, Any]) -> Callable[[], Any]:
+            self._refuse_right_padding(inputs.get("attention_mask"))
             inputs.pop("position_ids", None)  # generate makes its own, for every step
             if not masked and (
                 past := cached_positions(inputs)
@@ -113,18 +128,44 @@ class Running(Parts):
         early_stop: bool,
         kwargs: dict[str, Any],
     ) -> Trace:
+        given = GivenPrompts()
+
+        def known(inputs: dict[str, Any]) -> Callable[[], Any]:
+            given.mask, given.untold = inputs.get("attention_mask"), untold(inputs)
+            given.seq = (
+                given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
+            )
+            return call(inputs)
+
         if prompts is not None or self._prompts.read(kwargs):
-            return PromptTrace(self, call(self.prepare(prompts, **kwargs)), early_stop=early_stop)
+            return PromptTrace(
+                self, known(self.prepare(prompts, **kwargs)), early_stop=early_stop, given=given
+            )
         self._check_current()
         kwargs = with_cache_called(self._prompts.cache, kwargs)
+        options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in options}
         joining = JoinPrompts(
             self.hf_model,
             self.prepare,
-            lambda inputs: call({**inputs, **kwargs}),
+            lambda inputs: known({**inputs, **others}),
             self._prompts,
-            kwargs,
+            others,
+            options,
         )
-        return PromptTrace(self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
+        return PromptTrace(
+            self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining, given=given
+        )
+
+    def _refuse_right_padding(self, mask: Any) -> None:
+        """An encoder's prompts may be padded on the right."""
+        if self._prompts.decoder_start is not None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return
+        if len(rows := (mask[:, -1] == 0).nonzero().flatten().tolist()):
+            raise InputError(
+                f"What is generated would come behind the padding of prompts {', '.join(map(str, rows))}, which are padded on "
+                "the right: pad them on the left (tokenizer.padding_side = 'left'), or give a list of prompts."
+            )
 
     @_at_the_users_line
     def scan(  # type: ignore[override]

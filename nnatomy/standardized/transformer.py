@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch.nn import Module
@@ -38,13 +39,14 @@ from nnatomy.standardized.head import NO_HEAD, Head
 from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id
 from nnatomy.standardized.layers import LayerView
 from nnatomy.standardized.loading import load_model, load_tokenizer
+from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.values import Values
 from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
 
 
-class StandardizedTransformer(Running, Values, Edits):
+class StandardizedTransformer(NotPickled, Running, Values, Edits):
     """A Hugging Face transformer, open to read and edit under the same names on any architecture.
 
     The accessors take a layer index (negative too, or a slice) inside a trace, and can be assigned:
@@ -84,7 +86,8 @@ class StandardizedTransformer(Running, Values, Edits):
     Args:
         model: a hub id, a folder, `demo:gpt2`, `demo:llama` or `demo:smollm2`, or a loaded Hugging Face model, also
             one in a wrapper (a PEFT model): steps, prompts and logits are those of the model in it.
-        tokenizer: a tokenizer, or its id or folder, for a loaded model or in place of the id's own.
+        tokenizer: a tokenizer, or its id or folder, for a loaded model or in place of the id's own. Batches are padded on the
+            left, whatever it says of that when it is given; its `padding_side` counts once it is changed.
         arch_config: where the modules are, for an architecture that nnatomy does not know.
         validate: check at load that each standard name means what it promises. `"shapes"` checks the shapes alone, which
             a model on the meta device has too; False checks nothing. `validation` says what was found.
@@ -126,6 +129,10 @@ class StandardizedTransformer(Running, Values, Edits):
     ) -> None:
         if validate not in (True, False, "shapes"):
             raise InputError(f"validate={validate!r}: it is True, False or 'shapes'.")
+        if not (tokenizer is None or isinstance(tokenizer, (str, Path)) or callable(tokenizer)):
+            raise InputError(
+                f"tokenizer={tokenizer!r}: it is a tokenizer, or its id or folder. All other arguments are given by name."
+            )
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
@@ -204,6 +211,7 @@ class StandardizedTransformer(Running, Values, Edits):
         self._anatomy = anatomy
         self._head = Head(Traceable(causal), anatomy)
         self.dimensions = dimensions(text_config(causal), anatomy)
+        known = self.__dict__.get("_prompts")  # when it is read again
         self._prompts = Prompts(
             tokenizer,
             no_tokenizer,
@@ -218,6 +226,8 @@ class StandardizedTransformer(Running, Values, Edits):
             if main_input(causal) == "input_ids"
             else (),
             cache_name(causal),
+            partial(_is_causal, ref(self)),
+            None if known is None else known.default_side,
         )
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
@@ -258,6 +268,12 @@ class StandardizedTransformer(Running, Values, Edits):
             if self._blocks.is_open_here:
                 raise self._no_such(name)
         super().__setattr__(name, value)
+
+
+def _is_causal(model: ref[StandardizedTransformer]) -> bool:
+    """Whether that is known of a view, which is not kept for it."""
+    view = model()
+    return view is not None and view.causal
 
 
 def _example(hf_model: Any, device: torch.device, blocks: OpenBlocks) -> Trace:

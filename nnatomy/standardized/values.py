@@ -13,6 +13,7 @@ from nnatomy.core import Slot
 from nnatomy.errors import NO_LOGITS, InputError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.positions import is_fake, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 
 
@@ -97,15 +98,39 @@ class Values(Parts):
 
     @property
     def next_token_probs(self) -> Float[Tensor, "batch vocab"]:
-        """The probabilities of the token after each prompt."""
-        return self.logits[:, -1].softmax(-1)
+        """The probabilities of the token after each prompt's last, on whichever side it is padded.
+
+        Raises:
+            InputError: if nothing says which tokens are padding.
+        """
+        logits = self.logits
+        if is_fake(logits):
+            return logits[:, -1].softmax(-1)
+        own = own_positions(self, "next_token_probs", (len(logits), None))
+        if bool((own.own[:, -1] >= 0).all()):
+            return logits[:, -1].softmax(-1)
+        column = (
+            own.last - own.own.shape[1] + logits.shape[1]
+        )  # generate, and logits_to_keep, have the last ones alone
+        if bool((column < 0).any()):
+            raise InputError(
+                f"next_token_probs: the model gave the logits of the last {logits.shape[1]} positions alone, behind which "
+                "prompts are padded: leave out logits_to_keep, or pad on the left."
+            )
+        column = column.to(logits.device)
+        return logits[torch.arange(len(logits), device=logits.device), column].softmax(-1)
 
     def project_on_vocab(self, hidden_state: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """The logits that the model would give, were `hidden_state` the last layer's output.
 
         Exact: with the final norm, and every cap, scale and projection of the model's own.
         """
-        if hidden_state.shape[-1] != self.hidden_size:
+        if not isinstance(hidden_state, Tensor) or not hidden_state.is_floating_point():
+            got = hidden_state.dtype if isinstance(hidden_state, Tensor) else type(hidden_state).__name__
+            raise InputError(
+                f"Hidden states are a tensor of floating point numbers, (..., {self.hidden_size}); got {got}."
+            )
+        if hidden_state.shape[-1:] != (self.hidden_size,):
             raise InputError(
                 f"project_on_vocab takes hidden states of width {self.hidden_size}; "
                 f"got {tuple(hidden_state.shape)}."
@@ -117,20 +142,30 @@ class Values(Parts):
     ) -> dict[str, float] | list[dict[str, float]]:
         """The `k` most probable tokens of `project_on_vocab(hidden_state)`, with their probabilities.
 
+        Tokens are named as the tokenizer does. One that it has no name for, or another token's, has its id behind it: "[17]".
+
         Args:
             hidden_state: of (hidden), or of (rows, hidden) for a list of results.
         """
-        if hidden_state.ndim not in (1, 2):
+        if not isinstance(k, int) or not 1 <= k <= self.vocab_size:
+            raise InputError(f"k={k!r}: the model has {self.vocab_size} tokens; give how many of them.")
+        if isinstance(hidden_state, Tensor) and hidden_state.ndim not in (1, 2):
             raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")
         if self.tokenizer is None:
             raise InputError(
                 "Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer)."
             )
         top = self.project_on_vocab(hidden_state).softmax(-1).topk(k, dim=-1)
+        indices, values = top.indices.reshape(-1, k).tolist(), top.values.reshape(-1, k).tolist()
         rows = [
-            dict(zip(self.tokenizer.convert_ids_to_tokens(ids), probs, strict=True))
-            for ids, probs in zip(
-                top.indices.reshape(-1, k).tolist(), top.values.reshape(-1, k).tolist(), strict=True
-            )
+            dict(zip(self._named(ids), probs, strict=True))
+            for ids, probs in zip(indices, values, strict=True)
         ]
         return rows[0] if hidden_state.ndim == 1 else rows
+
+    def _named(self, ids: list[int]) -> list[str]:
+        """A name for each token, and no two of one name."""
+        names: list[str] = []
+        for token, name in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
+            names.append(f"{name or ''}[{token}]" if not name or name in names else name)
+        return names

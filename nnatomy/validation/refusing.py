@@ -53,7 +53,8 @@ def report_of(model: Any, findings: Findings | None, status: Status = "verified"
         refused["project_on_vocab", None] = model._head.refused
     if model._anatomy.ln_final is None:
         refused["ln_final", None] = "none reads what the last layer gives"
-    if model._prompts.no_padding:
+    unverified = {} if findings is None else findings.unverified
+    if model._prompts.no_padding and ("padding", None) not in unverified:
         refused["padding", None] = model._prompts.no_padding
     refused |= {(name, None): why for name, why in model._refused.items()}
     unknown = ", ".join(f"{name}={value!r}" for name, value in unknown_fields(model.config).items())
@@ -67,6 +68,8 @@ def report_of(model: Any, findings: Findings | None, status: Status = "verified"
         elif place == ("config", None) and unknown:
             why = f"nobody has looked at what these fields do to the computation: {unknown}"
             rows.append(Row(*place, "unverified", None, why))
+        elif place in unverified:
+            rows.append(Row(*place, "unverified", None, f"it could not be checked: {unverified[place]}"))
         else:
             rows.append(Row(*place, status, errors.get(place), ""))
     return Report(type(model.hf_model).__name__, rows)

@@ -25,9 +25,11 @@ class Findings:
     Attributes:
         failures: by place, what does not hold, with numbers.
         errors: by place, the largest relative error that was measured and let pass.
+        unverified: by place, why it could not be checked.
     """
 
     def __init__(self) -> None:
+        self.unverified: dict[Place, str] = {}
         self.failures: dict[Place, list[str]] = {}
         self.errors: dict[Place, float] = {}
 

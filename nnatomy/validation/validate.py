@@ -111,6 +111,8 @@ def _check(model: Any) -> Findings:
     check_untraced(passes, reading)
     check_ahead(passes)
     _refuse(passes)
+    for place, why in findings.unverified.items():
+        refuse(model, place, f"whether it shows could not be checked: {why}")
     return findings
 
 

@@ -165,7 +165,9 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="3 answers for 1 rows of logits: give one, or one for each"):
         direct_logit_attribution(model, "The capital of France is", [1, 2, 3])
     prompts = ["The capital of France is", "Japan is in"]
-    with pytest.raises(InputError, match=r"position=-5 is no token of every prompt: they have \[5, 3\]"):
+    with pytest.raises(
+        InputError, match=r"prompt 1 has 3 tokens, at 0 to 2 \(or -3 to -1\); there is no position -5"
+    ):
         direct_logit_attribution(model, prompts, 1, position=-5)
     with pytest.raises(InputError, match="by='neuron': take 'layer', 'component' or 'head'"):
         direct_logit_attribution(model, prompts, 1, by="neuron")

@@ -21,7 +21,7 @@ from zoo.build import shared as zoo_shared
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods import Prompt, lens_statistics, logit_lens
-from nnatomy.methods.positions import positions_from_end
+from nnatomy.standardized.positions import positions_from_end
 
 SOME = ("gpt2", "llama", "gemma2", "cohere", "granite", "gpt_oss", "bloom", "opt")
 HYBRIDS = ("falcon_h1", "jamba", "lfm2", "qwen3_next")

@@ -322,7 +322,7 @@ def test_errors() -> None:
     text = "The vector is of width 16 (from a gpt2), the model's residual stream of width 32 (llama)."
     with pytest.raises(InputError, match=re.escape(text)), model.trace(prompt_ids()):
         vector_of(16).apply(model)
-    text = "positions: not every prompt has a token -3; the shortest has 2. A slice leaves out what is not there."
+    text = "positions: prompt 2 has 2 tokens, at 0 to 1 (or -2 to -1); there is no position -3."
     with pytest.raises(InputError, match=re.escape(text)), model.trace(PROMPTS):
         vector_of().apply(model, positions=-3)
     with pytest.raises(InputError, match=re.escape("a slice has no stride.")), model.trace(PROMPTS):

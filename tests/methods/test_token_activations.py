@@ -99,7 +99,9 @@ def test_errors() -> None:
         InputError, match=re.escape("There are no prompts: give some, or a trace that is open (tracer=...).")
     ):
         get_token_activations(model)
-    with pytest.raises(InputError, match=re.escape("idx=3: the shortest prompt has 3 tokens.")):
+    with pytest.raises(
+        InputError, match=re.escape("prompt 1 has 3 tokens, at 0 to 2 (or -3 to -1); there is no position 3.")
+    ):
         get_token_activations(model, PROMPTS, idx=3)
     with pytest.raises(InputError, match=re.escape("There are no prompts to collect activations of.")):
         collect_token_activations_batched(model, [], 2)

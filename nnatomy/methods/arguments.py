@@ -1,0 +1,138 @@
+"""What the arguments of methods are, by their names, which mean the same in all of them; and what is said where one is not that."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from functools import wraps
+from operator import index
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from nnatomy.errors import InputError
+from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import numbers
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+Check = Callable[[str, Any], Any]
+
+
+def whole(least: int | None = None) -> Check:
+    """A whole number, `least` or more."""
+
+    def check(name: str, value: Any) -> None:
+        more = "" if least is None else f", {least} or more"
+        try:
+            found = None if isinstance(value, bool) else index(value)
+        except TypeError:
+            found = None
+        if found is None or (least is not None and found < least):
+            raise InputError(f"{name}={_short(value)}: it is a whole number{more}.")
+
+    return check
+
+
+def number(name: str, value: Any) -> None:
+    """Finite."""
+    try:
+        found = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"{name}={_short(value)}: it is a finite number.")
+
+
+def function(what: str) -> Check:
+    """Whatever can be called."""
+
+    def check(name: str, value: Any) -> None:
+        if not callable(value):
+            raise InputError(f"{name}={_short(value)}: it is {what}.")
+
+    return check
+
+
+def layers(name: str, value: Any) -> None:
+    """One or several, whether or not the model has them."""
+    try:
+        numbers(name, value)
+    except InputError:
+        none = hasattr(value, "__len__") and not len(value)
+        raise InputError(
+            f"{name}={_short(value)}: give at least one."
+            if none
+            else f"{name}={_short(value)}: it is one layer, or several; they are counted from 0."
+        ) from None
+
+
+def several(name: str, value: Any) -> None:
+    """Anything that can be gone through."""
+    if not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.ndim == 0):
+        raise InputError(f"{name}={_short(value)}: give several, in a list.")
+
+
+def model(name: str, value: Any) -> None:
+    """A StandardizedTransformer."""
+    if not isinstance(value, StandardizedTransformer):
+        how = (
+            f"StandardizedTransformer({value!r})"
+            if isinstance(value, str)
+            else "StandardizedTransformer(model, tokenizer)"
+        )
+        raise InputError(
+            f"{name} is a {type(value).__name__}: methods take a StandardizedTransformer, {how}."
+        )
+
+
+CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("model", "nn_model", "source_model"), model),
+    **dict.fromkeys(
+        ("batch_size", "max_batch_size", "steps", "samples", "window", "top_k", "chunk_size", "max_length"),
+        whole(1),
+    ),
+    **dict.fromkeys(("num_patches", "prompts_per_shard"), whole(1)),
+    "from_step": whole(0),
+    **dict.fromkeys(("position", "source_position", "attn_idx_patch", "idx", "seed"), whole()),
+    **dict.fromkeys(("noise", "factor"), number),
+    **dict.fromkeys(("layers", "target_layers"), layers),
+    "metric": function(
+        "a function from logits of (batch, vocab) to one number a row, such as logit_difference(' Paris', ' Rome', model)"
+    ),
+    "lens": function("a function of hidden states, such as a TunedLens"),
+    "mapping": function("a function of hidden states, such as a torch.nn.Linear"),
+    "get_activations": function("a function from the model and a layer to a value of (batch, seq, hidden)"),
+    **dict.fromkeys(
+        ("get_probs", "get_probs_func"),
+        function("a function from the model and texts to probabilities, such as logit_lens"),
+    ),
+}
+
+
+def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """A public method: its arguments are looked at first, and what is wrong with one is said at the user's line."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # raises, and names the function
+        try:
+            for name, value in given.items():
+                optional = value is None and signature.parameters[name].default is None
+                if name in CHECKS and not optional:
+                    CHECKS[name](name, value)
+            return function(*args, **kwargs)
+        except InputError as error:
+            raise error.with_traceback(None)  # noqa: B904
+
+    return wrapped
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
