@@ -141,11 +141,11 @@ class Prompts:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
-        self._warn_of_padding(mask)
         if mask.shape == (len(ids), past + ids.shape[1]) and given.get("position_ids") is None:
             given |= {name: value[:, past:] for name, value in self.positions(given).items()}
         if "attention_mask" in self._not_taken and not bool(mask.all()):
             raise InputError(f"attention_mask leaves tokens out, and {NO_MASK}.")
+        self._warn_of_padding(mask)
         return _to(given, device)
 
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def _check(model: Any) -> Findings:
         _refuse(passes)
         _check_algebra(passes, reading, internals)
         _check_head(passes, reading)
+        _refuse(passes)
     check_untraced(passes, reading)
     check_ahead(passes)
     _refuse(passes)
