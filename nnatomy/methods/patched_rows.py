@@ -22,6 +22,7 @@ from nnatomy.arch_configs import cache_name
 from nnatomy.methods.ends import end_logits, ends
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.prompt_trace import Given, PromptTrace
 
 #: Puts in, in a trace, what each row has put in (a number; -1: nothing), given these and the rows' prompts.
 Put = Callable[[Int[Tensor, " row"], Int[Tensor, " row"]], None]
@@ -104,7 +105,10 @@ class PatchedRows:
             raise _WholePromptsError(f"the model's cache has {other}")
 
     def _end(self, rows: Tensor, **inputs: Any) -> Tensor:
-        with self._model.trace(**inputs):
+        # (`trace` would run such a pass to its end, for the cache. This one has no more to give after the last layer.)
+        inputs, given = self._model.prepare(**inputs), Given()
+        given.mask, given.seq = inputs["attention_mask"], inputs["attention_mask"].shape[1]
+        with PromptTrace(self._model, self._model._forward(inputs), given=given):
             self._put(*rows.T)
             end = ends(self._model)
         return end.clone()  # without the other positions

@@ -353,13 +353,30 @@ class AttentionMode(TorchFunctionMode):
             whole = by_head(by_key, self._heads) if by_key.ndim == 3 else by_key
         shared = self._before_repeats(own, whole)
         if shared is not None:
-            chosen = self._visit(shared, kind, KINDS[kind]).value
+            chosen = self._visit_kept(shared, kind)
             with torch._C.DisableTorchFunction():
                 return self._again(own, shared, chosen)
-        chosen = self._visit(whole, kind, KINDS[kind]).value
+        chosen = self._visit_kept(whole, kind)
         with torch._C.DisableTorchFunction():
             chosen = chosen.reshape(by_key.shape)
             return _as_contiguous_as(own, chosen.mT if transposed else chosen)
+
+    def _visit_kept(self, shown: Tensor, kind: str) -> Tensor:
+        """Show keys or values, and what to go on with.
+
+        A static cache's are one buffer, into which later steps write: a copy of that is shown, so that what is read stays what it
+        was. What is changed in it in place is changed in the cache, as in that of other caches.
+        """
+        with torch._C.DisableTorchFunction():
+            copy = shown.clone() if _is_written_into(shown) else shown
+            before = None if copy.is_inference() else copy._version
+        chosen = self._visit(copy, kind, KINDS[kind]).value
+        if chosen is not copy or copy is shown or copy.requires_grad:
+            return chosen
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if before is None or copy._version != before:
+                shown.copy_(copy)
+        return shown
 
     def _before_repeats(self, own: Tensor, whole: Tensor) -> Tensor | None:
         """The heads that have been repeated to give `whole`, one for several query heads; None if they have not."""
@@ -408,6 +425,12 @@ def _innermost_module() -> Module | None:
 
 def _replaced(arguments: tuple[Any, Any], new: dict[int, Tensor]) -> Any:
     return pytree.tree_map(lambda x: new.get(id(x), x), arguments)
+
+
+def _is_written_into(tensor: Tensor) -> bool:
+    """Whether it is a static cache's, which are marked for the compiler, or may be (in inference mode a view has no base)."""
+    base = tensor if tensor._base is None else tensor._base
+    return tensor.is_inference() or hasattr(base, "_dynamo_static_input_type")
 
 
 def _as_contiguous_as(own: Tensor, new: Tensor) -> Tensor:

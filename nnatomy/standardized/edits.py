@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nnatomy.core.blocks.rows import RowSlot
-from nnatomy.core.calls import Inputs
 from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import check_fits
+from nnatomy.standardized.hidden import with_output
+from nnatomy.standardized.left_out import leaves_something, run_aside
 from nnatomy.standardized.names import Names
 from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, numbers, own_positions
+from nnatomy.standardized.prompt_trace import RootInputs
 
 
 class Edits(Names):
@@ -45,33 +46,34 @@ class Edits(Names):
             if self._anatomy.absent["layer"][i]:
                 self._checked(i)  # raises: it would not come
             layer = self._anatomy.layers[i]
-            form = self._head.in_form(layer, skip_with)
             slot = self._blocks.current("skip_layers").reach(layer, "input", f"skip_layers of layer {i}")
             if given is not None and i == first and self.layers_input.modules[i] is not None:
                 check_fits(f"skip_with of layer {i}", self.layers_input.get(slot.value), given)
+            self._check_recorded(i)
+            form = self._head.in_form(layer, skip_with)
             if not (
                 slot.skipped or isinstance(slot, RowSlot)
-            ):  # else it has been done, or the layer runs for other blocks
-                self._leave_room(slot.value, i, skip_with)
+            ):  # else it has been done, or the layer runs for others
+                more = self._head.gives_more(layer)
+                if more or leaves_something(slot.value):
+                    left = run_aside(layer, slot.value, more and self._head.hands_on(layer))
+                    form = with_output(left, skip_with)
             slot.skip(form)
 
-    def _leave_room(self, inputs: Inputs, layer: int, given: Tensor) -> None:
-        """Put keys and values that are no numbers into the KV cache, where the skipped layer would have put its own.
-
-        The model takes how many positions there are from its first layers' part of the cache. (Should the layer run in a
-        later step, what it gives will show that they are none.)
-        """
-        args, kwargs = inputs
-        caches = [one for one in (*args, *kwargs.values()) if isinstance(one, Cache)]
-        index = getattr(self._anatomy.attentions[layer], "layer_idx", None)
-        heads, width = self.dimensions.num_kv_heads, self.dimensions.head_dim
-        if not caches or index is None or heads is None or width is None:
-            return
-        cache = getattr(caches[0], "self_attention_cache", caches[0])
-        kinds = {type(one) for one in getattr(cache, "layers", ())[index : index + 1]}
-        if isinstance(cache, DynamicCache) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            none = given.new_full((len(given), heads, given.shape[1], width), torch.nan)
-            cache.update(none, none, index)
+    def _check_recorded(self, layer: int) -> None:
+        """Raise InputError if the model is to return something of each layer: it has none of one that does not run."""
+        collectors = self._blocks.current("skip_layers").run.collectors
+        roots = [
+            one.slot.value[1] for one in collectors if isinstance(one, RootInputs) and one.slot is not None
+        ]
+        configs = self.config, self.steps_of.config
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if any(root.get(name, any(getattr(one, name, False) for one in configs)) for root in roots):
+                raise InputError(
+                    f"skip_layers of layer {layer}: with {name}=True the model returns a list with something of each layer that "
+                    "has run. It would be one short, and all later ones would be taken for those of the layer before. Leave "
+                    f"{name} out, and read what you need by its name."
+                )
 
     def _checked(self, layer: int) -> int:
         self.layers_input.module(layer)

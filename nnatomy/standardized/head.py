@@ -32,6 +32,7 @@ from nnatomy.core import Collector, Slot, Trace, Traceable
 from nnatomy.core.threads.openmp import release_buffers, release_memory
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.hidden import output_of, with_output
+from nnatomy.standardized.left_out import HandedOn
 
 NO_HEAD = "the model has no head, and gives no logits: load its class with one, if there is one"
 Hidden = Float[Tensor, "*rows hidden"]
@@ -52,6 +53,8 @@ class Head:
         self._root = root
         self._anatomy = anatomy
         self._forms: dict[Module, Any] = {}
+        self._giving_more: set[Module] = set()
+        self._handing_on: set[Module] | None = None
 
     def __call__(self, hidden: Hidden) -> Logits:
         if self.refused:
@@ -130,12 +133,31 @@ class Head:
     def learn_forms(self, forms: dict[Module, Any]) -> None:
         """Remember what each layer returns: one of its outputs, whose tensors are dropped."""
         self._forms = {module: _emptied(value) for module, value in forms.items()}
+        self._giving_more = {module for module, value in forms.items() if _has_more(value)}
 
     def in_form(self, layer: Module, hidden: Tensor) -> Any:
         """`hidden` as what that layer returns: a tensor, or a tuple that begins with it."""
+        self._know(layer)
+        return with_output(self._forms[layer], hidden)
+
+    def gives_more(self, layer: Module) -> bool:
+        """Whether that layer returns more than hidden states."""
+        self._know(layer)
+        return layer in self._giving_more
+
+    def hands_on(self, layer: Module) -> bool:
+        """Whether a later layer is given some of that (its choice of keys, say)."""
+        if self._handing_on is None:
+            handed = HandedOn(self._anatomy.ran)
+            with torch.no_grad(), self._root.trace(**self._inputs(1), early_stop=False) as tracer:
+                tracer.block.run.collectors.append(handed)
+                tracer.block.run.watch()
+            self._handing_on = handed.by
+        return layer in self._handing_on
+
+    def _know(self, layer: Module) -> None:
         if layer not in self._forms:
             self._probe()
-        return with_output(self._forms[layer], hidden)
 
     def _probe(self) -> None:
         with torch.no_grad(), self._root.trace(**self._inputs(1)) as tracer:
@@ -171,6 +193,11 @@ class _Enlarge(Collector):
     def take(self, slot: Slot) -> None:
         self.given = slot.value * (1e4 / slot.value.abs().max().clamp(min=1e-4))
         slot.value = self.given
+
+
+def _has_more(value: Any) -> bool:
+    fields = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(fields, (tuple, list)) and any(one is not None for one in fields[1:])
 
 
 def _emptied(value: Any) -> Any:

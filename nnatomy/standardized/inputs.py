@@ -300,6 +300,15 @@ class Prompts:
         return self.tokenizer
 
 
+def is_batch(prompts: Any) -> bool:
+    """Whether these are several prompts, and not one, however given."""
+    if isinstance(prompts, Mapping):
+        prompts = prompts.get("input_ids")
+    if isinstance(prompts, Tensor):
+        return prompts.ndim > 1
+    return not (isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts))
+
+
 def _as_batch(prompts: Any) -> Sequence[Any]:
     if isinstance(prompts, str) or is_chat(prompts) or _is_ids(prompts):
         return [prompts]

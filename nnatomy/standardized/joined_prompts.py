@@ -100,7 +100,10 @@ class JoinPrompts(Joining):
                 name: join_leaves([one[name] for one in padded if name in one])
                 for name in dict.fromkeys(name for one in padded for name in one)
             }
-            joined |= self._prompts.positions(joined)
+            if any("position_ids" in one for one in given):
+                joined["position_ids"] = torch.cat([_positions(one, seq) for one in given])
+            else:
+                joined |= self._prompts.positions(joined)
         return self._call(joined), rows_of(counts, seq, [seq - length for length in lengths])
 
     def _length(self, lengths: list[int], batch: int) -> int:
@@ -140,6 +143,17 @@ class JoinPrompts(Joining):
 def has_labels(names: Iterable[str]) -> bool:
     """Whether arguments of these names have the model give a loss."""
     return any(name.endswith(("label", "labels")) for name in names)
+
+
+def _positions(inputs: dict[str, Any], seq: int) -> Tensor:
+    """The positions of one block's prompts, as given or by their mask, filled up on the left to `seq`."""
+    mask = inputs["attention_mask"]
+    positions: Tensor = inputs.get("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+    if positions.ndim != 2 or positions.shape[1] != mask.shape[1]:
+        raise InputError(
+            f"position_ids of shape {tuple(positions.shape)} beside other blocks: give (batch, seq), or trace that block alone."
+        )
+    return _to_length(positions.expand(len(mask), -1), mask.shape[1], seq, 0)
 
 
 def _to_length(value: Tensor, now: int, seq: int, filling: int) -> Tensor:

@@ -13,6 +13,7 @@ from nnatomy.errors import ModelChangedError, NotInThisModelError
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts
+from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView, Views
 from nnatomy.validation import looks_ahead
 
@@ -26,6 +27,7 @@ class Parts(Traceable):
     _anatomy: Anatomy
     _head: Head
     _prompts: Prompts
+    _keywords: Keywords
     _layer_views: tuple[LayerView, ...]
     _causal: bool | None
     #: By the names that belong to no layer, why they are not to be had.

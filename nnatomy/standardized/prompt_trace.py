@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +14,13 @@ from transformers.utils.generic import ModelOutput
 
 from nnatomy.arch_configs import cached_positions
 from nnatomy.core import Collector, Slot, Trace
+from nnatomy.core.blocks.invoke import Invoke
 from nnatomy.core.blocks.rows import UnknownRows
+from nnatomy.core.frames import user_frames
+from nnatomy.errors import InputError
+from nnatomy.standardized.inputs import OPTIONS
+from nnatomy.standardized.kept_state import states_in
+from nnatomy.standardized.parts import Parts
 
 
 def tokens_of(arguments: Mapping[str, Any], decoder: bool = False) -> Tensor | None:
@@ -44,31 +52,58 @@ class Given:
 class RootInputs(Collector):
     """The arguments of the model's forward in the newest step, after all edits.
 
+    Args:
+        needed: the names of those that the first step has to have.
+
     Attributes:
         given: what the prompts were before a wrapper or `generate` had them.
         length, decoder_length: how many positions the first step had; those of the decoder.
     """
 
-    def __init__(self, root: Module, given: Given) -> None:
+    def __init__(self, root: Module, given: Given, needed: Iterable[str] = ()) -> None:
         self.modules = {root}
         self.kinds = {"input": None}
         self.given = given
         self.slot: Slot | None = None
         self.length = 0
         self.decoder_length = 0
+        self._root = root
+        self._needed = tuple(needed)
 
     def take(self, slot: Slot) -> None:
         self.slot = slot
         self.length = self.length or positions_in(slot.value[1])
         self.decoder_length = self.decoder_length or positions_in(slot.value[1], decoder=True)
+        lost = [name for name in self._needed if slot.value[1].get(name) is None]
+        self._needed = ()
+        if lost:
+            raise InputError(
+                f"{lost[0]}=...: {type(self._root).__name__}.generate does not hand it on to the model, which would run "
+                "without it. Trace the forward passes with it one after the other, or leave it out."
+            )
 
 
 class PromptTrace(Trace):
-    """A trace that knows its prompts at any time."""
+    """A trace that knows its prompts at any time.
 
-    def __init__(self, *args: Any, given: Given, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        given: what is known of the prompts before.
+        generated: in a generation, the names of the arguments that the user has given to it.
+
+    Attributes:
+        names: these, with those of blocks of `invoke`.
+    """
+
+    def __init__(
+        self, root: Parts, call: Any, *, given: Given, generated: set[str] | None = None, **options: Any
+    ) -> None:
+        super().__init__(root, call, **options)
+        self.names = set[str]() if generated is None else generated
         self._given = given
+        self._keywords = root._keywords
+        self._generating = generated is not None
+        opened = next(user_frames())
+        self._opened = opened.f_code.co_filename, opened.f_lineno
 
     @property
     def result(self) -> Any:
@@ -88,6 +123,26 @@ class PromptTrace(Trace):
 
     def __enter__(self) -> Trace:
         super().__enter__()
-        self.block.run.collectors.append(RootInputs(self.block.run.root, self._given))
+        needed = self._keywords.handed_on(self.names) if self._generating else ()
+        self.block.run.collectors.append(RootInputs(self.block.run.root, self._given, needed))
         self.block.run.watch()
         return self
+
+    def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
+        self._keywords.check(set(kwargs).difference(OPTIONS), OPTIONS, self._generating)
+        self.names |= {name for one in (*inputs, kwargs) if isinstance(one, Mapping) for name in one}
+        if states_in((inputs, kwargs)):  # a cache of the caller's is not left half advanced
+            self._early_stop = False
+        return super().invoke(*inputs, **kwargs)
+
+    invoke.__doc__ = Trace.invoke.__doc__
+
+    def __del__(self) -> None:
+        if getattr(self, "_call", None) is not None and hasattr(self, "_opened") and not sys.is_finalizing():
+            what = "generate" if self._generating else "trace"
+            warnings.warn_explicit(
+                f"model.{what}(...) was not run: it opens a trace. Write `with model.{what}(...) as tracer:`, or "
+                f"model.{what}(...).run()" + (", or model.generate_text(...)." if self._generating else "."),
+                UserWarning,
+                *self._opened,
+            )

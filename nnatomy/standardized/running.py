@@ -11,8 +11,9 @@ from torch import Tensor
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core import Trace
 from nnatomy.errors import InputError, ModelChangedError
-from nnatomy.standardized.inputs import OPTIONS
+from nnatomy.standardized.inputs import OPTIONS, is_batch
 from nnatomy.standardized.joined_prompts import JoinPrompts
+from nnatomy.standardized.kept_state import copies_of_states, states_in, undone_unless_it_returns
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.positions import untold
 from nnatomy.standardized.prompt_trace import Given as GivenPrompts
@@ -40,8 +41,20 @@ class Running(Parts):
 
     def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
         """Run the model on prompts, with its lasting edits if it has any; returns what the Hugging Face model returns."""
+        self._check_used(prompts, kwargs)
         inputs = self.prepare(prompts, **kwargs)
-        return self.trace(**inputs).run() if self.edits else self.hf_model(**self._prompts.taken(inputs))
+        return self._trace(self._forward, None, True, inputs).run() if self.edits else self._forward(inputs)()
+
+    def _forward(self, inputs: dict[str, Any]) -> Callable[[], Any]:
+        return partial(self.hf_model, **self._prompts.taken(inputs))
+
+    def _check_used(self, prompts: Any, kwargs: dict[str, Any], generating: bool = False) -> set[str]:
+        """The names of what is given. Raises InputError if the model makes no use of one."""
+        by_tokenizer = getattr(self.tokenizer, "model_input_names", ())
+        beside = set(prompts).difference(by_tokenizer) if isinstance(prompts, Mapping) else set[str]()
+        given = beside.union(kwargs).difference(OPTIONS)
+        self._keywords.check(given, ("prompts", "early_stop", *OPTIONS), generating)
+        return given
 
     @_at_the_users_line
     def prepare(self, prompts: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -70,22 +83,21 @@ class Running(Parts):
                 tensor); a list of these; a 2-D tensor of ids; or a dict with `input_ids`. Batches are
                 padded on the left, so that `[:, -1]` is each prompt's last token. A chat that ends with the assistant's
                 message is gone on with; behind any other the assistant's begins.
-            early_stop: cancel the forward pass when the block ends. With PEFT's `adapter_names`, give False: it
-                takes back what they put on the model only if the call returns.
+            early_stop: cancel the forward pass when the block ends. (Not where a cache of yours is among the arguments: that is
+                left as a whole pass leaves it, or, where the pass fails or is stopped, as it was.) With PEFT's
+                `adapter_names`, give False: it takes back what they put on the model only if the call returns.
             **kwargs: `padding_side="right"` pads a batch on the right (so does `model.tokenizer.padding_side`, if it is changed
                 after loading); `continue_final_message` and `add_generation_prompt` are the chat template's. All others
-                go to the model's forward. Several prompts in one row, told apart by `position_ids` that begin anew, are
-                given with `attention_mask=None` and `use_cache=False`, as Transformers has it.
+                go to the model's forward, which has to make use of them. Several prompts in one row, told apart by
+                `position_ids` that begin anew, are given with `attention_mask=None` and `use_cache=False`, as Transformers
+                has it.
 
         Raises:
-            InputError: if there is nothing to run, or the prompts cannot be run on this model.
+            InputError: if there is nothing to run, the prompts cannot be run on this model, or it makes no use of an argument.
             ModelChangedError: if the model is no longer what its names were found on: see `refresh`.
         """
-
-        def call(inputs: dict[str, Any]) -> Callable[[], Any]:
-            return partial(self.hf_model, **self._prompts.taken(inputs))
-
-        return self._trace(call, prompts, early_stop, kwargs)
+        self._check_used(prompts, kwargs)
+        return self._trace(self._forward, prompts, early_stop, kwargs)
 
     @_at_the_users_line
     def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
@@ -93,33 +105,69 @@ class Running(Parts):
 
         In `for step in tracer.iter[:]:` names mean that step's forward pass. With the KV cache, step 0
         sees the prompt, and each later one the newest token alone. `tracer.result` is what the model's
-        `generate` returns; `model.generate(...).run()` generates with no block.
+        `generate` returns; `model.generate(...).run()` generates with no block, and `generate_text` gives text.
 
         Args:
             prompts, early_stop: as in `trace`.
             **kwargs: as in `trace`, and those of the model's `generate`.
 
         Raises:
-            InputError: as `trace`, and for prompts padded on the right, behind which nothing can be written.
+            InputError: as in `trace`; for prompts padded on the right, behind which nothing can be written; and in the block, if
+                `generate` does not hand an argument on to the model.
         """
-
-        given = {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
-        started, masked = "decoder_input_ids" in given, given.get("attention_mask") is not None
+        given = self._check_used(prompts, kwargs, generating=True)
+        arguments = {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
+        masked = arguments.get("attention_mask") is not None
 
         def call(inputs: dict[str, Any]) -> Callable[[], Any]:
             self._refuse_right_padding(inputs.get("attention_mask"))
-            inputs.pop("position_ids", None)  # generate makes its own, for every step
+            if "position_ids" not in given:
+                inputs.pop("position_ids", None)  # generate makes its own, for every step
             if not masked and (
                 past := cached_positions(inputs)
             ):  # generate is given the prompt with its past
                 inputs["attention_mask"] = inputs["attention_mask"][:, past:]
-            if not started:
+            if "decoder_input_ids" not in given:
                 inputs.pop("decoder_input_ids", None)
             if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
                 inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
             return partial(self.hf_model.generate, **self._prompts.taken(inputs))
 
-        return self._trace(call, prompts, early_stop, kwargs)
+        return self._trace(call, prompts, early_stop, kwargs, given)
+
+    @_at_the_users_line
+    def generate_text(
+        self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str | list[str]:
+        """The text that the model generates after prompts, with its lasting edits if it has any.
+
+        Args:
+            prompts: as in `trace`.
+            skip_special_tokens: leave out tokens such as that of the end.
+            **kwargs: go to the model's `generate`: `max_new_tokens=5`, `do_sample=True`, ...
+
+        Returns:
+            The text after the one prompt; a list where there are several rows: for a list of prompts, and of
+            `num_return_sequences` for each.
+
+        Raises:
+            InputError: as `generate`; and if there is no tokenizer.
+
+        Example:
+            >>> from nnatomy import StandardizedTransformer
+            >>> model = StandardizedTransformer("demo:gpt2")
+            >>> model.generate_text("The capital of France is", max_new_tokens=2)
+            ' Paris.'
+        """
+        if self.tokenizer is None:
+            raise InputError("Text needs a tokenizer: StandardizedTransformer(model, tokenizer).")
+        result = self.generate(prompts, **kwargs).run()
+        sequences = getattr(result, "sequences", result)
+        inputs = self.prepare(prompts, **kwargs)
+        read = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        new = sequences if read is None else sequences[:, read.shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=skip_special_tokens)
+        return texts[0] if len(texts) == 1 and not is_batch(prompts) else texts
 
     def _trace(
         self,
@@ -127,7 +175,9 @@ class Running(Parts):
         prompts: Any,
         early_stop: bool,
         kwargs: dict[str, Any],
-    ) -> Trace:
+        generated: set[str] | None = None,
+    ) -> PromptTrace:
+        """A trace of `call(inputs)()`; `generated`: the names of what is given to `generate`, if that is what is called."""
         given = GivenPrompts()
 
         def known(inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -135,12 +185,12 @@ class Running(Parts):
             given.seq = (
                 given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
             )
-            return call(inputs)
+            return undone_unless_it_returns(call(inputs), inputs)
 
+        open_trace = partial(PromptTrace, self, given=given, generated=generated)
         if prompts is not None or self._prompts.read(kwargs):
-            return PromptTrace(
-                self, known(self.prepare(prompts, **kwargs)), early_stop=early_stop, given=given
-            )
+            inputs = self.prepare(prompts, **kwargs)
+            return open_trace(known(inputs), early_stop=early_stop and not states_in(inputs))
         self._check_current()
         kwargs = with_cache_called(self._prompts.cache, kwargs)
         options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
@@ -153,9 +203,8 @@ class Running(Parts):
             others,
             options,
         )
-        return PromptTrace(
-            self, lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining, given=given
-        )
+        early_stop = early_stop and not states_in(kwargs)
+        return open_trace(lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
 
     def _refuse_right_padding(self, mask: Any) -> None:
         """An encoder's prompts may be padded on the right."""
@@ -172,5 +221,6 @@ class Running(Parts):
         self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
     ) -> Trace:
         """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
-        inputs = self._prompts.taken(self.prepare(prompts, **kwargs))
+        self._check_used(prompts, kwargs)
+        inputs = copies_of_states(self._prompts.taken(self.prepare(prompts, **kwargs)))
         return super().scan(early_stop=early_stop, **inputs)

@@ -37,6 +37,7 @@ from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
 from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id
+from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView
 from nnatomy.standardized.loading import load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
@@ -229,6 +230,7 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
             partial(_is_causal, ref(self)),
             None if known is None else known.default_side,
         )
+        self._keywords = Keywords(hf_model, causal, anatomy)
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
             LayerView(self._blocks, layer, paths, anatomy, i) for i, layer in enumerate(anatomy.layers)
