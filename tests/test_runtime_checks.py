@@ -11,17 +11,18 @@ from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturn
 from jaxtyping import TypeCheckError
 
 from nnatomy.core.threads import worker
-from nnatomy.methods import kl_divergence
+from nnatomy.methods import directions, kl_divergence
 from nnatomy.standardized.inputs import Prompts
 
 
-def test_shapes() -> None:
+def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = kl_divergence(torch.zeros(1, 2))
     assert metric(torch.zeros(1, 2)).shape == (1,)
     with pytest.raises(TypeCheckError, match="Type-check error whilst checking the parameters of"):
         metric(torch.zeros(2))
     with pytest.raises(TypeCheckError, match="Type-check error whilst checking the return value of"):
-        kl_divergence(torch.zeros(3, 2))(torch.zeros(1, 2))
+        monkeypatch.setattr(directions, "_scaled", lambda *_: torch.zeros(3))
+        directions.pca(torch.zeros(2, 2), torch.ones(2, 2))
 
 
 def test_types_where_there_is_no_shape() -> None:

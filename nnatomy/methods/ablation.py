@@ -60,8 +60,10 @@ def ablate_direction(
         raise InputError(
             f"The direction is of shape {tuple(direction.shape)}, the model's residual stream of width {model.hidden_size}."
         )
-    if not is_finite(direction) or not bool(direction.any()):
-        raise InputError("The direction is zero or not finite, and leads nowhere.")
+    if not is_finite(direction):
+        raise InputError("The direction has entries that are NaN or infinite.")
+    if not bool(direction.any()):
+        raise InputError("The direction is zero.")
     unit = direction.detach().cpu().double()
     unit = unit / unit.norm()
     every = range(model.num_layers)

@@ -118,9 +118,9 @@ def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
     @wraps(function)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            given: dict[str, Any] = signature.bind(*args, **kwargs).arguments
         except TypeError:
-            return function(*args, **kwargs)  # raises, and names the function
+            given = {}  # the call below raises, and names the function
         try:
             for name, value in given.items():
                 optional = value is None and signature.parameters[name].default is None

@@ -265,9 +265,9 @@ def test_what_cannot_be_patched_is_said(options: dict[str, Any], error: type[Exc
 
 def test_positions_of_pairs_of_several_lengths_count_from_the_end() -> None:
     model = StandardizedTransformer(shared("llama"))
-    ids = [prompt_ids(1, seq)[0].tolist() for seq in (9, 6)]
+    ids, others = ([prompt_ids(1, seq, seed=seed)[0].tolist() for seq in (9, 6)] for seed in (0, 1))
     call: Callable[..., Any] = lambda at: activation_patching(  # noqa: E731
-        model, clean=ids, corrupted=ids, metric=METRIC, positions=at, progress=False
+        model, clean=ids, corrupted=others, metric=METRIC, positions=at, progress=False
     )
     with pytest.raises(
         InputError, match=r"positions=\[0\]: the pairs have \[9, 6\] tokens, so that positions mean"

@@ -148,10 +148,10 @@ def test_the_noise_is_as_large_as_embeddings_are() -> None:
     [
         ({"subject": "Spain"}, "subject='Spain' is no part of the prompt 'The capital of France is'."),
         ({"subject": [5]}, "subject=[5]: give some positions of the prompt's 5 tokens."),
-        ({"subject": []}, "subject=[]: give some positions"),
+        ({"subject": []}, "subject: give at least one"),
         ({"prompt": [1, 2, 3]}, "subject='France' is found in a prompt that is text"),
         ({"prompt": ["France", "France"]}, "Causal tracing takes one prompt; 2 were given."),
-        ({"samples": 0}, "samples=0, window=1: both are at least 1."),
+        ({"samples": 0}, "samples=0: it is a whole number, 1 or more."),
     ],
 )
 def test_what_cannot_be_traced_is_said(options: dict[str, Any], text: str) -> None:

@@ -353,7 +353,7 @@ def test_the_largest_are_kept_and_shown() -> None:
 def test_what_cannot_be_is_said() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
-    with pytest.raises(InputError, match="steps=0: take one at least"):
+    with pytest.raises(InputError, match="steps=0: it is a whole number, 1 or more"):
         edge_attribution(model, clean, corrupted, metric, steps=0)
     with pytest.raises(InputError, match="The scores are of another model"):
         circuit_faithfulness(model, clean, corrupted, metric, attributed("gpt2"))

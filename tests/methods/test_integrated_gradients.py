@@ -105,7 +105,7 @@ def test_scores_that_are_masked() -> None:
 
 def test_no_steps_are_refused() -> None:
     model = StandardizedTransformer(shared("llama"))
-    with pytest.raises(InputError, match="steps=0: take one at least"):
+    with pytest.raises(InputError, match="steps=0: it is a whole number, 1 or more"):
         integrated_gradients(model, prompt_ids(), prompt_ids(), metric, steps=0)
 
 

@@ -173,7 +173,14 @@ def test_generation_goes_on_from_each_layer(model_type: str, max_batch_size: int
     lengths = (8, 8) if model_type == "lfm2" else (5, 8)  # where padding would show
     model, sources, (text,) = wrapped(model_type), ids(model_type, *lengths), ids(model_type, 6)
     found = patchscope_generate(
-        model, sources, TargetPrompt(text, 2), 4, [0, -1], max_batch_size, do_sample=False, eos_token_id=-1
+        model,
+        sources,
+        TargetPrompt(text, 2),
+        4,
+        [0, -1],
+        max_batch_size=max_batch_size,
+        do_sample=False,
+        eos_token_id=-1,
     )
     assert list(found) == [0, -1]
     for layer, tokens in found.items():

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         TunedLens.load(tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"no texts"):
         TunedLens.train(model, [])
-    with pytest.raises(InputError, match=r"steps=0: take one at least"):
+    with pytest.raises(InputError, match=r"steps=0: it is a whole number, 1 or more"):
         TunedLens.train(model, [[3, 4]], steps=0)
 
 
