@@ -443,7 +443,7 @@ def test_a_soft_prompt_has_no_positions_and_padding_behind_it_shows(model_type: 
     with pytest.warns(
         UserWarning, match=r"Prompts 1, 2 are padded on the left .* changes their values: it shows"
     ):
-        model.trace(padded(each, "left"))
+        model.prepare(padded(each, "left"))
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
