@@ -34,12 +34,16 @@ class JoinPrompts(Joining):
         prepare: Callable[..., dict[str, Any]],
         call: Callable[[dict[str, Any]], Callable[[], Any]],
         prompts: Prompts,
-        given: Iterable[str] = (),
+        given: Mapping[str, Any] | Iterable[str] = (),
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         #: How many blocks there are so far, and whether the model is to give a loss.
         self._blocks, self._labelled = 0, has_labels(given)
+        self._in_chunks = isinstance(given, Mapping) and any(
+            one is not None and getattr(one, "prefill_chunk_size", one) is not None
+            for one in (given.get("prefill_chunk_size"), given.get("generation_config"))
+        )
         self._plain = not options and prompts.side == "left"
         self._prepare = partial(prepare, **(options or {}))
         self._call = call
@@ -110,6 +114,12 @@ class JoinPrompts(Joining):
         """How many positions the joined batch has."""
         seq = max(lengths)
         if len(set(lengths)) > 1:
+            if self._in_chunks:
+                raise InputError(
+                    f"Blocks with prompts of {', '.join(map(str, lengths))} tokens are padded to one length, and with "
+                    "prefill_chunk_size a step has some of these positions alone: nobody can tell which are a block's. Leave "
+                    "prefill_chunk_size out, or give prompts of one length."
+                )
             sizes = self._sizes() | {batch}
             while seq in sizes:  # so that an axis of this size is one of positions
                 seq += 1

@@ -12,6 +12,7 @@ import torch
 import zoo
 from encoder_decoders import build as build_encoder_decoder
 from torch import Tensor
+from transformers import GenerationConfig
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
@@ -167,3 +168,18 @@ def test_generated_text() -> None:
     assert beams[0] != beams[1]
     with pytest.raises(InputError, match="Text needs a tokenizer"):
         loaded("llama").generate_text([5, 6])
+
+
+def test_blocks_of_unequal_length_in_chunks_are_refused() -> None:
+    model = loaded("llama")
+    ids = zoo.ids(model.hf_model)
+    for given in ({"prefill_chunk_size": 4}, {"generation_config": GenerationConfig(prefill_chunk_size=4)}):
+        with (
+            pytest.raises(
+                InputError,
+                match=r"prompts of 9, 4 tokens are padded to one length, and with prefill_chunk_size",
+            ),
+            model.generate(**GENERATE, **given) as tracer,
+        ):
+            tracer.invoke(ids, lambda: model.logits)
+            tracer.invoke(ids[:1, :4], lambda: model.logits)
