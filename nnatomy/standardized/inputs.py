@@ -19,6 +19,7 @@ from torch import Tensor
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.errors import InputError
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
+from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.warn import warn
 
 #: Arguments of `prepare` that do not go to the model.
@@ -73,6 +74,8 @@ class Prompts:
         self.needed = needed
         self.places_images = places_images
         self.cache = cache
+        #: How long prompts may be; None while nobody knows.
+        self.context: ContextLength | None = None
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
         #: Why prompts of unequal length cannot be in one batch that is padded on the left.
         self.no_padding = NO_MASK if "attention_mask" in not_taken else ""
@@ -141,8 +144,13 @@ class Prompts:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
-        if mask.shape == (len(ids), past + ids.shape[1]) and given.get("position_ids") is None:
+        placed = given.get("position_ids") is not None
+        if mask.shape == (len(ids), past + ids.shape[1]) and not placed:
             given |= {name: value[:, past:] for name, value in self.positions(given).items()}
+        if self.context is not None and not placed and self.context.is_near(past + ids.shape[1]):
+            # Where positions come of the mask, padding has none.
+            by_mask = self.takes_positions and mask.ndim == 2
+            self.context.check(int(mask.sum(-1).max()) if by_mask else past + ids.shape[1])
         if "attention_mask" in self._not_taken and not bool(mask.all()):
             raise InputError(f"attention_mask leaves tokens out, and {NO_MASK}.")
         self._warn_of_padding(mask)

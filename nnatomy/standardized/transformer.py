@@ -8,6 +8,7 @@ from typing import Any, Literal
 from weakref import ref
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.arch_configs import (
@@ -32,6 +33,7 @@ from nnatomy.core.gates import is_compiled
 from nnatomy.core.threads.openmp import release_buffers
 from nnatomy.errors import AssignmentError, InputError, LoadError, UsageError
 from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
@@ -230,6 +232,10 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
             partial(_is_causal, ref(self)),
             None if known is None else known.default_side,
         )
+        if self._prompts.reads_tokens_alone and self.device.type != "meta":
+            self._prompts.context = ContextLength(
+                causal, partial(_run, hf_model, causal, self.device), anatomy.layers[0]
+            )
         self._keywords = Keywords(hf_model, causal, anatomy)
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
@@ -276,6 +282,13 @@ def _is_causal(model: ref[StandardizedTransformer]) -> bool:
     """Whether that is known of a view, which is not kept for it."""
     view = model()
     return view is not None and view.causal
+
+
+def _run(hf_model: Any, causal: Module, device: torch.device, ids: Tensor) -> Any:
+    """The model on token ids, without a cache."""
+    ids = ids.to(device)
+    others = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    return hf_model(input_ids=ids, **{name: one for name, one in others.items() if accepts(causal, name)})
 
 
 def _example(hf_model: Any, device: torch.device, blocks: OpenBlocks) -> Trace:

@@ -32,7 +32,7 @@ OTHERS = {
     "lfm2": "the model's cache has LinearAttentionLayer",
     "gemma4_text": "the model's cache has DummyLayer",
     "falcon_h1": "the model's cache has LinearAttentionAndFullAttentionLayer",
-    "mamba": "the model takes no keys and values",
+    "mamba": "the model's cache has LinearAttentionLayer",
 }
 GOES_ON = "Positions from"
 SEQ, SOURCES = 9, 8
