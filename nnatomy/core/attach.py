@@ -72,8 +72,7 @@ class Attachment(Collector):
         if taken is None or taken[0] != slot.step:
             raise UsageError(f"{self}: the forward pass comes to {point.name} before {takes.name}.")
         x, given = taken[1], self._tensor(point, slot)
-        mine = next((p for p in self.module.parameters() if p.is_floating_point()), x)
-        x = x.to(mine.device, mine.dtype)
+        x = self._as_parameters(x)
         if self._how == "error":
             # With the same dropout as below.
             devices = [x.device] if x.is_cuda else []
@@ -98,6 +97,19 @@ class Attachment(Collector):
             result = result + error
         result = result.to(given.device, given.dtype)
         slot.value = point.put(slot.value, given + result if self._how == "add" else result)
+
+    def _as_parameters(self, x: Tensor) -> Tensor:
+        """On the device of the module's parameters, and of their dtype, if it is none of theirs."""
+        mine = [p for p in self.module.parameters() if p.is_floating_point()]
+        dtypes = dict.fromkeys(p.dtype for p in mine)
+        if not mine or x.dtype in dtypes:
+            return x.to(mine[0].device) if mine else x
+        if len(dtypes) > 1:
+            raise UsageError(
+                f"{self}: its parameters are of several dtypes ({', '.join(map(str, dtypes))}), and {self._takes.name} is "
+                f"{x.dtype}: nobody can tell which it takes. Convert the module to one dtype, or the values in its forward."
+            )
+        return x.to(mine[0].device, mine[0].dtype)
 
     def _tensor(self, point: Point, slot: Slot) -> Tensor:
         value = point.get(slot.value)

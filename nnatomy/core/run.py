@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Lock, get_ident, get_native_id
+from threading import Lock, get_ident
 from time import monotonic
 from types import CodeType, TracebackType
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ from nnatomy.core.gates import has_gate, modules_seen, put_gates, remove_gates, 
 from nnatomy.core.nesting import Observer, callers_in
 from nnatomy.core.points import Axes, Collector, Slot, Tap, Want
 from nnatomy.core.recompute import Unedited, is_recomputed
-from nnatomy.core.threads.cores import bring_here, run_on
 from nnatomy.core.threads.interrupts import Cancelled, Interruptible
 from nnatomy.core.threads.openmp import release_helpers
 from nnatomy.core.threads.worker import HELPERS_SECONDS, ThreadState, Worker, wait_for
@@ -104,8 +103,7 @@ class Run:
         self._answered.acquire()  # released to let the block go on
         self._done.acquire()  # released when the worker is through
         self._records_gradients, self._transforms = state.grad, len(state.transforms)
-        self.cores = state.cores
-        self._ident = self._worker = self._waiter = 0
+        self._ident = 0
         self._began = 0.0  # when the worker did
         self._in_model = Interruptible()
         self._waiting = self._parked = self._cancelling = False
@@ -119,14 +117,17 @@ class Run:
             self.wants, self._waiting = (), False
             return
         self.watch()
-        self._waiter = get_native_id()
+        if sys.is_finalizing():
+            raise OutsideTraceError(
+                "Python is shutting down, and runs no other thread any more: a model cannot be traced now. Trace it "
+                "before the script ends, not in a __del__ or a callback at its end."
+            )
         try:
             # If the last one was long, then this one will be, most likely.
             long = monotonic() - self._began > HELPERS_SECONDS if self.started else Worker.was_long
             if long:
                 release_helpers()
             if self.started:
-                bring_here(self._worker)
                 self._parked = False
                 self._wake.release()
             else:
@@ -136,8 +137,6 @@ class Run:
         except BaseException:  # Ctrl-C
             self.cancel()
             raise
-        finally:
-            run_on(self.cores)
 
     def watch(self) -> None:
         """Look again which modules anybody waits for."""
@@ -236,11 +235,8 @@ class Run:
             return
         if sys.is_finalizing():  # no other thread will ever run again
             return
-        self._waiter = get_native_id()
         parked = self._parked
         try:
-            if parked:
-                bring_here(self._worker)
             while True:
                 if not parked:
                     self._interrupt()
@@ -254,7 +250,6 @@ class Run:
             raise
         finally:
             self.here = None
-            run_on(self.cores)
 
     def interrupt(self) -> None:
         """End the forward pass, called by a thread that is not the one that waits for it."""
@@ -307,7 +302,7 @@ class Run:
         assert self._job is not None
         state, call = self._job
         self._job = None
-        self._ident, self._worker = get_ident(), get_native_id()
+        self._ident = get_ident()
         runs[self._ident] = self
         try:
             self._put_gates()
@@ -340,7 +335,6 @@ class Run:
         return not self._in_model.interrupted, self._tell_ended
 
     def _tell_ended(self) -> None:
-        bring_here(self._waiter)
         if self._waiting:
             self._answer(None)
         self._done.release()
@@ -400,7 +394,10 @@ class Run:
         try:
             for replacement in self.replacements:
                 if slot.module in replacement.modules and slot.kind in replacement.kinds:
+                    unedited = Unedited(slot) if self._records_gradients and is_recomputed() else None
                     replacement.take(slot)
+                    if unedited is not None:
+                        unedited.check(str(replacement))
         finally:
             self.arriving.pop()
 
@@ -418,7 +415,6 @@ class Run:
             raise Cancelled
         self._parked = True
         try:
-            bring_here(self._waiter)
             self._answer(slot)
             while not wait_for(self._wake, OWNER_SECONDS):
                 self.cancelled = self.cancelled or self.owner() is None
@@ -426,7 +422,6 @@ class Run:
                     break
         finally:
             self._parked = False
-            run_on(self.cores)
         if self.cancelled:
             raise Cancelled
 

@@ -58,7 +58,7 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return call
 
 
-def _state(module: Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _state(module: Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     """The dicts that a module keeps its attributes, tensors and children in, each with what is in it."""
     dicts = [value for value in module.__dict__.values() if isinstance(value, dict)]
     return [(held, dict(held)) for held in (module.__dict__, *dicts)]

@@ -29,7 +29,7 @@ class ModuleView:
     calls several times.
     """
 
-    __slots__ = ("_blocks", "_call", "module", "path")
+    __slots__ = ("__weakref__", "_blocks", "_call", "module", "path")
 
     def __init__(self, blocks: OpenBlocks, module: Module, path: str, call: int = 0) -> None:
         self._blocks = blocks

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -457,14 +458,21 @@ def by_head(own: Float[Tensor, ...], heads: int | None) -> Float[Tensor, "batch 
 @contextmanager
 def _aside_of(tensor: Tensor) -> Iterator[None]:
     """Within, what is computed is no call of the model's, and not converted by autocast."""
-    with torch._C.DisableTorchFunction(), torch.autocast(tensor.device.type, enabled=False):
+    device = tensor.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    with (
+        torch._C.DisableTorchFunction(),
+        torch.autocast(device, enabled=False) if has_autocast else nullcontext(),
+    ):
         yield
 
 
 def _as_taken(tensor: Tensor) -> Tensor:
     """As SDPA takes it: under autocast in autocast's dtype."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or tensor.dtype == torch.float64:
+        return tensor
+    if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
@@ -476,6 +484,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether nothing has changed, numbers that are none included."""
+    if one.is_meta or isinstance(one, FakeTensor):
+        return True  # shapes alone: nothing is computed with
     if torch.equal(one, other):
         return True
     as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]

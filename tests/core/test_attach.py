@@ -264,3 +264,26 @@ def test_the_error_term_has_the_dropout_of_what_it_is_the_error_of() -> None:
     with view.trace(x()):
         value = view.embed.output
     assert torch.allclose(value, root.embed(x()), atol=1e-5)
+
+
+def test_a_module_with_parameters_of_two_dtypes() -> None:
+    """What it is given keeps its dtype, if that is one of theirs, whichever comes first."""
+
+    class Thresholded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.threshold = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) - self.threshold
+
+    model, module = net(), Thresholded()
+    view = Traceable(model)
+    with view.attach("embed.output", module, name="sae").trace(x()):
+        taken = view.layers[0].input
+    assert torch.equal(taken, module(model.embed(x())).tanh())
+    module.linear.double()
+    text = r"several dtypes \(torch.bfloat16, torch.float64\), and embed.output is torch.float32"
+    with pytest.raises(UsageError, match=text):
+        view.attach("embed.output", module, name="sae")(x())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextvars
 import gc
 import resource
+import subprocess
+import sys
 import threading
 import traceback
 import weakref
@@ -274,3 +276,22 @@ def test_ten_thousand_traces_leave_everything_flat() -> None:
         assert len(gc.get_objects()) - objects < 200
         assert tensors() == held
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 20_000  # KiB
+
+
+def test_a_trace_when_python_shuts_down_is_refused() -> None:
+    """No other thread runs any more: it would wait for ever."""
+    code = """
+import torch
+from nnatomy.core import Traceable
+class Late:
+    def __del__(self, torch=torch, view=Traceable(torch.nn.Linear(2, 2))):
+        try:
+            with view.trace(torch.ones(1, 2)):
+                view.output
+        except Exception as error:
+            print(type(error).__name__, error)
+late = Late()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("OutsideTraceError Python is shutting down"), done
+    assert done.returncode == 0

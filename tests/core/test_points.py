@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from helpers import Calls, Layer, Net, hooks, net, no_leaks, outputs, x
@@ -285,3 +287,10 @@ def test_reads_leave_the_result_bit_identical() -> None:
             layer.attn.output, layer.mlp.output, layer.output
         assert torch.equal(tracer.result, expected)
     assert isinstance(model.layers[0], Layer)
+
+
+def test_views_can_be_referred_to_weakly() -> None:
+    view = Traceable(net())
+    assert weakref.ref(view)() is view
+    child = view.layers[0]
+    assert weakref.ref(child)() is child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +135,29 @@ def test_another_tensor_put_into_a_checkpointed_dict_is_refused() -> None:
         value = view.part.inner.output
         value["h"] = value["h"] * 3
         tracer.result
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_module_that_one_of_several_blocks_skips_inside_is_refused(reentrant: bool) -> None:
+    """It runs for the others, and `backward` would give the gradients of its own output for all."""
+    model = parts(reentrant)
+    view = Traceable(model)
+
+    def skips() -> None:
+        view.part[1].skip(view.part[1].input * 0.5)
+
+    with (
+        no_leaks(model),
+        pytest.raises(
+            AssignmentError, match="skip of Tanh was changed inside .* under gradient checkpointing"
+        ),
+        view.trace() as tracer,
+    ):
+        tracer.invoke(START[:1], skips)
+        tracer.invoke(START[1:], lambda: view.output)
+
+    with torch.no_grad(), warnings.catch_warnings(), view.trace() as tracer:
+        warnings.simplefilter("ignore")  # checkpoint's own: nothing here gets a gradient
+        tracer.invoke(START[:1], skips)
+        other = tracer.invoke(START[1:], lambda: tracer.result)
+    assert torch.allclose(other.value, model(START.clone().requires_grad_())[1:])

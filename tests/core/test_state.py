@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import threading
 import warnings
 
 import pytest
 import torch
-from helpers import Calls, forward_threads, no_leaks
+from helpers import Calls, forward_threads, net, no_leaks, x
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -295,3 +296,22 @@ def test_the_callers_cuda_stream(monkeypatch: pytest.MonkeyPatch, tanh: nn.Seque
     assert stream is mine
     assert thread != threading.get_ident()
     assert (ran, left) == ([1], "left")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no such thing here")
+def test_the_cores_a_thread_may_run_on_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sets them, nor asks for them, which a sandbox may forbid."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError("sched affinity")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refused)
+    monkeypatch.setattr(os, "sched_getaffinity", refused)
+    view = Traceable(net())
+    with view.trace(x()) as tracer:
+        first = view.layers[0].output[0]
+        result = tracer.result
+    with view.trace() as tracer:
+        blocks = [tracer.invoke(x(), lambda: view.layers[0].output[0]) for _ in range(2)]
+    assert all(torch.equal(block.value, first) for block in blocks)
+    assert torch.equal(result, view.module(x()))

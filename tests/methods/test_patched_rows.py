@@ -278,10 +278,9 @@ def test_whole_prompts_where_little_is_saved(log: Callable[[], str]) -> None:
 
 def test_an_error_of_the_call_is_not_taken_for_the_models(log: Callable[[], str]) -> None:
     model, target = wrapped("llama"), tokens(SEQ, 3)
-    with pytest.raises(RuntimeError, match=r"shape mismatch"):
-        patchscope_lens(
-            model,
-            None,
-            TargetPrompt(target, -1),
-            latents=list(latents(model)[:, :, None].expand(-1, -1, 3, -1)),
-        )
+
+    def fails(_: Tensor) -> Tensor:
+        raise ZeroDivisionError("of the call")
+
+    with pytest.raises(ZeroDivisionError, match="of the call"):
+        patchscope_lens(model, None, TargetPrompt(target, -1), latents=latents(model), mapping=fails)

@@ -13,7 +13,7 @@ it end, and waits for its own turn before it goes on. What decides in a block's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import get_ident, get_native_id
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from nnatomy.core.block import OpenBlocks
@@ -21,7 +21,6 @@ from nnatomy.core.blocks.joining import Joining
 from nnatomy.core.blocks.member import END, Given, Member
 from nnatomy.core.frames import user_line
 from nnatomy.core.run import OWNER_SECONDS, PATIENCE_SECONDS, Run
-from nnatomy.core.threads.cores import bring_here, run_on
 from nnatomy.core.threads.interrupts import Cancelled
 from nnatomy.core.threads.openmp import release_helpers
 from nnatomy.core.threads.worker import HELPERS_SECONDS, Worker, wait_for
@@ -91,7 +90,6 @@ class Ensemble:
     def hand_over(self, following: Member) -> None:
         if following is self.turn:
             return
-        bring_here(following.asleep)
         self.turn = following
         try:
             following.wake()
@@ -101,20 +99,15 @@ class Ensemble:
             self.caller.wake()
 
     def _sleep(self, member: Member) -> None:
-        member.asleep = get_native_id()
-        try:
-            while self.turn is not member:
-                if member is self.caller:
-                    patience = 0.0 if Worker.was_long else HELPERS_SECONDS
-                    came = wait_for(member.alarm, OWNER_SECONDS, patience)
-                else:  # it has no helpers left to give up
-                    came = member.alarm.acquire(timeout=OWNER_SECONDS)
-                if not came and self.run.owner() is None:
-                    self.over = True  # the caller was interrupted before it could say so
-                    raise Cancelled
-        finally:
-            member.asleep = 0
-            run_on(self.run.cores)
+        while self.turn is not member:
+            if member is self.caller:
+                patience = 0.0 if Worker.was_long else HELPERS_SECONDS
+                came = wait_for(member.alarm, OWNER_SECONDS, patience)
+            else:  # it has no helpers left to give up
+                came = member.alarm.acquire(timeout=OWNER_SECONDS)
+            if not came and self.run.owner() is None:
+                self.over = True  # the caller was interrupted before it could say so
+                raise Cancelled
 
     def _recall(self, at_once: bool = False) -> None:
         """Have the block that is at work end, and wait until it is the caller's turn.

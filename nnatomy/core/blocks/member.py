@@ -52,8 +52,6 @@ class Member(Block):
         self.lasting = lasting
         self.failure: BaseException | None = None
         self.thread = 0
-        #: Its thread, by its native identifier, while that sleeps.
-        self.asleep = 0
         self.at_work = Interruptible()
         self.job: Job | None = None
         self._begin = Lock()  # taken by its thread when it begins, or else by `keep_from_beginning`
@@ -173,6 +171,9 @@ class _ReplaceOutput(Collector):
                 there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
             ]
             mine.value = pytree.tree_unflatten(merged, structure)
+
+    def __str__(self) -> str:
+        return f"skip of {type(self._at.module).__name__}"
 
 
 class Given(Collector):

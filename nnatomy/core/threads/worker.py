@@ -12,7 +12,7 @@ import contextvars
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import TIMEOUT_MAX, Lock, Thread, get_native_id
+from threading import TIMEOUT_MAX, Lock, Thread
 from time import monotonic
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack, _push_mode
 from torch.utils import _python_dispatch as dispatch
 
-from nnatomy.core.threads.cores import bring_here, cores_of_this_thread, run_on
 from nnatomy.core.threads.openmp import release_helpers
 
 IDLE_SECONDS = 2.0
@@ -84,7 +83,6 @@ class Worker:
         self._go.acquire()
         self._job: Job | None = job
         self._gone = False
-        self._thread = 0
         begun = Lock()
         begun.acquire()
         with starting:
@@ -122,11 +120,9 @@ class Worker:
         if worker._gone:
             cls(job, computes)  # should both come to it: a run begins once
         else:
-            bring_here(worker._thread)
             worker._go.release()
 
     def _work(self) -> None:
-        self._thread = get_native_id()
         again = True
         while again:
             assert self._job is not None
@@ -161,13 +157,12 @@ class ThreadState:
     """What torch and Python keep per thread, as it was where the trace was opened.
 
     Grad mode, inference mode, autocast, the function and dispatch modes (a default device is one of
-    these), the transforms of `torch.func`, the hooks on saved tensors, the number of threads, the cores to run
-    on, the CUDA device and stream, and the context variables.
+    these), the transforms of `torch.func`, the hooks on saved tensors, the number of threads, the CUDA device
+    and stream, and the context variables.
     """
 
     def __init__(self) -> None:
         self.context = contextvars.copy_context()
-        self.cores = cores_of_this_thread()
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.threads = torch.get_num_threads()
@@ -199,7 +194,6 @@ class ThreadState:
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Call `function` in this thread with that state."""
-        run_on(self.cores)
         return self.context.run(self._call, function)
 
     def _call(self, function: Callable[[], Any]) -> Any:
