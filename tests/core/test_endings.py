@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from nets import Net, gated, nothing_left
+from owners import owner
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +26,7 @@ X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
 
 def our_frames(error: BaseException) -> list[str]:
-    return [f.filename for f in traceback.extract_tb(error.__traceback__) if "/nnatomy/" in f.filename]
+    return [f.filename for f in traceback.extract_tb(error.__traceback__) if owner(f.filename) == "us"]
 
 
 def test_an_error_of_the_block_arrives_unchanged() -> None:
@@ -56,14 +57,12 @@ def test_an_error_of_the_model_arrives_unchanged_and_short() -> None:
                 gone.append(weakref.ref(net.blocks[0].output[0]))
                 ask(tracer)
             names = [f.name for f in traceback.extract_tb(caught.value.__traceback__)]
-            frames = [
-                f for f in traceback.extract_tb(caught.value.__traceback__) if "/nnatomy/" in f.filename
-            ]
+            frames = our_frames(caught.value)
             assert 1 <= len(frames) <= 2 + names.count("_indices"), frames
             last_of_ours = max(
                 i
                 for i, f in enumerate(traceback.extract_tb(caught.value.__traceback__))
-                if "/nnatomy/" in f.filename
+                if owner(f.filename) == "us"
             )
             assert "forward" in names[last_of_ours:]
             del caught
