@@ -377,7 +377,8 @@ def test_what_has_changed_is_said() -> None:
         "Have it looked at again: model.refresh(), or StandardizedTransformer(model.hf_model, model.tokenizer)."
     )
     hf.model.layers[2] = layer  # it is again what it was
-    model.trace(prompt_ids())
+    with model.trace(prompt_ids()):
+        pass
     hf.half()
     with pytest.raises(
         ModelChangedError, match=r"checked: model\.embed_tokens\.weight is a Parameter of torch\.float16"

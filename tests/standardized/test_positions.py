@@ -448,6 +448,7 @@ def test_a_soft_prompt_has_no_positions_and_padding_behind_it_shows(model_type: 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # of PEFT's own calls
 def test_padding_that_has_not_been_checked_is_not_verified() -> None:
     """Of prefix tuning, whose keys are more than the prompt's, other names fail first."""
     torch.manual_seed(0)
