@@ -126,14 +126,18 @@ class _Settings:
     def changed(self) -> list[str]:
         """What is other than it was."""
         now = vars(self._of)
-        if len(now) == self._count and [*map(now.get, self._names)] == self._values:
-            return []
+        try:
+            if len(now) == self._count and [*map(now.get, self._names)] == self._values:
+                return []
+        except RuntimeError:
+            pass  # one is a tensor
         before = dict(zip(self._names, self._values, strict=True))
         names = [name for name, value in now.items() if self._watches(name, value) and name not in before]
         found = [
             f"{type(self._of).__name__}.{name} is {now.get(name)!r}, and was {before.get(name)!r}"
             for name in (*before, *names)
-            if now.get(name) != before.get(name)
+            # What a forward keeps on its module, a tensor say, is no setting, also where nothing or a number was there before.
+            if self._watches(name, now.get(name)) and now.get(name) != before.get(name)
         ]
         if not found:  # others have come
             self._count = len(now)

@@ -14,7 +14,7 @@ from architectures import CONFIGS, PLACES, build, prompt_ids, randomize
 from reference import edited, hooked
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import LayerIndexError, ModelChangedError, UsageError
@@ -438,3 +438,28 @@ def test_what_looking_costs() -> None:
 
     trace()
     assert quickest(model._facts.changed, 200) < 0.01 * quickest(trace, 20)
+
+
+class Keeps(LlamaForCausalLM):
+    """Keeps things of each call on itself, as models do: Qwen2-VL's older releases their positions."""
+
+    keeps = False
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if self.keeps:
+            self.seen, self.loss = attention_mask, torch.zeros(3)
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def test_what_a_forward_keeps_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = Keeps(build("llama").config)
+    hf.seen, hf.loss = None, 0.0
+    model = StandardizedTransformer(hf)
+    monkeypatch.setattr(Keeps, "keeps", True)
+    for _ in range(2):
+        model([[5, 6, 7]])
+        with model.trace([[5, 6, 7]]):
+            assert model.logits.shape[:2] == (1, 3)
+    hf.loss = 1.0
+    with pytest.raises(ModelChangedError, match=r"Keeps.loss is 1.0, and was 0.0"):
+        model.trace([[5, 6, 7]])
