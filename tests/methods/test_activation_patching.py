@@ -251,7 +251,7 @@ def test_plots_of_other_axes() -> None:
         ({"heads": "all", "point": "queries"}, InputError, "heads='all': give 'each', or a list of heads."),
         ({"heads": [], "point": "queries"}, InputError, "heads: give at least one."),
         ({"positions": []}, InputError, "positions: give at least one."),
-        ({"layers": []}, InputError, "layers: give at least one."),
+        ({"layers": []}, InputError, "layers=[]: give at least one."),
         ({"layers": [3]}, LayerIndexError, "layers_output[3]: the model has 3 layers, 0 to 2."),
         ({"metric": lambda logits: logits}, InputError, f"of shape (2,); this one gave (2, {VOCAB})."),
         ({"metric": lambda logits: 1.0}, InputError, "of shape (2,); this one gave float."),
