@@ -76,6 +76,7 @@ def _off_padded(
     first, second = passes.inputs["input_ids"].tolist()
     longer_first = first + first[: PADDED - len(first)]
     more = {name: passes.inputs[name] for name in ("decoder_input_ids",) if name in passes.inputs}
+    more_positions = 0 if more else PADDED - PROMPT_LENGTH  # a decoder's prompts stay as they were
 
     def own(values: Tensor) -> Tensor:
         return values[-PROMPT_LENGTH:]
@@ -93,7 +94,7 @@ def _off_padded(
             return float("inf"), True
         if passes.ahead and not more:
             passes.model._causal = distance(longer[: len(whole[0])], whole[0]) <= bound / 10
-        if len(padded) - len(whole[1]) != PADDED - PROMPT_LENGTH:
+        if len(padded) - len(whole[1]) != more_positions:
             return float("nan"), False
         off = distance(own(padded), own(whole[1]))
         if whole.dtype not in HALVES or off == 0 or off > bound / 10:
