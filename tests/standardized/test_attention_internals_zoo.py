@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 
+from nnatomy import StandardizedTransformer
 from nnatomy.errors import NotInThisModelError
 
 NAMES = (
@@ -19,6 +20,7 @@ WITHOUT_ATTENTION = {
     "xlstm": "xlstm|lstm",
     "hrm_text": "it is gone through several times",
     "reformer": "is filled up to whole chunks",
+    "inkling2_loop_text": "it has several: self_attn, mlp_input",
     **dict.fromkeys(
         ("cpmant", "gemma3n_text", "inkling2_text", "longcat_flash", "prophetnet", "xlnet"), None
     ),
@@ -93,7 +95,7 @@ def test_as_many_positions_as_heads(model_type: str, implementation: str) -> Non
     before = hf.config._attn_implementation
     hf.set_attn_implementation(implementation)
     try:
-        model, ids = zoo.loaded(model_type), zoo.ids(hf, seq=12)
+        model, ids = StandardizedTransformer(hf), zoo.ids(hf, seq=12)
         layer, heads = model.attention_layers[0], model.num_heads
         assert heads is not None
         for name in ("queries", "keys"):

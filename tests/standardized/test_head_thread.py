@@ -44,6 +44,8 @@ def test_it_runs_where_layers_run(model: StandardizedTransformer) -> None:
             return forward(self, x)
 
     model.hf_model.lm_head.__class__ = Watched
+    model.refresh()
+    threads.clear()
     with torch.no_grad():
         logits = model.project_on_vocab(hidden)
         assert threads[0] is not threading.current_thread()

@@ -63,6 +63,6 @@ REFUSED_CLASSES: dict[str, tuple[str, str]] = {
     ),
     "PI0ForConditionalGeneration": (
         "it is a robot's policy, which is given a state and gives velocities, no logits of tokens",
-        "no attribute 'vocab_size'",
+        "missing 1 required positional argument: 'state'",
     ),
 }
