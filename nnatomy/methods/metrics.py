@@ -164,6 +164,7 @@ class Spelling(NamedTuple):
     token: int
     other_text: str
     other: int
+    tokenizer: Any
 
     @classmethod
     def of(cls, text: str, token: int, model: Any) -> Spelling | None:
@@ -171,17 +172,26 @@ class Spelling(NamedTuple):
         other_text = text[1:] if text.startswith(" ") else f" {text}"
         others = model.tokenizer(other_text, add_special_tokens=False)["input_ids"]
         return (
-            cls(text, token, other_text, int(others[0])) if len(others) == 1 and others[0] != token else None
+            cls(text, token, other_text, int(others[0]), model.tokenizer)
+            if len(others) == 1 and others[0] != token
+            else None
         )
 
     def compare(self, logits: Float[Tensor, "batch vocab"]) -> bool:
-        """Warn if the other is ten times as probable in a row; returns whether it is."""
+        """Warn if the other is ten times as probable in a row; returns whether it is.
+
+        Of two that are next to impossible either may be, and neither is meant. So it has to be more probable than a token is
+        on average, or to begin as what is most probable there begins: with a space, or without.
+        """
         if is_fake(logits) or torch._C._functorch.peek_interpreter_stack() is not None:
             return False  # numbers are not known here
         log_probs = logits.detach().float().log_softmax(-1)
         ours, theirs = log_probs[:, self.token], log_probs[:, self.other]
-        row = int((theirs - ours).argmax())
-        if not float(theirs[row] - ours[row]) > _TEN:
+        for row in (theirs - ours > _TEN).nonzero().flatten().tolist():
+            alike = self._is_spaced(int(log_probs[row].argmax())) == self.other_text.startswith(" ")
+            if alike or float(theirs[row]) > -math.log(logits.shape[-1]):
+                break
+        else:
             return False
         warn(
             f"The answer {self.text!r} (token {self.token}) has probability {float(ours[row].exp()):.1e} and "
@@ -189,6 +199,12 @@ class Spelling(NamedTuple):
             f"its beginning, or behind a space, does not. If it is that one that is meant, give {self.other_text!r}."
         )
         return True
+
+    def _is_spaced(self, token: int) -> bool:
+        """Whether a token begins with the mark that the tokenizer has for a space."""
+        spaced = self.token if self.text.startswith(" ") else self.other
+        mark, begun = (str(one)[:1] for one in self.tokenizer.convert_ids_to_tokens([spaced, token]))
+        return mark == begun
 
 
 def _token_id(text: str, model: StandardizedTransformer | None) -> int:

@@ -145,10 +145,11 @@ def gap(clean: Float[Tensor, "*pair"], corrupted: Float[Tensor, "*pair"]) -> Flo
 
 
 def prompt_ids(model: StandardizedTransformer, prompts: Any) -> list[list[int]]:
-    """The token ids of each prompt, without padding."""
+    """The token ids of each prompt, without padding; of an encoder-decoder, what its encoder reads."""
     inputs = model.prepare(plain(prompts))
     if inputs.get("input_ids") is None:
         raise InputError("Patching takes prompts as texts or token ids, not as embeddings.")
+    inputs.pop("decoder_input_ids", None)
     masks = mask_of(inputs).bool()
     return [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
 

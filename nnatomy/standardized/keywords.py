@@ -28,6 +28,8 @@ _OF_PROMPTS = frozenset(("input_ids", "attention_mask", "use_cache"))
 _OF_GENERATE = frozenset(("tokenizer", "assistant_tokenizer"))
 #: What `generate` never hands on.
 _NOT_OF_GENERATE = frozenset(("labels", "return_dict", "num_items_in_batch"))
+#: What an encoder of images or videos reads.
+_PIXELS = frozenset(("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"))
 #: The names that a KV cache goes by.
 _CACHES = frozenset(CACHE_NAMES)
 
@@ -110,7 +112,17 @@ class Keywords:
         names = (
             self.of_forward() - of_generation_config(self._causal) - _CACHES - _OF_TRANSFORMERS - _OF_PROMPTS
         )
-        return names.intersection(given) - {"inputs_embeds"}
+        return names.intersection(given) - {"inputs_embeds"} - self._encoded(given)
+
+    def _encoded(self, given: Iterable[str]) -> set[str]:
+        """What `generate` itself gives to the encoder of images or videos, to hand on what comes of it in the place of that."""
+        taken: set[str] = set()
+        if "mm_encoder_outputs" in inspect.signature(self._causal.forward).parameters:
+            for kind in ("image", "video"):
+                encode = getattr(self._causal.base_model, f"get_{kind}_features", None)
+                names = set() if encode is None else _named(encode, read=False)[0]
+                taken |= names if names & _PIXELS & set(given) else set()
+        return taken
 
     def _above_the_layers(self) -> list[Module]:
         """The model, and the modules down to the one that runs its layers."""

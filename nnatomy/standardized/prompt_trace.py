@@ -71,6 +71,7 @@ class RootInputs(Collector):
         self._needed = tuple(needed)
 
     def take(self, slot: Slot) -> None:
+        self._check_soft_prompt(slot.value[1])
         self.slot = slot
         self.length = self.length or positions_in(slot.value[1])
         self.decoder_length = self.decoder_length or positions_in(slot.value[1], decoder=True)
@@ -80,6 +81,19 @@ class RootInputs(Collector):
             raise InputError(
                 f"{lost[0]}=...: {type(self._root).__name__}.generate does not hand it on to the model, which would run "
                 "without it. Trace the forward passes with it one after the other, or leave it out."
+            )
+
+    def _check_soft_prompt(self, arguments: Mapping[str, Any]) -> None:
+        """Raise InputError if a later step has a soft prompt before its token that the KV cache has already.
+
+        PEFT looks for the cache by the name that it has before Transformers 5.24.
+        """
+        soft = self.length - (self.given.seq or self.length)
+        if soft > 0 and arguments.get("inputs_embeds") is not None and cached_positions(arguments):
+            raise InputError(
+                f"The wrapper of {type(self._root).__name__} puts its soft prompt, of {soft} positions, before every token that is "
+                "generated, and not before the prompt alone: it does not find the KV cache. Generate without one: "
+                "use_cache=False."
             )
 
 

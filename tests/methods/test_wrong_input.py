@@ -83,6 +83,21 @@ def test_an_answer_whose_other_spelling_is_predicted_is_warned_of(
         logit_difference(right, " Rome", model)(logits)  # no warning
 
 
+def test_the_likelier_of_two_improbable_spellings_is_not_meant(model: StandardizedTransformer) -> None:
+    """Unless it begins as what is predicted there does."""
+    logits = model(PROMPT).logits[:, -1].detach()
+    metric = probability(" Tokyo", model)
+    spaced, unspaced, predicted = (
+        model.tokenizer(text)["input_ids"][0] for text in (" Tokyo", "Tokyo", "Paris")
+    )
+    logits[:, unspaced] = logits[:, spaced] + 3
+    assert logits.softmax(-1)[0, unspaced] < 1e-6
+    metric(logits)  # no warning: " Paris" is what is predicted
+    logits[:, predicted] = logits.max() + 1
+    with pytest.warns(UserWarning, match="If it is that one that is meant, give 'Tokyo'"):
+        metric(logits)
+
+
 def test_methods_that_take_answers_warn(model: StandardizedTransformer) -> None:
     with pytest.warns(
         UserWarning,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import VOCAB, shared
+from architectures import VOCAB, prompt_ids, shared
 from transformers import LlamaForCausalLM
 
 from nnatomy import StandardizedTransformer
@@ -144,11 +144,26 @@ def test_models_of_ones_own_that_are_not_as_hugging_faces() -> None:
         def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
             return super().forward(input_ids, attention_mask=attention_mask, return_dict=False, **kwargs)
 
-    config = shared("llama").config
-    with pytest.raises(InputError, match=r"NoMask\.forward has no attention_mask among its arguments"):
-        StandardizedTransformer(NoMask(config))
-    with pytest.raises(InputError, match=r"Tuple returned a tuple, and not an output with logits"):
-        StandardizedTransformer(Tuple(config))
+    class OtherName(LlamaForCausalLM):
+        def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+            return {"scores": super().forward(input_ids, attention_mask=attention_mask, **kwargs).logits}
+
+    config, ids = shared("llama").config, prompt_ids()
+    for kind in (NoMask, Tuple):
+        model = StandardizedTransformer(kind(config))
+        with torch.no_grad():
+            result = LlamaForCausalLM.forward(
+                model.hf_model, ids, output_hidden_states=True, return_dict=True
+            )
+            with model.trace(ids):
+                assert torch.equal(model.layers_output[1], result.hidden_states[2])
+                assert torch.equal(model.logits, result.logits)
+        assert model.takes_padding == (kind is Tuple)
+    model = StandardizedTransformer(NoMask(config))
+    with pytest.raises(InputError, match="of 2, 1 tokens.*: its forward has no argument attention_mask"):
+        model.trace([[3, 4], [5]])
+    with pytest.raises(InputError, match=r"OtherName returned a dict, and not an output with logits"):
+        StandardizedTransformer(OtherName(config))
     model = StandardizedTransformer(shared("llama"))
-    with pytest.raises(InputError, match="returned a tuple"), model.trace([3, 4], return_dict=False):
-        model.logits
+    with torch.no_grad(), model.trace(ids, return_dict=False):
+        assert torch.equal(model.logits, model.hf_model(ids).logits)

@@ -13,8 +13,9 @@ from reference import edited, hooked
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs.cache_name import cache_name
 from nnatomy.core import Traceable
-from nnatomy.errors import NotReachedError, ValidationError
+from nnatomy.errors import InputError, NotReachedError, ValidationError
 from nnatomy.methods import logit_lens
 
 # peft 0.21 asks transformers 5.23 whether gradient checkpointing is on by its old name.
@@ -291,13 +292,45 @@ def test_a_soft_prompt_has_positions_before_the_tokens(model_type: str, kind: An
         with pytest.raises(NotReachedError, match="called without input_ids; it was given .*inputs_embeds"):
             with model.trace(ids):
                 model.input_ids
-        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
-        expected = edited(lambda: wrapped.generate(**arguments), layer, "output", lambda out: -out)
-        with model.generate(ids, **GREEDY) as tracer:
+        expected = edited(lambda: by_hand(wrapped, ids), layer, "output", lambda out: -out)
+        with model.generate(ids, **GREEDY, use_cache=False) as tracer:
             for step in tracer.iter[:]:
                 model.layers_output[1] = -model.layers_output[1]
-                assert model.layers_output[1].shape[1] == (1 if step else 13)
+                assert model.layers_output[1].shape[1] == 13 + step
             assert torch.equal(tracer.result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_soft_prompt_that_is_put_before_every_new_token_is_refused(model_type: str) -> None:
+    """PEFT does not find the KV cache by the name that Transformers gives it from 5.24 on."""
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped, ids = peft.get_peft_model(build(model_type), config).eval(), prompt_ids()
+    for weight in wrapped.prompt_encoder.parameters():
+        weight.data.normal_()
+    model = StandardizedTransformer(wrapped)
+    with torch.no_grad():
+        plain = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        if cache_name(wrapped.get_base_model()) == "past_key_values":
+            assert torch.equal(model.generate(ids, **GREEDY).run(), by_hand(wrapped, ids))
+            return
+        assert not torch.equal(plain, by_hand(wrapped, ids))
+        message = r"puts its soft prompt, of 4 positions, before every token .*: use_cache=False\."
+        with pytest.raises(InputError, match=message):
+            model.generate(ids, **GREEDY).run()
+        seen = []
+        with pytest.raises(InputError, match=message), model.generate(ids, **GREEDY) as tracer:
+            for _ in tracer.iter[:]:
+                seen.append(model.layers_output[1])
+        assert len(seen) == 1
+
+
+def by_hand(wrapped: Any, ids: Tensor) -> Tensor:
+    """What is generated greedily, each step a forward pass of all tokens."""
+    for _ in range(GREEDY["max_new_tokens"]):
+        ids = torch.cat([ids, wrapped(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids
 
 
 def layers_of_soft(wrapped: Any, model_type: str) -> Any:
