@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nnatomy.core.threads.worker import IDLE_SECONDS
+from nnatomy.core.worker import IDLE_SECONDS
 
 PROCESSES = 3
 

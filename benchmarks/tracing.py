@@ -23,7 +23,7 @@ from measuring import Rows, hooked, measure, nnsight, versions
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 
 if nnsight is not None:
     from nnsight import NNsight

@@ -2,3 +2,4 @@
 
 from nnatomy.arch_configs import ArchConfig as ArchConfig
 from nnatomy.standardized import StandardizedTransformer as StandardizedTransformer
+from nnatomy.tracing import Traceable as Traceable

@@ -21,7 +21,7 @@ def public(module: types.ModuleType) -> set[str]:
 
 
 def test_top_level() -> None:
-    assert public(nnatomy) == {"ArchConfig", "StandardizedTransformer"}
+    assert public(nnatomy) == {"ArchConfig", "StandardizedTransformer", "Traceable"}
 
 
 def test_core() -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.core import Traceable
 from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.tracing import Traceable
 
 PROMPT = "The capital of Peru is"
 OTHER = "The capital of Cuba is"

@@ -10,7 +10,7 @@ import torch
 from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 from jaxtyping import TypeCheckError
 
-from nnatomy.core.threads import worker
+from nnatomy.core import worker
 from nnatomy.methods import directions, kl_divergence
 from nnatomy.standardized.inputs import Prompts
 
@@ -27,7 +27,7 @@ def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_types_where_there_is_no_shape() -> None:
     with pytest.raises(BeartypeCallHintParamViolation):
-        worker.wait_for(Lock(), patience="long")  # type: ignore[arg-type]
+        worker.wait_for(Lock(), seconds="long")  # type: ignore[arg-type]
 
 
 def test_what_is_returned_where_there_is_no_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Look into any `torch.nn.Module` while it runs: the forward thread, points, traces, caches, steps."""
+"""Look into any `torch.nn.Module` while it runs: the forward thread, points, traces, caches, steps.
+
+README.md in this folder is the map.
+"""
 
 from nnatomy.core.block import Block as Block
 from nnatomy.core.cache import Cache as Cache

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.calls import Inputs
 from nnatomy.core.points import Collector, Slot, versions
+from nnatomy.core.values import Inputs
 from nnatomy.core.views import ModuleView
 from nnatomy.errors import CacheError
 
@@ -50,7 +50,7 @@ class Cache(Collector):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         clone: bool = False,
-        view: Callable[[Slot], Slot] | None = None,
+        view: Callable[[Slot], Slot] = lambda slot: slot,
         aliases: Callable[[], Mapping[str, Module]] = dict,
     ) -> None:
         self.modules = set(paths)
@@ -66,7 +66,7 @@ class Cache(Collector):
         self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        value, keep = (slot if self._view is None else self._view(slot)).value, self._keep
+        value, keep = self._view(slot).value, self._keep
         kept = keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, keep, value)
         then = None if self._clone else versions(kept)
         self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, then))

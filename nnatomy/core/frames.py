@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from itertools import dropwhile
 from types import CodeType, FrameType, TracebackType
+
+#: The packages whose frames are of no use to anybody who reads a traceback.
+_TRACING = ("nnatomy.core.", "nnatomy.blocks.", "nnatomy.tracing.")
 
 
 def frames() -> Iterator[FrameType]:
@@ -25,6 +29,16 @@ def is_ours(frame: FrameType) -> bool:
 def user_frames() -> Iterator[FrameType]:
     """The frames of this thread from the innermost one that is not this library's outwards."""
     return dropwhile(is_ours, frames())
+
+
+def warn(text: str) -> None:
+    """Warn of what will run, but is not likely to be meant, at the innermost line that is not ours nor torch's."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and (
+        is_ours(frame) or frame.f_globals.get("__name__", "").startswith("torch.")
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)
 
 
 def user_line() -> str:
@@ -52,7 +66,7 @@ def frame_of_with() -> FrameType:
 
 
 def hide_our_frames(error: BaseException) -> BaseException:
-    """Take the frames of `nnatomy.core`, which stand between every two modules, out of its traceback."""
+    """Take the frames of the tracing rooms, which stand between every two modules, out of its traceback."""
     chain: list[BaseException | None] = [error]
     for one in chain:  # and of the errors it came of
         if one is not None:
@@ -64,7 +78,7 @@ def hide_our_frames(error: BaseException) -> BaseException:
 def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
     kept = []
     while traceback is not None:
-        if not traceback.tb_frame.f_globals.get("__name__", "").startswith("nnatomy.core."):
+        if not traceback.tb_frame.f_globals.get("__name__", "").startswith(_TRACING):
             kept.append(traceback)
         traceback = traceback.tb_next
     for this, following in zip(kept, [*kept[1:], None], strict=False):

@@ -1,28 +1,23 @@
-"""Gates: how a forward pass tells that it enters and leaves a module.
+"""The gate: how a forward pass tells its run that it enters and leaves a module.
 
-While a run is open, the submodules of its root that questions may concern (see `nesting`) carry a *gate*: an instance
-attribute `_call_impl`, which `torch.nn.Module.__call__` looks up and calls. The gate counts the call, lets
-the run look at (and replace) the inputs, calls the module's own `_call_impl` with all of its hooks,
-and lets the run look at the output. When the run ends the attributes are deleted; outside of a run
-a model carries none.
+While any run is open, `torch.nn.Module._call_impl`, which every call of every module goes through, is the function
+below. In the thread of a run it counts the call, lets the run look at (and replace) the inputs, calls the module's
+own `_call_impl` with all of its hooks, and lets the run look at the output. In every other thread, and in a call within
+`backward` (gradient checkpointing calls modules once more there), it goes straight on to the module. When the last
+run ends, the class is as it was.
 
-`docs/design.md` says why these are no hooks. A gate costs about 0.8 µs a call and 0.3 µs to put on and off. A run
-that nobody can ask anything more (its block is over, or waits for the end) starts with gates on the watched modules alone.
-
-A gate acts only in the thread that a run is at work in: every other thread, the one with the
-user's block included, goes straight through to the module; so does a call within `backward` (gradient
-checkpointing calls modules once more there). `torch.compile`d and scripted modules
-run no Python below themselves, so they get no gates there.
+`docs/design.md` says why these are no hooks. `torch.compile`d and scripted modules run no Python below themselves, so
+nothing below them is seen.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock, get_ident
-from types import FrameType, MethodType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,109 +26,93 @@ from torch.compiler import is_compiling
 from torch.nn import Module
 
 from nnatomy.core.frames import frames
+from nnatomy.core.progress import INSIDE
 
 #: The run at work in a thread, by the thread's identifier.
 runs: dict[int, Any] = {}
 
-_GATE = "_call_impl"
-_gated: list[list[Module]] = []
+_ungated: Callable[..., Any] = Module._call_impl
 _lock = Lock()
 
 
 def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     if is_compiling():  # torch.compile looks into this, and is to find the module alone
-        return type(self)._call_impl(self, *args, **kwargs)
+        return _ungated(self, *args, **kwargs)
     run = runs.get(get_ident())
     if run is None or current_graph_task_id() != -1:
-        return _ungated(self)(*args, **kwargs)
-    entered = run.entered
-    call = entered.get(self, 0)
-    stack = run.stack
-    if (
-        call and not stack and run.root in entered and not run.arriving
-    ):  # its last call was left by an exception
+        return _ungated(self, *args, **kwargs)
+    progress = run.progress
+    calls, stack = progress.calls, progress.stack
+    call = calls.get(self, 0)
+    if call and not stack and run.root in calls:  # the root's last call was left by an exception
         run.end_step()
         call = 0
-    entered[self] = call + 1
-    stack.append((self, call))
+    calls[self] = call + 1
+    stack.append([self, call, INSIDE])
     try:
-        if self in run.watched_inputs or run.cancelled:
-            output = run.enter(self, call, args, kwargs)
-        else:
-            output = type(self)._call_impl(self, *args, **kwargs)
+        try:
+            instead = None
+            if self in run.watched_inputs or run.cancelled:  # if it is, `enter` ends the forward pass
+                slot = run.enter(self, call, args, kwargs)
+                (args, kwargs), instead = slot.value, slot if slot.skipped else None
+                del slot
+            output = _ungated(self, *args, **kwargs) if instead is None else instead.instead
+        finally:
+            if run.taps.modes:
+                run.taps.leave(len(stack) - 1)
+        if self in run.watched_outputs:
+            output = run.leave(self, call, output)
     finally:
-        if run.modes:
-            run.leave_taps()
         stack.pop()
-    if self in run.watched_outputs:
-        output = run.arrive(self, "output", call, output).value
-    if not stack and run.root in entered and not run.arriving:
+    if not stack and run.root in calls:
         run.end_step()
     return output
 
 
-def _ungated(module: Module) -> Callable[..., Any]:
-    """The call of the gate's module, or of the shallow copy of it that has brought the gate along (and loses it here)."""
-    called = next((frame for frame in frames() if frame.f_code is _WRAPPED_CODE), None)
-    caller = module if called is None else called.f_locals["self"]
-    if caller is not module and getattr(caller.__dict__.get(_GATE), "__self__", None) is module:
-        del caller.__dict__[_GATE]
-        module = caller
-    return MethodType(type(module)._call_impl, module)
-
-
 _GATE_CODE = inspect.unwrap(_call_impl).__code__
-_WRAPPED_CODE = Module._wrapped_call_impl.__code__
-_CALL_CODE = inspect.unwrap(Module._call_impl).__code__
+_CALL_CODE = inspect.unwrap(_ungated).__code__
+
+
+def open_run(run: Any) -> None:
+    """The calls of this thread are that run's from here on."""
+    global _ungated
+    with _lock:
+        if not runs:
+            _ungated = Module._call_impl
+        runs[get_ident()] = run
+        Module._call_impl = _call_impl  # type: ignore[method-assign]
+
+
+def close_run() -> None:
+    """Until here."""
+    with _lock:
+        del runs[get_ident()]
+        if not runs:
+            Module._call_impl = _ungated  # type: ignore[method-assign]
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
     """Within, the calls of this thread are no part of its run."""
-    run = runs.pop(get_ident())
+    run = runs[get_ident()]
+    runs[get_ident()] = None
     try:
         yield
     finally:
         runs[get_ident()] = run
 
 
-def modules_seen(root: Module) -> list[Module]:
-    """`root` and those of its submodules whose calls Python sees."""
-    modules = [root]
-    seen = {root}
-    for module in modules:
-        if module._modules and not (is_compiled(module) or isinstance(module, torch.jit.ScriptModule)):
-            for child in module._modules.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    modules.append(child)
-    return modules
+def is_seen(module: Module, within: Module) -> bool:
+    """Whether that is `within` itself, or one of its submodules whose calls Python sees."""
+    if module is within:
+        return True
+    hidden = is_compiled(within) or isinstance(within, torch.jit.ScriptModule)
+    return not hidden and any(is_seen(module, child) for child in within.children())
 
 
 def is_compiled(module: Module) -> bool:
     """Whether it is under `torch.compile`, by either way of writing that."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def put_gates(modules: list[Module], gated: list[Module]) -> None:
-    """Put a gate on each of the modules, and note them in `gated`, which takes them off again."""
-    with _lock:
-        if not gated:
-            _gated.append(gated)
-        gated.extend(modules)
-        for module in modules:
-            # A bound method, so that a copy or a pickle of the module made meanwhile binds to the copy.
-            module.__dict__[_GATE] = MethodType(_call_impl, module)
-
-
-def remove_gates(gated: list[Module]) -> None:
-    """Take off the gates that `put_gates` has noted there, but for those another open run needs."""
-    with _lock:
-        _gated[:] = [other for other in _gated if other is not gated]
-        needed = {module for other in _gated for module in other}
-        free: Iterable[Module] = (m for m in gated if m not in needed) if needed else gated
-        for module in free:
-            module.__dict__.pop(_GATE, None)
 
 
 def is_gate(frame: FrameType) -> bool:
@@ -156,19 +135,11 @@ def called_module() -> Module | None:
     return next((frame.f_locals["self"] for frame in frames() if is_call(frame)), None)
 
 
-def has_gate(module: Module) -> bool:
-    """Whether an open run sees the calls of this module."""
-    return _GATE in module.__dict__ and module._compiled_call_impl is None
-
-
 def _in_child() -> None:
     """A forked process has none of the threads that the open runs are at work in."""
     _lock.release()
-    for run in runs.values():
-        run.lose()
     runs.clear()
-    for modules in list(_gated):
-        remove_gates(modules)
+    Module._call_impl = _ungated  # type: ignore[method-assign]
 
 
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_in_child)

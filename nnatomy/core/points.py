@@ -1,18 +1,21 @@
 """The words of the core.
 
-run     one call of the model, at work in a worker thread
-block   the user's side of it: the body of one `with ...trace(...)`
-point   what a block can ask for: a module's "input" or "output", or a value inside its call that
-        a tap finds; of one `call` (a shared module is called several times) in one `step`
-step    how many calls of the root module have ended: 0 in a plain forward pass; 0, 1, 2, ...
-        while generating
-slot    a point that has been reached, and its value, which a block may replace
+run        one call of the model, at work in a thread of its own
+block      the user's side of it: the body of one `with ...trace(...)`
+point      what a block can ask for: a module's "input" or "output", or a value inside its call that
+           a tap finds; of one `call` (a shared module is called several times) in one `step`
+step       how many calls of the root module have ended: 0 in a plain forward pass; 0, 1, 2, ...
+           while generating
+slot       a point that has been reached, and its value, which a block may replace
+collector  takes (and may replace) the values of points while the forward pass goes on
+tap        finds the values of a kind of point inside a module's call
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import Module
@@ -21,39 +24,32 @@ from torch.utils import _pytree as pytree
 
 
 class Axes(NamedTuple):
-    """Which axes of a tensor are of positions: those of this step alone, and those of all so far."""
+    """Which axes of a tensor are of positions: those of this step alone, and those of all so far. (The core hands it on.)"""
 
     here: tuple[int, ...] = ()
     so_far: tuple[int, ...] = ()
 
 
+@dataclass(slots=True, eq=False)
 class Slot:
     """A point that the forward pass has reached.
 
     Attributes:
         value: (args, kwargs) at an "input", what the call returned at an "output".
         skipped: at an "input": do not run the module, `instead` is its output.
-        fresh: tensors of the value that have been made here for some rows of them, and nobody holds as a whole.
+        recomputed: whether the code at work will run again in `backward`, without any edit.
         axes: which axes of the value are of the positions of this step, and which of all so far, where a tap says so.
     """
 
-    __slots__ = ("axes", "call", "fresh", "instead", "kind", "module", "skipped", "step", "value")
-
-    def __init__(
-        self, module: Module, kind: str, call: int, step: int, value: Any, axes: Axes | None = None
-    ) -> None:
-        self.module = module
-        self.kind = kind
-        self.call = call
-        self.step = step
-        self.value = value
-        self.skipped = False
-        self.fresh: tuple[Tensor, ...] = ()
-        self.axes = axes
-
-    def is_at(self, module: Module, kind: str, call: int, step: int) -> bool:
-        """Whether it is that point."""
-        return self.module is module and self.kind == kind and self.call == call and self.step == step
+    module: Module
+    kind: str
+    call: int
+    step: int
+    value: Any
+    axes: Axes | None = None
+    skipped: bool = False
+    instead: Any = None
+    recomputed: bool = False
 
     def skip(self, value: Any) -> None:
         """Put `value` in the place of the module's output, and do not run the module."""
@@ -72,23 +68,36 @@ def described(value: Any) -> str:
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-@runtime_checkable
-class Visit(Protocol):
-    """What a mode inside a module's call is given to show values to those who wait for them."""
+class Report(NamedTuple):
+    """What a tap's mode is given, to report the values that it finds in one call of a module."""
 
-    def __call__(self, value: Any, kind: str = ..., axes: Axes | None = None) -> Slot:
+    run: Any
+    module: Module
+    call: int
+    kind: str
+
+    def __call__(self, value: Any, kind: str = "", axes: Axes | None = None) -> Slot:
         """This value has come; the slot holds the one to go on with. A mode that finds several kinds names the kind."""
+        slot: Slot = self.run.arrive(self.module, kind or self.kind, self.call, value, axes)
+        return slot
 
     def awaited(self, kind: str) -> bool:
-        """Whether anybody waits for that kind. If not, it is passed, and need not be shown."""
+        """Whether anybody waits for that kind. If not, it need not be reported, and is passed from here on."""
+        run, module = self.run, self.module
+        if any(question.module is module and question.kind == kind for question in run.questions):
+            return True
+        if any(one.takes(module, kind) for one in (*run.replacements, *run.collectors)):
+            return True
+        run.progress.found.add((module, self.call, kind))
+        return False
 
 
 #: Makes the mode that finds values inside a call of the module.
-Tap = Callable[[Module, Visit], TorchFunctionMode]
+Tap = Callable[[Module, Report], TorchFunctionMode]
 
 
-class Want(NamedTuple):
-    """A point that the block waits for."""
+class Question(NamedTuple):
+    """A point that a block waits for."""
 
     module: Module
     kind: str
@@ -104,7 +113,7 @@ class Want(NamedTuple):
 
 
 class Collector:
-    """Takes values as the forward pass makes them, without stopping it.
+    """Takes values as the forward pass makes them, without stopping it; it may put others in their place.
 
     Attributes:
         modules: the modules to be told about.
@@ -114,6 +123,11 @@ class Collector:
     modules: set[Module]
     kinds: dict[str, Tap | None]
 
+    def takes(self, module: Module, kind: str) -> bool:
+        """Whether it is told about that kind of point of the module."""
+        return module in self.modules and kind in self.kinds
+
     def take(self, slot: Slot) -> None:
-        """One of these points has been reached, and the blocks are done with it."""
+        """One of these points has been reached. The blocks are done with it (`Run.collect`), or have yet to see it
+        (`Run.replace`)."""
         raise NotImplementedError

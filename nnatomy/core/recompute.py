@@ -7,29 +7,23 @@ So where gradients are recorded, an edit inside a checkpointed part is refused.
 
 from __future__ import annotations
 
-import sys
 from operator import is_
-from types import FrameType
 
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from nnatomy.core.frames import frames
 from nnatomy.core.points import Slot, versions
 from nnatomy.errors import AssignmentError
 
 
 def is_recomputed() -> bool:
     """Whether the code at work will run again in `backward`."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals is checkpoint.__dict__:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_globals is checkpoint.__dict__ for frame in frames())
 
 
-class Unedited:
-    """What a slot holds before a block gets it, to see whether the block has edited it."""
+class Unchanged:
+    """What a slot holds before somebody gets it, to see whether it has been edited."""
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from torch.nn import Module
 
-from nnatomy.core.block import Block, OpenBlocks
-from nnatomy.core.calls import Calls, Inputs, first_argument, with_first_argument
+from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.core.points import described
-from nnatomy.core.source import Source
-from nnatomy.errors import AssignmentError, NoSuchModuleError
+from nnatomy.core.open_blocks import OpenBlocks
+from nnatomy.core.points import Tap
+from nnatomy.core.values import Calls, Values
+from nnatomy.errors import NoSuchModuleError
 
 
-class ModuleView:
+class ModuleView(Values):
     """One module of a traced model.
 
     Children are reached as in the module tree: `view.encoder.layers[3]`, or by a path:
@@ -39,69 +39,24 @@ class ModuleView:
 
     # Values.
 
-    @property
-    def output(self) -> Any:
-        """What the module's call returns (a tensor, a tuple, ...), after its forward hooks.
-
-        Assigning puts another value in its place.
-
-        Raises:
-            OutsideTraceError: if no trace of the model is open here.
-            OutOfOrderError: if the forward pass is already past this point.
-            NotReachedError: if the forward pass ends without calling the module.
-        """
-        return self._block().reach(self.module, "output", f"{self.path}.output", self._call).value
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._block().reach(self.module, "output", f"{self.path}.output", self._call).value = value
-
-    @property
-    def inputs(self) -> Inputs:
-        """The arguments of the module's call: (args, kwargs). Assigning replaces both. Errors as `output`."""
-        return self._block().reach(self.module, "input", f"{self.path}.inputs", self._call).value
-
-    @inputs.setter
-    def inputs(self, value: Any) -> None:
-        two = isinstance(value, (tuple, list)) and len(value) == 2
-        if not (two and isinstance(value[0], (tuple, list)) and isinstance(value[1], Mapping)):
-            raise AssignmentError(
-                f"{self.path}.inputs is all that the module is called with: assign (args, kwargs), a tuple and a dict; got "
-                f"{described(value)}."
-            )
-        args, kwargs = value
-        slot = self._block().reach(self.module, "input", f"{self.path}.inputs", self._call)
-        slot.value = tuple(args), dict(kwargs)
-
-    @property
-    def input(self) -> Any:
-        """The first positional argument of the module's call, or its first keyword argument if there
-        is none. Assigning replaces that argument. Errors as `output`."""
-        slot = self._block().reach(self.module, "input", f"{self.path}.input", self._call)
-        return first_argument(slot.value)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        slot = self._block().reach(self.module, "input", f"{self.path}.input", self._call)
-        slot.value = with_first_argument(slot.value, value)
-
     def skip(self, value: Any) -> None:
         """Do not run the module in this call: `value` is its output. Errors as `output`."""
-        slot = self._block().reach(self.module, "input", f"{self.path}.skip", self._call)
-        slot.skip(value)
+        self._block().reach(*self._asked("input", "skip")).skip(value)
 
     @property
     def calls(self) -> Calls[ModuleView]:
         """The calls of this module in one forward pass: `view.calls[1].output` is its second call's."""
-        return Calls(self.path, partial(ModuleView, self._blocks, self.module, self.path))
+        return Calls(self.path, partial(self._module_view, self.module, self.path))
 
-    @property
-    def source(self) -> Source:
-        """The calls inside the module's forward: `view.source.softmax.input`; printing it lists them."""
-        return Source(self)
+    def _module_view(self, module: Module, path: str, call: int = 0) -> ModuleView:
+        """A view of one of the model's modules, of the kind that this model's views are."""
+        return ModuleView(self._blocks, module, path, call)
 
     def _block(self) -> Block:
         return self._blocks.current(self.path)
+
+    def _asked(self, kind: str, name: str) -> tuple[Module, str, str, int, Tap | None]:
+        return self.module, kind, f"{self.path}.{name}", self._call, None
 
     # The module tree.
 
@@ -132,11 +87,11 @@ class ModuleView:
             raise IndexError(f"{children}, so no [{which}].") from None
         return self._child(name)
 
-    def _child(self, name: str) -> ModuleView:
+    def _child(self, name: str) -> Any:
         child = self.module._modules.get(name)
         if child is None:
             raise self._no_such(name)
-        return ModuleView(self._blocks, child, f"{self.path}.{name}" if self.path else name)
+        return self._module_view(child, f"{self.path}.{name}" if self.path else name)
 
     def paths(self, modules: Iterable[ModuleView | Module | str] | None = None) -> dict[Module, str]:
         """The submodules that views, modules or paths name (all of them by default), with their paths."""

@@ -23,4 +23,4 @@ def end_logits(
     model: StandardizedTransformer, end: Float[Tensor, "*rows end"]
 ) -> Float[Tensor, "*rows vocab"]:
     """The logits at the last position, of what `ends` gave."""
-    return model._head.sparing(end) if by_stream(model) else end
+    return model._head(end) if by_stream(model) else end

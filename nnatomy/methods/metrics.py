@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import model as check_model
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import is_fake
-from nnatomy.standardized.warn import warn
 
 Metric = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]]
 

@@ -10,15 +10,17 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy.blocks.row_slot import RowSlot
 from nnatomy.core import Collector, Slot, Tap
-from nnatomy.core.attach import Point
-from nnatomy.core.block import Block, OpenBlocks
-from nnatomy.core.blocks.rows import RowSlot
+from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
+from nnatomy.core.open_blocks import OpenBlocks
+from nnatomy.core.progress import Place
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.tracing.attach import Point
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
 _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -173,12 +175,9 @@ class LayerAccessor(NotPickled):
 
     def _read_many(self, layers: range) -> list[Tensor]:
         block = self._blocks.current(self.name)
-        run = block.run
         for layer in layers:
-            if run.started and run.has_passed(self.module(layer), self.kind, 0, block.step):
-                here = block.here
-                if here is None or here.module is not self.modules[layer] or here.kind != self.kind:
-                    self._reach(layer, block)  # raises
+            if block.place(self.module(layer), self.kind) is Place.PASSED:
+                self._reach(layer, block)  # raises
         return read_together([(self, layers)])[0]
 
 
@@ -198,19 +197,12 @@ def read_together(
         A list for each name, with a tensor for each of its layers, in the order given.
     """
     block = wanted[0][0]._blocks.current(wanted[0][0].name)
-    run = block.run
     collected = [_Collected(accessor, block, layers, keep) for accessor, layers in wanted]
-    run.collectors.extend(collected)
-    run.watch()
-    try:
+    with block.run.collecting(*collected):
         for (accessor, layers), one in zip(wanted, collected, strict=True):
             for layer in sorted(range(len(accessor))[layer] for layer in layers)[::-1]:
                 if accessor.modules[layer] not in one.values:
                     one.take(whole(accessor._reach(layer, block)))
-    finally:
-        for one in collected:
-            run.collectors.remove(one)
-        run.watch()
     return [
         [one.values[accessor.module(layer)] for layer in layers]
         for (accessor, layers), one in zip(wanted, collected, strict=True)

@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
-from nnatomy.core.points import Axes, Visit
+from nnatomy.core.points import Axes, Report
 from nnatomy.names import TABLE
 
 #: By attention module, the module in it that queries and keys are multiplied in.
@@ -82,17 +82,17 @@ class _Arranged(NamedTuple):
 
 
 class AttentionMode(TorchFunctionMode):
-    """Find the inside of the attention in one call of a module and show it to `visit`.
+    """Find the inside of the attention in one call of a module and report it to `report`.
 
     Args:
         heads: how many query heads there are; None if that varies.
     """
 
-    def __init__(self, heads: int | None, module: Module, visit: Visit) -> None:
+    def __init__(self, heads: int | None, module: Module, report: Report) -> None:
         super().__init__()
         self._heads = heads
         self._module = module
-        self._visit = visit
+        self._report = report
         self._arranged: dict[int, _Arranged] = {}
         self._begin()
 
@@ -172,7 +172,7 @@ class AttentionMode(TorchFunctionMode):
         key = self._show_shared("keys", right, transposed=True)
         early = self._local_values(right.shape[-1])
         if early is not None:
-            awaited = self._visit.awaited("values")
+            awaited = self._report.awaited("values")
             self._early = early, self._show_shared("values", early) if awaited else None
         args, kwargs = _replaced((args, kwargs), {id(left): query, id(right): key})
         result: Tensor = func(*args, **kwargs)
@@ -272,8 +272,8 @@ class AttentionMode(TorchFunctionMode):
         groups: int,
     ) -> tuple[Tensor | None, bool]:
         """The pattern, where anybody waits for something that it is in, and whether it or its scores have been changed."""
-        awaited = self._visit.awaited("attention_scores")
-        if not awaited and not any(map(self._visit.awaited, _OF_PATTERNS)):
+        awaited = self._report.awaited("attention_scores")
+        if not awaited and not any(map(self._report.awaited, _OF_PATTERNS)):
             return None, False
         query, key = _as_taken(query), _as_taken(key)
         with _aside_of(query):
@@ -281,11 +281,11 @@ class AttentionMode(TorchFunctionMode):
         changed = False
         if awaited:
             scores, changed = self._offer("attention_scores", scores)
-            if not changed and not any(map(self._visit.awaited, _OF_PATTERNS)):
+            if not changed and not any(map(self._report.awaited, _OF_PATTERNS)):
                 return None, False
         with _aside_of(query):
             pattern = sdpa_pattern(scores, is_masked=is_causal or mask is not None).to(query.dtype)
-        if self._visit.awaited("attention_probabilities"):
+        if self._report.awaited("attention_probabilities"):
             pattern, also = self._offer("attention_probabilities", pattern)
             changed = changed or also
         return pattern, changed
@@ -298,7 +298,7 @@ class AttentionMode(TorchFunctionMode):
         before = computed.detach().clone()
         with torch._C.DisableTorchFunction():
             shown = by_head(computed, self._heads)
-        chosen = self._visit(shown, kind, KINDS[kind]).value
+        chosen = self._report(shown, kind, KINDS[kind]).value
         with torch._C.DisableTorchFunction():
             changed = chosen is not shown or awaits_gradient(shown) or not _same_bits(computed, before)
             return (chosen.reshape(computed.shape) if changed else computed), changed
@@ -310,7 +310,7 @@ class AttentionMode(TorchFunctionMode):
 
         Going on with what has been shown, and not with what it is a view of, is what lets a gradient reach it.
         """
-        if not self._visit.awaited(kind):
+        if not self._report.awaited(kind):
             return own
         with torch._C.DisableTorchFunction():
             cut = (
@@ -321,7 +321,7 @@ class AttentionMode(TorchFunctionMode):
             shown = by_head(cut, self._heads)
             if kind == "heads_output":
                 shown = shown.transpose(-3, -2)
-        chosen = self._visit(shown, kind, KINDS[kind]).value
+        chosen = self._report(shown, kind, KINDS[kind]).value
         with torch._C.DisableTorchFunction():
             if kind == "heads_output":
                 chosen = chosen.transpose(-3, -2)
@@ -332,7 +332,7 @@ class AttentionMode(TorchFunctionMode):
 
     def _show_weighted(self, pattern: Tensor, value: Tensor, result: Tensor) -> Tensor:
         """Show the values times the pattern, computed aside; what the heads give if it has been changed: its sum over keys."""
-        if not self._visit.awaited("values_weighted"):
+        if not self._report.awaited("values_weighted"):
             return result
         with torch._C.DisableTorchFunction():
             pattern = by_head(pattern, self._heads)
@@ -347,7 +347,7 @@ class AttentionMode(TorchFunctionMode):
 
     def _show_shared(self, kind: str, own: Tensor, *, transposed: bool = False) -> Tensor:
         """The same for keys or values, of which several query heads may share one."""
-        if not self._visit.awaited(kind):
+        if not self._report.awaited(kind):
             return own
         with torch._C.DisableTorchFunction():
             by_key = own.mT if transposed else own
@@ -371,7 +371,7 @@ class AttentionMode(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             copy = shown.clone() if _is_written_into(shown) else shown
             before = None if copy.is_inference() else copy._version
-        chosen = self._visit(copy, kind, KINDS[kind]).value
+        chosen = self._report(copy, kind, KINDS[kind]).value
         if chosen is not copy or copy is shown or copy.requires_grad:
             return chosen
         with torch._C.DisableTorchFunction(), torch.no_grad():

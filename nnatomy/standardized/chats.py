@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
-from nnatomy.standardized.warn import warn
 
 #: Arguments of a trace that are the template's.
 TEMPLATE_OPTIONS = ("continue_final_message", "add_generation_prompt")

@@ -28,11 +28,11 @@ from nnatomy.arch_configs import (
     logits_of,
     takes,
 )
-from nnatomy.core import Collector, Slot, Trace, Traceable
-from nnatomy.core.threads.openmp import release_buffers, release_memory
+from nnatomy.core import Collector, Slot
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.hidden import output_of, with_output
 from nnatomy.standardized.left_out import HandedOn
+from nnatomy.tracing import Trace, Traceable
 
 NO_HEAD = "the model has no head, and gives no logits: load its class with one, if there is one"
 Hidden = Float[Tensor, "*rows hidden"]
@@ -61,18 +61,6 @@ class Head:
             raise NotInThisModelError(f"project_on_vocab: {self.refused}.")
         return self._where_layers_run(self.short_way, hidden) if self.short else self.long_way(hidden)
 
-    def sparing(self, hidden: Hidden) -> Logits:
-        """The same with 20 MB less, where layers have been run before: what is kept of theirs goes first (2 to 5 ms)."""
-        return self._where_layers_run(self._sparing, hidden) if self.short else self(hidden)
-
-    def _sparing(self, hidden: Hidden) -> Logits:
-        if hidden.device.type == "cpu":
-            release_memory()
-        try:
-            return self.short_way(hidden)
-        finally:
-            release_buffers()
-
     def _where_layers_run(self, way: Callable[[Hidden], Logits], hidden: Hidden) -> Logits:
         """In the thread that has run them, and so has OpenMP's helpers and the mathematics library's buffers."""
         if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -95,8 +83,7 @@ class Head:
         """The model's forward with its layers skipped, each row a prompt of one token."""
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
         with self._root.trace(**self._inputs(rows.shape[0])) as tracer:
-            tracer.block.run.collectors.append(_SkipLayers(self._anatomy.layers, rows, self.in_form))
-            tracer.block.run.watch()
+            tracer.block.run.collect(_SkipLayers(self._anatomy.layers, rows, self.in_form))
             logits = logits_of(tracer.result)
         assert logits is not None
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
@@ -105,8 +92,7 @@ class Head:
         """Whether logits are other than what the unembedding gives where that is large, as beyond a soft cap."""
         enlarge = _Enlarge(self._anatomy.lm_head)
         with self._root.trace(**self._inputs(1)) as tracer:
-            tracer.block.run.collectors += [_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge]
-            tracer.block.run.watch()
+            tracer.block.run.collect(_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge)
             logits = logits_of(tracer.result)
         return logits is None or not torch.equal(logits, enlarge.given)
 
@@ -150,8 +136,7 @@ class Head:
         if self._handing_on is None:
             handed = HandedOn(self._anatomy.ran)
             with torch.no_grad(), self._root.trace(**self._inputs(1), early_stop=False) as tracer:
-                tracer.block.run.collectors.append(handed)
-                tracer.block.run.watch()
+                tracer.block.run.collect(handed)
             self._handing_on = handed.by
         return layer in self._handing_on
 

@@ -17,10 +17,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nnatomy.arch_configs import cached_positions, with_cache_called
+from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
-from nnatomy.standardized.warn import warn
 
 #: Arguments of `prepare` that do not go to the model.
 OPTIONS = ("padding_side", *TEMPLATE_OPTIONS)

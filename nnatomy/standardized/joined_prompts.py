@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.core.blocks.joining import Joining, join_leaves, rows_of
-from nnatomy.core.blocks.rows import Rows
+from nnatomy.blocks.joining import Joining, join_leaves, rows_of
+from nnatomy.blocks.rows import Rows
 from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import Prompts
 

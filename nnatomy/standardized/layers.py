@@ -8,10 +8,10 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy
-from nnatomy.core import ModuleView
-from nnatomy.core.block import OpenBlocks
+from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.tracing import ModuleView
 
 
 class LayerView(NotPickled, ModuleView):

@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from nnatomy.core import Collector, Slot
-from nnatomy.core.calls import Inputs
+from nnatomy.core.values import Inputs
 from nnatomy.standardized.hidden import input_of, with_input
 from nnatomy.standardized.kept_state import Kept, states_in
 

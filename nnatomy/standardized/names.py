@@ -8,14 +8,14 @@ from functools import partial
 
 from torch.nn import Module
 
-from nnatomy.core import ModuleView
-from nnatomy.core.attach import Point
 from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
 from nnatomy.standardized.attention import AttentionMode
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.shown import Sums
+from nnatomy.tracing import ModuleView
+from nnatomy.tracing.attach import Point
 
 #: The modules of one part of the layers, and for each layer that has none, why.
 Places = tuple[Sequence[Module | None], Sequence[str]]

@@ -8,14 +8,14 @@ import torch
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy, Dimensions, input_device
-from nnatomy.core import ModuleView, Traceable
 from nnatomy.errors import ModelChangedError, NotInThisModelError
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts
 from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView, Views
-from nnatomy.validation import looks_ahead
+from nnatomy.tracing import ModuleView, Traceable
+from nnatomy.validation.looks_ahead import looks_ahead
 
 
 class Parts(Traceable):

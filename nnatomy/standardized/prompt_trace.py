@@ -13,14 +13,15 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from nnatomy.arch_configs import cached_positions
-from nnatomy.core import Collector, Slot, Trace
-from nnatomy.core.blocks.invoke import Invoke
-from nnatomy.core.blocks.rows import UnknownRows
+from nnatomy.blocks.invoke import Invoke
+from nnatomy.blocks.row_slot import UnknownRows
+from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames
 from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import OPTIONS
 from nnatomy.standardized.kept_state import states_in
 from nnatomy.standardized.parts import Parts
+from nnatomy.tracing import Trace
 
 
 def tokens_of(arguments: Mapping[str, Any], decoder: bool = False) -> Tensor | None:
@@ -138,8 +139,7 @@ class PromptTrace(Trace):
     def __enter__(self) -> Trace:
         super().__enter__()
         needed = self._keywords.handed_on(self.names) if self._generating else ()
-        self.block.run.collectors.append(RootInputs(self.block.run.root, self._given, needed))
-        self.block.run.watch()
+        self.block.run.collect(RootInputs(self.block.run.root, self._given, needed))
         return self
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nnatomy.core.gates import called_module, runs
-from nnatomy.core.source import forward_code, frames_from
+from nnatomy.tracing.source import forward_code, frames_from
 
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 #: What leaves every entry what it is (dropout, when nothing is trained).
@@ -149,7 +149,9 @@ class Record(TorchFunctionMode):
         for leaf, tensor in enumerate(results):
             if isinstance(tensor, Tensor) and (changes or not any(tensor is one.tensor for one in inputs)):
                 run = runs.get(get_ident())
-                value = Value(tensor, name, inputs, tuple(module for module, _ in run.stack) if run else ())
+                value = Value(
+                    tensor, name, inputs, tuple(module for module, *_ in run.progress.stack) if run else ()
+                )
                 at = at or where()
                 value.leaf, value.where, value.places = leaf, at, places
                 if operands and all(operand.numel() == tensor.numel() for operand in operands):

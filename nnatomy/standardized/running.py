@@ -9,7 +9,6 @@ from typing import Any, ParamSpec, TypeVar
 from torch import Tensor
 
 from nnatomy.arch_configs import cached_positions, with_cache_called
-from nnatomy.core import Trace
 from nnatomy.errors import InputError, ModelChangedError
 from nnatomy.standardized.inputs import OPTIONS, is_batch
 from nnatomy.standardized.joined_prompts import JoinPrompts
@@ -18,6 +17,7 @@ from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.positions import untold
 from nnatomy.standardized.prompt_trace import Given as GivenPrompts
 from nnatomy.standardized.prompt_trace import PromptTrace
+from nnatomy.tracing import Trace
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")

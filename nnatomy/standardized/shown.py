@@ -13,7 +13,6 @@ call came through, which is the one rule that holds here of frames: the gate's `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.arch_configs import Anatomy
 from nnatomy.core import Collector, Slot
-from nnatomy.core.block import Block, OpenBlocks
 from nnatomy.core.gates import gate_of
-from nnatomy.core.points import Axes, Visit
+from nnatomy.core.open_blocks import OpenBlocks
+from nnatomy.core.points import Axes, Report
 from nnatomy.names import ATTENTIONS, CROSS_ATTENTIONS, MIXERS, NO_CROSS, ROWS, SUMS, TABLE
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.contributions import find_contributions
@@ -52,17 +51,13 @@ class Sums:
         self.accessors = {name: SumAccessor(name, layers[name], blocks, self) for name in NAMES}
         self._blocks = blocks
 
-    def __call__(self, module: Module, visit: Visit) -> TorchFunctionMode:
+    def __call__(self, module: Module, report: Report) -> TorchFunctionMode:
         assert self.layers is not None
-        return ShowMode(module, self.layers.get(module, LayerSums()), visit)
+        return ShowMode(module, self.layers.get(module, LayerSums()), report)
 
     def finder(self) -> Finder:
         """What finds it in a forward pass."""
         return Finder(self)
-
-    def watch_all(self, block: Block) -> None:
-        """Begin the forward pass with every module's calls in sight, as `finder` needs."""
-        block.reach(block.run.whole, "input", "the model")
 
     def find(self) -> None:
         """Find it on a short prompt, if validation has not."""
@@ -72,9 +67,7 @@ class Sums:
         assert self._blocks.example is not None
         try:
             with self._blocks.example(self._blocks) as tracer:
-                tracer.block.run.collectors.append(finder)
-                tracer.block.run.watch()
-                self.watch_all(tracer.block)
+                tracer.block.run.collect(finder)
                 tracer.result  # noqa: B018
         except Exception as error:  # noqa: BLE001
             why = f"its inside does not show, as the model cannot be run on token ids alone ({error})"
@@ -115,12 +108,12 @@ class SumAccessor(LayerAccessor):
 class ShowMode(TorchFunctionMode):
     """Shows what has been found, in one call of a layer."""
 
-    def __init__(self, module: Module, sums: LayerSums, visit: Visit) -> None:
+    def __init__(self, module: Module, sums: LayerSums, report: Report) -> None:
         super().__init__()
         self._module = module
         self._shown = sums.shown
         self._functions = sums.functions
-        self._visit = visit
+        self._report = report
         #: Operands with another tensor in their place, which whatever reads them is to read; kept alive.
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self._read: set[str] = set()
@@ -155,7 +148,7 @@ class ShowMode(TorchFunctionMode):
         return pytree.tree_unflatten(leaves, structure)
 
     def _show(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._visit.awaited(name):
+        if not self._report.awaited(name):
             return tensor
         gate = gate_of(self._module) if tensor.ndim < 3 else None
         if gate is None:
@@ -166,7 +159,7 @@ class ShowMode(TorchFunctionMode):
         return new.reshape(tensor.shape)
 
     def _visited(self, name: str, tensor: Tensor) -> Tensor:
-        new = self._visit(tensor, name, Axes(ROWS[name].here)).value
+        new = self._report(tensor, name, Axes(ROWS[name].here)).value
         assert isinstance(new, Tensor)
         return new
 
@@ -184,7 +177,7 @@ class Finder(Collector):
         self._streams: dict[Module, Any] = {}
         self._records: dict[Module, Record] = {}
 
-    def _record(self, module: Module, _visit: Callable[..., Slot]) -> TorchFunctionMode:
+    def _record(self, module: Module, _report: Report) -> TorchFunctionMode:
         self._records[module] = Record(self._streams.pop(module))
         return self._records[module]
 

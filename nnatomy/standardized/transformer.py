@@ -26,11 +26,8 @@ from nnatomy.arch_configs import (
     takes,
     text_config,
 )
-from nnatomy.core import ModuleView, Trace, Traceable
-from nnatomy.core.attach import Attachment
-from nnatomy.core.block import OpenBlocks
 from nnatomy.core.gates import is_compiled
-from nnatomy.core.threads.openmp import release_buffers
+from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, UsageError
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.context_length import ContextLength
@@ -45,6 +42,8 @@ from nnatomy.standardized.loading import load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.values import Values
+from nnatomy.tracing import ModuleView, Trace, Traceable
+from nnatomy.tracing.attach import Attachment
 from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
 
@@ -146,7 +145,7 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
             if not hasattr(hf_model, "config"):
                 raise InputError(
                     f"{type(hf_model).__name__} is no Hugging Face model: it has no config. To look into any torch.nn.Module, "
-                    "without the standard names, take nnatomy.core.Traceable(module)."
+                    "without the standard names, take nnatomy.Traceable(module)."
                 )
         else:
             hf_model = load_model(model, kwargs)
@@ -196,8 +195,8 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         new._read()
         for edit in self.edits:
             if isinstance(edit, Attachment):
-                point, takes = edit._point.name, edit._takes.name
-                new = new.attach(point, edit.module, how=edit._how, takes=takes, name=edit.name)
+                point, takes = edit.point.name, edit.takes_point.name
+                new = new.attach(point, edit.module, how=edit.how, takes=takes, name=edit.name)
             else:
                 new = new.edit(edit)
         self.__dict__.update(new.__dict__)
@@ -261,7 +260,6 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
         self._facts = Facts(hf_model, causal, anatomy)
-        release_buffers()  # this thread has computed some of it, and will not run the model
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.core import Collector, Slot, Trace
+from nnatomy.core import Collector, Slot
 from nnatomy.core.points import versions
 from nnatomy.errors import NotReachedError
 from nnatomy.names import ATTENTIONS, MID, MIXERS, MLPS, SUMS
 from nnatomy.names import CROSS_ATTENTIONS as CROSS
+from nnatomy.tracing import Trace
 from nnatomy.validation.near import is_near
 from nnatomy.validation.neurons import Neurons
 from nnatomy.validation.report import Findings

@@ -19,9 +19,10 @@ from nnatomy.arch_configs import (
     masks_windows,
 )
 from nnatomy.arch_configs.families import PREFIX_LMS
-from nnatomy.core import Collector, Trace
+from nnatomy.core import Collector
 from nnatomy.errors import NO_LOGITS, InputError
 from nnatomy.names import MODULES
+from nnatomy.tracing import Trace
 from nnatomy.validation.report import Findings
 
 PROMPT_LENGTH = 6
@@ -88,8 +89,7 @@ class Passes:
     def trace(self, collectors: Iterable[Collector]) -> Iterator[Trace]:
         """A trace that these go along with."""
         with self.model.trace(**self.inputs) as tracer:
-            tracer.block.run.collectors.extend(collectors)
-            tracer.block.run.watch()
+            tracer.block.run.collect(*collectors)
             yield tracer
 
     def given(self, result: Any) -> Tensor:

@@ -43,7 +43,6 @@ class Reading:
         taps = Seen(self._internals.modules | self._cross.parts, self._internals.kinds)
         finder = model._sums.finder()
         with self._passes.trace([seen, taps, finder]) as tracer:
-            model._sums.watch_all(tracer.block)
             self.logits = self._passes.given(tracer.result)
         model._sums.learn(finder)
         self.found = {layer: sums.values for layer, sums in finder.found.items()}

@@ -37,8 +37,7 @@ def validate_shapes(model: Any) -> Report:
     if has_decoder(model.steps_of):
         inputs["decoder_input_ids"] = prompts
     with model.scan(**inputs) as tracer:
-        tracer.block.run.collectors.append(shapes)
-        tracer.block.run.watch()
+        tracer.block.run.collect(shapes)
         tracer.result  # noqa: B018
     findings = Findings()
     hidden = BATCH, SEQ, model.hidden_size

@@ -15,13 +15,13 @@ import torch
 from nets import Net, nothing_left
 from torch import Tensor
 
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 SCRIPT = """
 import torch
 from torch import nn
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 
 class Twice(nn.Module):
     def __init__(self):

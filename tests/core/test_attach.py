@@ -8,8 +8,8 @@ from helpers import Net, hooks, net, no_leaks, x
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.core import Traceable
 from nnatomy.errors import AssignmentError, NoSuchModuleError, UsageError
+from nnatomy.tracing import Traceable
 
 
 def sae(width: int = 4, features: int = 16) -> nn.Sequential:

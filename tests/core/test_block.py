@@ -12,8 +12,8 @@ import torch
 from helpers import net, no_leaks, x
 from torch import Tensor
 
-from nnatomy.core import Traceable
 from nnatomy.errors import OutsideTraceError
+from nnatomy.tracing import Traceable
 
 
 class Wrapped:

@@ -7,8 +7,9 @@ import torch
 from helpers import Calls, hooks, net, no_leaks, outputs, x
 from torch import Tensor, nn
 
-from nnatomy.core import Cache, Traceable
+from nnatomy.core import Cache
 from nnatomy.errors import CacheError
+from nnatomy.tracing import Traceable
 
 
 def test_all_modules() -> None:

@@ -9,8 +9,8 @@ import torch
 from helpers import hooks, net, no_gc, no_leaks, settles, x
 
 from nnatomy import StandardizedTransformer
-from nnatomy.core import Traceable
 from nnatomy.errors import OutOfOrderError, UsageError
+from nnatomy.tracing import Traceable
 
 
 def doubled(out):
@@ -138,3 +138,21 @@ def test_with_blocks_of_their_own_prompts_and_in_every_step() -> None:
                 model.steer(2, vector, 0.5)
             assert torch.equal(tokens, tracer.result)
         assert not torch.allclose(model(prompts[0]).logits, edited(prompts[0]).logits, atol=1e-3)
+
+
+def test_a_body_uses_the_name_that_its_own_with_binds() -> None:
+    """In a function too, where the name is bound after the body has been captured."""
+    model = net()
+    view = Traceable(model)
+    with view.edit() as mine:
+        hidden, scale = mine.layers[1].output
+        mine.layers[1].output = (2 * hidden, scale)
+    with hooks((model.layers[1], "output", doubled)):
+        expected = model(x())
+    assert torch.equal(mine(x()), expected)
+    with view.trace() as tracer:
+        with tracer.invoke(x()) as block:
+            its_line = block.line
+        with tracer.invoke(x()):
+            pass
+    assert its_line.startswith(__file__)

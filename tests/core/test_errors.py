@@ -11,7 +11,6 @@ import torch
 from helpers import Calls, net, no_leaks, our_frames, x
 from torch import nn
 
-from nnatomy.core import Traceable
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.errors import (
     AssignmentError,
@@ -22,6 +21,7 @@ from nnatomy.errors import (
     OutsideTraceError,
     UsageError,
 )
+from nnatomy.tracing import Traceable
 
 
 class Boom(Exception):
@@ -371,14 +371,21 @@ def test_modules_of_another_model() -> None:
 
 
 def test_a_module_put_in_meanwhile() -> None:
+    """It is seen as every other, and a module that has been taken out is none of the model's."""
     model = net()
     view = Traceable(model)
+    taken_out = view.head
     with view.trace(x()) as tracer:
         view.embed.output
         model.head = nn.Linear(4, 3)
         with pytest.raises(NotReachedError, match="not among those of the traced model"):
-            view.head.output
-        tracer.result
+            taken_out.output
+    with view.trace(x()) as tracer:
+        view.embed.output
+        model.head = nn.Linear(4, 3)
+        y = view.head.output
+        assert y is tracer.result
+    assert torch.equal(y, model(x()))
 
 
 @pytest.mark.parametrize("value", [(1, 2, 3), (1, {}), ((1,), 2), 3])

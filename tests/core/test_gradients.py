@@ -8,7 +8,7 @@ from helpers import Calls, hooks, net, no_leaks, x
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 
 
 def plain(model, path, edit=lambda out: out):

@@ -17,10 +17,10 @@ import pytest
 from helpers import Calls, busy_threads, net, no_leaks, settles, x
 from torch import nn
 
-from nnatomy.core import Trace, Traceable, gates
-from nnatomy.core.run import OWNER_SECONDS
-from nnatomy.core.threads import worker
-from nnatomy.core.threads.interrupts import Cancelled, Interruptible
+from nnatomy.core import gates, worker
+from nnatomy.core.coroutine import OWNER_SECONDS
+from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.tracing import Trace, Traceable
 
 
 def busy(self, _):
@@ -237,7 +237,7 @@ def test_nobody_is_interrupted_while_a_thread_is_being_born(monkeypatch) -> None
 AT_ANY_MOMENT = """
 import gc, signal
 from helpers import net, no_leaks, x
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 from nnatomy.errors import OutsideTraceError
 
 model = net()
@@ -293,7 +293,7 @@ def test_ctrl_c_in_a_script() -> None:
     """The real thing: SIGINT to a process, the traceback printed, the process gone."""
     code = (
         "import time, torch\n"
-        "from nnatomy.core import Traceable\n"
+        "from nnatomy.tracing import Traceable\n"
         "class Slow(torch.nn.Module):\n"
         "    def forward(self, x):\n"
         "        print('at work', flush=True)\n"

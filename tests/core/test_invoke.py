@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import Calls, hooks, net, no_gc, no_leaks, our_frames, settles
-from torch import nn
+from torch import Tensor, nn
 
-from nnatomy.core import Traceable
-from nnatomy.core.blocks import capture
-from nnatomy.core.threads import worker
+from nnatomy.blocks import capture
+from nnatomy.core import worker
 from nnatomy.errors import AssignmentError, CaptureError, InputError, OutOfOrderError, RowsError, UsageError
+from nnatomy.tracing import Traceable
 
 ONE = torch.tensor([[0.5, -1.0]])
 TWO = torch.tensor([[2.0, 0.25], [-0.5, 1.5]])
@@ -154,6 +154,18 @@ def test_blocks_that_come_to_one_thread_one_after_the_other() -> None:
         two = tracer.invoke(TWO, lambda: tracer.result)
     assert two.value.shape == (2, 3)
     assert torch.equal(two.value, view.module(torch.cat([ONE, TWO]))[1:])
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_barrier_in_the_traces_own_body_that_nobody_else_comes_to(others: int) -> None:
+    view = Traceable(net())
+    with (
+        pytest.raises(OutOfOrderError, match="a block stands at the barrier"),
+        view.trace() if others else view.trace(ONE) as tracer,
+    ):
+        for _ in range(others):
+            tracer.invoke(ONE, lambda: view.head.output)
+        tracer.barrier(2)()
 
 
 def test_functions_in_place_of_bodies() -> None:
@@ -304,7 +316,7 @@ def test_a_barrier_holds_until_all_have_come() -> None:
             order.append("second before")
             barrier()
     assert order == ["second before", "first after"]
-    with pytest.raises(OutOfOrderError, match="stands at a barrier"):
+    with pytest.raises(OutOfOrderError, match=rf"a block stands at the barrier at {re.escape(__file__)}:\d+"):
         with view.trace() as tracer:
             with tracer.invoke(ONE):
                 tracer.barrier(2)()
@@ -488,8 +500,8 @@ def test_steps_of_a_generation_in_two_blocks() -> None:
             x = step_model(x)
         return x
 
-    from nnatomy.core.blocks.joining import JoinTensors
-    from nnatomy.core.trace import Trace
+    from nnatomy.blocks.joining import JoinTensors
+    from nnatomy.tracing import Trace
 
     with torch.no_grad(), Trace(view, lambda: None, joining=JoinTensors(generate)) as tracer:
         with tracer.invoke(ONE):
@@ -739,14 +751,81 @@ def test_one_thread_at_a_time_parses_a_file(monkeypatch: pytest.MonkeyPatch) -> 
                 view.layers[1].output
 
     monkeypatch.setattr(capture.ast, "parse", slow)
-    monkeypatch.setattr(capture, "_parsed", {})
-    monkeypatch.setattr(capture, "_bodies", {})
+    capture.parsed.cache_clear()
+    monkeypatch.setattr(capture, "_bodies", weakref.WeakKeyDictionary())
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+def test_what_is_kept_of_a_body_goes_with_the_code_around_it() -> None:
+    """A notebook makes a code of each cell that is run."""
+    view = Traceable(net())
+    text = "with view.trace() as tracer:\n    with tracer.invoke(ONE):\n        value = view.head.output\n"
+    before = len(capture._bodies)
+    for cell in range(20):
+        name = f"<cell {cell}>"
+        linecache.cache[name] = len(text), None, text.splitlines(True), name
+        names = {"view": view, "ONE": ONE}
+        exec(compile(text, name, "exec"), names)
+        assert "value" in names
+        del linecache.cache[name]
+    gc.collect()
+    assert len(capture._bodies) <= before + 1
+    assert capture.parsed.cache_info().maxsize is not None
+
+
+def test_a_gradient_asked_for_late() -> None:
+    """When the block has gone on from the point that the tensor was read at."""
+    model = net()
+    view = Traceable(model)
+    hooked: list[Tensor] = []
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            kept = view.layers[0].output[0]
+            one = view.head.output
+            kept.retain_grad()
+        with tracer.invoke(TWO):
+            watched = view.layers[0].output[0]
+            two = view.head.output
+            watched.register_hook(hooked.append)
+    ((one**2).sum() + (two**2).sum()).backward()
+    expected = []
+    for given in (ONE, TWO):
+        seen: list[Tensor] = []
+        handle = model.layers[0].register_forward_hook(lambda _m, _a, out: seen.append(out[0]))  # noqa: B023
+        result = model(given)
+        handle.remove()
+        result = result if isinstance(result, Tensor) else result[0]
+        expected += torch.autograd.grad((result**2).sum(), seen)
+    assert kept.grad is not None
+    torch.testing.assert_close(kept.grad, expected[0])
+    torch.testing.assert_close(hooked[0], expected[1])
+
+
+def test_many_blocks_that_assign_keep_no_more_than_their_rows() -> None:
+    """No block keeps a tensor of the whole batch for each that has assigned before it."""
+    view = Traceable(net())
+
+    def doubles() -> Tensor:
+        read = view.layers[0].output[0]
+        view.layers[0].output = (read * 2, *view.layers[0].output[1:])
+        return read
+
+    def bytes_kept(count: int) -> int:
+        with view.trace() as tracer:
+            blocks = [tracer.invoke(ONE, doubles) for _ in range(count)]
+        return sum(
+            {
+                block.value.untyped_storage().data_ptr(): block.value.untyped_storage().nbytes()
+                for block in blocks
+            }.values()
+        )
+
+    assert bytes_kept(64) == 4 * bytes_kept(16)
 
 
 TOTAL: Any = "before"

@@ -7,9 +7,9 @@ import torch
 from helpers import Calls, Weak, busy_threads, forward_threads, net, no_gc, no_leaks, settles, x
 from torch import nn
 
-from nnatomy.core import Traceable
-from nnatomy.core.threads import worker
+from nnatomy.core import worker
 from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.tracing import Traceable
 
 
 class Boom(Exception):

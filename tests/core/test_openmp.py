@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 import torch
 from helpers import Calls, settles
 
-from nnatomy.core import Traceable
-from nnatomy.core.threads import openmp
+from nnatomy.core import openmp
+from nnatomy.tracing import Traceable
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no helpers here")
 
@@ -58,49 +57,8 @@ def test_a_trace_leaves_helpers_to_the_thread_that_computes() -> None:
         assert settles(lambda: threads() <= without + 1)
 
 
-def test_a_block_has_no_thread_that_has_run_a_model() -> None:
-    models, blocks = set(), set()
-
-    class Net(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            models.add(threading.current_thread())
-            return x + 1
-
-    view = Traceable(Net())
-
-    def block() -> torch.Tensor:
-        blocks.add(threading.current_thread())
-        return view.output
-
-    with view.trace(torch.ones(1, 2)) as tracer:
-        assert tracer.result.sum() == 4
-    for _ in range(3):
-        with view.trace() as tracer:
-            both = [tracer.invoke(torch.full((1, 2), value), block) for value in (1.0, 2.0)]
-        assert [one.value.sum() for one in both] == [4, 6]
-    assert len(blocks) > 1
-    assert models
-    assert not models & blocks
-
-
 def test_where_there_is_no_such_library_nothing_happens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    assert openmp._function("libgomp*.so*", "omp_pause_resource_all")(1) is None
-    assert openmp._function("libtorch_cpu.so", "mkl_serv_thread_free_buffers")() is None
-
-
-def test_memory_that_has_been_freed_is_given_back() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
-
-    openmp.release_memory()
-    before = resident()
-    kept = [torch.ones(1000) for _ in range(20_000)]  # 4 kB each: 80 MB of the heap
-    last = kept[-1]  # at the heap's top: malloc cannot give back what is below of itself
-    assert resident() > before + 60
-    del kept
-    openmp.release_memory()
-    assert resident() < before + 40
-    assert last[0] == 1
+    assert openmp._pause_function()(1) is None

@@ -9,8 +9,8 @@ import pytest
 from helpers import Calls, net, no_leaks, x
 from torch import nn
 
-from nnatomy.core import Traceable
 from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.tracing import Traceable
 
 
 def test_both_points_and_both_lines_are_named() -> None:

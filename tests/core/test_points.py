@@ -9,7 +9,7 @@ import torch
 from helpers import Calls, Layer, Net, hooks, net, no_leaks, outputs, x
 from torch import nn
 
-from nnatomy.core import Traceable
+from nnatomy.tracing import Traceable
 
 
 def test_every_output_is_what_a_hook_sees_and_the_result_is_the_models() -> None:

@@ -12,8 +12,8 @@ from helpers import Calls, hooks, no_leaks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnatomy.core import Traceable
 from nnatomy.errors import AssignmentError
+from nnatomy.tracing import Traceable
 
 
 def parts(reentrant: bool) -> Calls:

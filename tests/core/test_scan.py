@@ -10,8 +10,8 @@ from helpers import Calls, net, no_leaks, x
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nnatomy.core import Traceable
 from nnatomy.errors import InputError, OutOfOrderError
+from nnatomy.tracing import Traceable
 
 
 def test_shapes_and_dtypes() -> None:

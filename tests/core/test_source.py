@@ -9,8 +9,8 @@ import torch
 from helpers import Calls, no_leaks
 from torch import Tensor, nn
 
-from nnatomy.core import Traceable
 from nnatomy.errors import NotReachedError, OutOfOrderError, OutsideTraceError
+from nnatomy.tracing import Traceable
 
 
 class Attention(nn.Module):

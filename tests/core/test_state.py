@@ -15,8 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nnatomy.core import Traceable
 from nnatomy.errors import UsageError
+from nnatomy.tracing import Traceable
 
 VAR: contextvars.ContextVar[str] = contextvars.ContextVar("VAR", default="default")
 

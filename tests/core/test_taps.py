@@ -11,8 +11,9 @@ from helpers import Calls, no_leaks
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nnatomy.core import Collector, Slot, Tap, Traceable
+from nnatomy.core import Collector, Slot, Tap
 from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.tracing import Traceable
 
 
 def tap_of(function: Any) -> Tap:

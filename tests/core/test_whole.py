@@ -11,7 +11,6 @@ import torch
 from nets import Net, loop, nothing_left
 from torch import Tensor, nn
 
-from nnatomy.core import Traceable
 from nnatomy.errors import (
     CacheError,
     NoSuchModuleError,
@@ -20,6 +19,7 @@ from nnatomy.errors import (
     OutsideTraceError,
     UsageError,
 )
+from nnatomy.tracing import Traceable
 
 
 @pytest.fixture
@@ -292,7 +292,11 @@ def test_loops_that_end_otherwise(net: Traceable, module: Net) -> None:
             value = net.blocks[0].input
     assert torch.equal(value, X + 3)
     with net.trace_call(loop, module, X, 2) as tracer:
-        assert list(tracer.iter[5:]) == []
+        with pytest.warns(
+            UserWarning, match=r"iter\[5:\]: step 5 did not come.* after 2 steps \(0 to 1\)"
+        ) as warned:
+            assert list(tracer.iter[5:]) == []
+        assert warned[0].filename == __file__
         assert len(tracer.result) == 2
     with net.trace_call(loop, module, X, 3) as tracer:
         for _ in tracer.iter[1]:
@@ -374,10 +378,11 @@ def test_save_returns_the_tensor_and_lets_nnsights_be_called(net: Traceable, mon
         assert (value * 2).save().shape == (2, 2)
     assert not hasattr(object, "save")
     assert not hasattr(3, "save")
-    from nnatomy.core import compat
+
+    from nnatomy.tracing import save
 
     saved: list[Any] = []
-    monkeypatch.setattr(compat, "getattr", lambda *_: lambda t: saved.append(t) or t, raising=False)
+    monkeypatch.setattr(save, "getattr", lambda *_: lambda t: saved.append(t) or t, raising=False)
     assert value.save() is value
     assert len(saved) == 1
 

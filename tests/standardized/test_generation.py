@@ -256,6 +256,56 @@ def test_blocks_with_prompts_of_unequal_length(model_type: str) -> None:
         check(model, [step[row : row + 1] for step in logits], expected, n)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_blocks_of_unequal_length_see_no_padding_in_any_cache(model_type: str, cache: str | None) -> None:
+    """A static cache has places for later positions, and a window lets go of the first: the padding is where it is."""
+    hf = build(model_type, dtype=PADDED, **({"sliding_window": 4} if model_type != "llama" else {}))
+    model = StandardizedTransformer(hf)
+    prompts = [prompt_ids(1, length, seed=length) for length in (N, 4)]
+    layers = range(model.num_layers)
+    seen: dict[int, list[list[Tensor]]] = {0: [], 1: []}
+
+    def look(block: int) -> Callable[[], Tensor]:
+        def body() -> Tensor:
+            for step in tracer.iter[:]:
+                patterns = []
+                for layer in layers:
+                    values = model.values[layer]
+                    patterns.append(model.attention_probabilities[layer].clone())
+                    if (
+                        step == STEPS - 1
+                    ):  # each head takes what the first key's position says, and nothing else
+                        only = torch.zeros_like(patterns[-1])
+                        only[..., 0] = 1
+                        model.attention_probabilities[layer] = only
+                        first = values[:, :, :1].repeat_interleave(model.num_heads // values.shape[1], 1)
+                        close(model.heads_output[layer], first.transpose(1, 2))
+                seen[block].append(patterns)
+            return tracer.result
+
+        return body
+
+    def close(one: Tensor, other: Tensor) -> None:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+    with torch.no_grad():
+        with model.generate(**GENERATE, cache_implementation=cache) as tracer:
+            invokes = [tracer.invoke(prompt, look(block)) for block, prompt in enumerate(prompts)]
+        hf.set_attn_implementation("eager")
+        for block, prompt in enumerate(prompts):
+            n = prompt.shape[1]
+            sequence = invokes[block].value[:, -(n + STEPS) :]
+            assert torch.equal(sequence[:, :n], prompt)
+            for step, patterns in enumerate(seen[block][:-1]):
+                plain = hf(sequence[:, : n + step], use_cache=False, output_attentions=True).attentions
+                for pattern, expected in zip(patterns, plain, strict=True):
+                    expected, width = expected[:, :, -pattern.shape[2] :], pattern.shape[3]
+                    close(pattern[..., : n + step], expected[..., -width:])
+                    assert not pattern[..., n + step :].any()
+                    assert not expected[..., :-width].any()
+
+
 @every_type
 def test_blocks_of_unequal_length_without_the_cache(model_type: str) -> None:
     """Every step has all positions of a block's own prompt, and none of the padding."""
@@ -286,6 +336,24 @@ def test_blocks_of_unequal_length_without_the_cache(model_type: str) -> None:
                     torch.testing.assert_close(before, model.layers_input[1], rtol=0, atol=1e-3)
                     torch.testing.assert_close(pattern, model.attention_probabilities[1], rtol=0, atol=1e-3)
                     torch.testing.assert_close(after, model.layers_output[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_keys_and_values_that_are_kept_stay_as_they_were(model_type: str, cache: str | None) -> None:
+    """A static cache writes those of later steps into the same memory."""
+    model = StandardizedTransformer(build(model_type, dtype=PADDED))
+    kept: list[Tensor] = []
+    then: list[Tensor] = []
+    with torch.no_grad(), model.generate(prompt_ids(1, N), **GENERATE, cache_implementation=cache) as tracer:
+        for _ in tracer.iter[:]:
+            for layer in range(model.num_layers):
+                for names in (model.keys, model.values):
+                    kept.append(names[layer])
+                    then.append(kept[-1].clone())
+    assert len(kept) == 2 * model.num_layers * STEPS
+    for now, before in zip(kept, then, strict=True):
+        assert torch.equal(now, before)
 
 
 @every_type

@@ -123,7 +123,7 @@ def test_call_is_the_model_on_prompts() -> None:
 
 
 def test_a_module_that_is_no_hugging_face_model() -> None:
-    with pytest.raises(InputError, match=r"Linear is no Hugging Face model: .*nnatomy\.core\.Traceable"):
+    with pytest.raises(InputError, match=r"Linear is no Hugging Face model: .*nnatomy\.Traceable"):
         StandardizedTransformer(torch.nn.Linear(2, 2))
 
 

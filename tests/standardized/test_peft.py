@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.arch_configs.cache_name import cache_name
-from nnatomy.core import Traceable
 from nnatomy.errors import InputError, NotReachedError, ValidationError
 from nnatomy.methods import logit_lens
+from nnatomy.tracing import Traceable
 
 # peft 0.21 asks transformers 5.23 whether gradient checkpointing is on by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

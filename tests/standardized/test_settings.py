@@ -197,7 +197,6 @@ def test_ten_threads_on_one_model_each_with_edits_of_its_own(model_type: str) ->
         right(expected[other], k) for k in range(20) for other in range(k % 5, 20, 5) if other != k
     )
     assert not gates.runs
-    assert not gates._gated
     assert not model._blocks._by_thread
     for module in model.hf_model.modules():
         assert "_call_impl" not in module.__dict__

@@ -89,18 +89,18 @@ class Mutant:
     """Shows another tensor than is there, and takes what is written to it for what is there."""
 
     def __init__(
-        self, visit: Any, kind: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+        self, report: Any, kind: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
     ) -> None:
-        self._visit, self._kind, self._there, self._back = visit, kind, there, back
+        self._report, self._kind, self._there, self._back = report, kind, there, back
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._visit, name)
+        return getattr(self._report, name)
 
     def __call__(self, tensor: Tensor, kind: str, *rest: Any) -> Any:
         if kind != self._kind:
-            return self._visit(tensor, kind, *rest)
+            return self._report(tensor, kind, *rest)
         wrong = self._there(tensor.clone())
-        slot = self._visit(wrong, kind, *rest)
+        slot = self._report(wrong, kind, *rest)
         return SimpleNamespace(value=tensor if slot.value is wrong else self._back(slot.value))
 
 
@@ -113,8 +113,8 @@ def shows(
         mode: Any = shown.ShowMode if kind in SUMS else attention.AttentionMode
         init = mode.__init__
 
-        def wrong(self: Any, one: Any, other: Any, visit: Any) -> None:
-            init(self, one, other, Mutant(visit, kind, there, back))
+        def wrong(self: Any, one: Any, other: Any, report: Any) -> None:
+            init(self, one, other, Mutant(report, kind, there, back))
 
         patch.setattr(mode, "__init__", wrong)
         show = contributions._Layer._show

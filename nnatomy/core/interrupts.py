@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from threading import Lock, get_ident
 
-from nnatomy.core.threads.worker import starting
+from nnatomy.core.worker import starting
 
 
 class Cancelled(BaseException):

@@ -25,11 +25,12 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.calls import Calls, Inputs, first_argument, with_first_argument
+from nnatomy.blocks.capture import parsed
+from nnatomy.core.block import Block
 from nnatomy.core.frames import frames, is_ours
 from nnatomy.core.gates import is_call, is_gate, runs
-from nnatomy.core.points import Collector, Slot, Visit
-from nnatomy.errors import NotReachedError
+from nnatomy.core.points import Collector, Report, Slot, Tap
+from nnatomy.core.values import Calls, Values
 
 if TYPE_CHECKING:
     from nnatomy.core.views import ModuleView
@@ -61,7 +62,7 @@ class SourceCall(NamedTuple):
     shapes: tuple[torch.Size, ...]
 
 
-class Source:
+class Source(Values):
     """`module.source`: the calls inside the module's forward, by name; `module.source[name]` is one of them.
 
     Iterating (or printing) lists them. In a trace that lets the module run; outside of one, where the model knows
@@ -69,7 +70,7 @@ class Source:
 
     Example:
         >>> import torch
-        >>> from nnatomy.core import Traceable
+        >>> from nnatomy import Traceable
         >>> net = Traceable(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Softmax(-1)))
         >>> with net.trace(torch.ones(1, 4)) as tracer:
         ...     scores = net[1].source.softmax.input
@@ -82,6 +83,7 @@ class Source:
         self._view = view
         self._name = name
         self._time = time
+        self.path = f"{view.path}.source.{name}"
 
     def __getattr__(self, name: str) -> Source:
         if name.startswith("_"):
@@ -94,46 +96,14 @@ class Source:
     @property
     def calls(self) -> Calls[Source]:
         """The times that this call is made in one call of the module: `source.softmax.calls[1].output`."""
-        return Calls(f"{self._view.path}.source.{self._name}", partial(Source, self._view, self._name))
+        return Calls(self.path, partial(Source, self._view, self._name))
 
-    @property
-    def inputs(self) -> Inputs:
-        """The arguments of the call: (args, kwargs). Can be assigned. Errors as `ModuleView.output`."""
-        return self._reach("input").value
+    def _block(self) -> Block:
+        return self._view._block()
 
-    @inputs.setter
-    def inputs(self, value: Inputs) -> None:
-        self._reach("input").value = value
-
-    @property
-    def input(self) -> Any:
-        """The first argument of the call. Can be assigned."""
-        return first_argument(self.inputs)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        slot = self._reach("input")
-        slot.value = with_first_argument(slot.value, value)
-
-    @property
-    def output(self) -> Any:
-        """What the call returns. Can be assigned."""
-        return self._reach("output").value
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        self._reach("output").value = value
-
-    def _reach(self, what: str) -> Slot:
+    def _asked(self, kind: str, name: str) -> tuple[Module, str, str, int, Tap | None]:
         view = self._view
-        kind, name = _kind(self._name, self._time, what), f"{view.path}.source.{self._name}.{what}"
-        try:
-            return view._block().reach(view.module, kind, name, view._call, SourceMode)
-        except NotReachedError as error:
-            raise NotReachedError(
-                f"{error} print({view.path or 'model'}.source) lists its calls. (Of a call in a loop, ask before "
-                "anything else in the module: once it is at work nobody has counted the rounds.)"
-            ) from None
+        return view.module, _kind(self._name, self._time, kind), f"{self.path}.{name}", view._call, SourceMode
 
     def __iter__(self) -> Iterator[SourceCall]:
         return iter(self._list())
@@ -155,13 +125,8 @@ class Source:
         listing = _Listing(view.module, self._name)
         with view._blocks.looking_at(view.path) as block:
             block.reach(view.module, "input", f"{view.path}.source", view._call)
-            block.run.collectors.append(listing)
-            block.run.watch()
-            try:
+            with block.run.collecting(listing):
                 block.reach(view.module, "output", f"{view.path}.source", view._call)
-            finally:
-                block.run.collectors.remove(listing)
-                block.run.watch()
         return listing.calls
 
 
@@ -184,12 +149,20 @@ def _kind(name: str, time: int | str, what: str) -> str:
 
 
 class SourceMode(TorchFunctionMode):
-    """Shows every torch function that one call of a module calls to `visit`: its arguments, and what it returns."""
+    """Shows every torch function that one call of a module calls to `report`: its arguments, and what it returns."""
 
-    def __init__(self, module: Module, visit: Visit) -> None:
+    @staticmethod
+    def hint(name: str) -> str:
+        """What may help where there is no such call."""
+        return (
+            f" print({name.rpartition('.source.')[0] or 'model'}.source) lists its calls. (Of a call in a loop, ask before "
+            "anything else in the module: once it is at work nobody has counted the rounds.)"
+        )
+
+    def __init__(self, module: Module, report: Report) -> None:
         super().__init__()
         self._module = module
-        self._visit = visit
+        self._report = report
         self._times: dict[str, int] = {}
         self._forward = forward_code(module)
         gate = next((frame for frame in frames() if is_gate(frame) or not is_ours(frame)), None)
@@ -200,19 +173,24 @@ class SourceMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         run = runs.get(get_ident())
-        if func.__name__ == "__get__" or run is None or not run.stack or run.stack[-1][0] is not self._module:
+        if (
+            func.__name__ == "__get__"
+            or run is None
+            or not run.progress.stack
+            or run.progress.stack[-1][0] is not self._module
+        ):
             return func(*args, **kwargs)
         places = self._places()
         if not places:
             return func(*args, **kwargs)
         name, time = ".".join(place.name for place in places), self._count(places)
-        args, kwargs = self._visit((args, kwargs), _kind(name, time, "input")).value
-        result = self._visit(func(*args, **kwargs), _kind(name, time, "output")).value
+        args, kwargs = self._report((args, kwargs), _kind(name, time, "input")).value
+        result = self._report(func(*args, **kwargs), _kind(name, time, "output")).value
         shapes = tuple(leaf.shape for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         if shapes:
             last = places[-1]
             full = torch.overrides.resolve_name(func) or func.__name__
-            self._visit(SourceCall(name, full, last.file, last.line, last.text, shapes), _LISTED)
+            self._report(SourceCall(name, full, last.file, last.line, last.text, shapes), _LISTED)
         return result
 
     def _places(self) -> list[Place]:
@@ -222,7 +200,7 @@ class SourceMode(TorchFunctionMode):
             return []  # a hook's, a decorator's, or of a module that the model does not know
         inner = [*outer[1:], None]
         return [
-            _place(frame.f_code, frame.f_lasti)
+            _place(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
             for frame, called in zip(outer, inner, strict=True)
             if called is None or called.f_code.co_name not in _COMPREHENSIONS
         ]
@@ -267,20 +245,20 @@ class Place(NamedTuple):
 
 
 @lru_cache(maxsize=10_000)
-def _place(code: CodeType, instruction: int) -> Place:
+def _place(file: str, code: CodeType, instruction: int) -> Place:
     line, end_line, column, end_column = next(islice(code.co_positions(), instruction // 2, None))
-    calls = _calls(code.co_filename)
+    calls = _calls("".join(linecache.getlines(file)))
     found = calls.get((line, column, end_line, end_column)) or calls.get((end_line, end_column))
     name, in_loop = found or (f"line{line}", True)  # there is no source, or no call in it (`for x in tensor`)
-    text = linecache.getline(code.co_filename, line or 0).strip()
-    return Place(name, in_loop, code.co_filename, line or 0, text)
+    text = linecache.getline(file, line or 0).strip()
+    return Place(name, in_loop, file, line or 0, text)
 
 
 @lru_cache(maxsize=100)
-def _calls(file: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
-    """The calls and operators of a file, by where they begin and end, or a method's by where it ends."""
+def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
+    """The calls and operators in a source text, by where they begin and end, or a method's by where it ends."""
     try:
-        tree = ast.parse("".join(linecache.getlines(file)))
+        tree = parsed(source)
     except SyntaxError:
         return {}
     found: dict[tuple[int | None, ...], tuple[str, bool]] = {}
@@ -323,21 +301,10 @@ def _name(node: ast.AST) -> str | None:
     return None
 
 
+# fmt: off
 _OPERATORS: dict[type[ast.AST], str] = {
-    ast.Add: "add",
-    ast.Sub: "sub",
-    ast.Mult: "mul",
-    ast.MatMult: "matmul",
-    ast.Div: "truediv",
-    ast.FloorDiv: "floordiv",
-    ast.Mod: "mod",
-    ast.Pow: "pow",
-    ast.BitAnd: "and_",
-    ast.BitOr: "or_",
-    ast.BitXor: "xor",
-    ast.LShift: "lshift",
-    ast.RShift: "rshift",
-    ast.USub: "neg",
-    ast.UAdd: "pos",
-    ast.Invert: "invert",
+    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.MatMult: "matmul", ast.Div: "truediv", ast.FloorDiv: "floordiv",
+    ast.Mod: "mod", ast.Pow: "pow", ast.BitAnd: "and_", ast.BitOr: "or_", ast.BitXor: "xor", ast.LShift: "lshift",
+    ast.RShift: "rshift", ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert",
 }
+# fmt: on

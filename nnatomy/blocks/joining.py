@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.blocks.rows import Rows, is_opaque
+from nnatomy.blocks.row_slot import is_opaque
+from nnatomy.blocks.rows import Rows
 from nnatomy.errors import InputError
 
 

@@ -6,7 +6,7 @@ import copy
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from nnatomy.core.blocks.capture import Body, Names
+from nnatomy.blocks.capture import Body, Names
 from nnatomy.core.frames import frame_of_with
 
 View = TypeVar("View")
@@ -25,11 +25,11 @@ class EditBlock(Generic[View]):
     def __init__(self, view: View) -> None:
         self._view = view
         self._body: Body | None = None
+        self._names: dict[str, Any] = {}  # those of the frame that the body uses
 
     def __enter__(self) -> View:
         body = self._body = Body(frame_of_with())
-
-        names, global_names = body.uses(), body.frame.f_globals
+        names, global_names = self._names, body.frame.f_globals
 
         def edit() -> None:
             body.run(Names(lambda name: names[name] if name in names else global_names[name]))
@@ -43,5 +43,6 @@ class EditBlock(Generic[View]):
     ) -> bool:
         assert self._body is not None
         skipped = self._body.left(kind)
+        self._names.update(self._body.uses())
         self._body.forget()
         return skipped

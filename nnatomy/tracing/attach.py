@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.core.gates import unseen
 from nnatomy.core.points import Collector, Slot, Tap, described
-from nnatomy.core.recompute import is_recomputed
 from nnatomy.errors import AssignmentError, UsageError
 
 
@@ -53,9 +52,9 @@ class Attachment(Collector):
         self.module = module
         self.modules = {point.module, takes.module}
         self.kinds = {point.kind: point.tap, takes.kind: takes.tap}
-        self._point = point
-        self._takes = takes
-        self._how = how
+        self.point = point
+        self.takes_point = takes
+        self.how = how
         self._taken: tuple[int, Tensor] | None = None  # in which step, what
 
     def for_run(self) -> Attachment:
@@ -63,7 +62,7 @@ class Attachment(Collector):
         return copy.copy(self)
 
     def take(self, slot: Slot) -> None:
-        point, takes = self._point, self._takes
+        point, takes = self.point, self.takes_point
         if slot.module is takes.module and slot.kind == takes.kind:
             self._taken = slot.step, self._tensor(takes, slot)
         if slot.module is not point.module or slot.kind != point.kind:
@@ -73,30 +72,23 @@ class Attachment(Collector):
             raise UsageError(f"{self}: the forward pass comes to {point.name} before {takes.name}.")
         x, given = taken[1], self._tensor(point, slot)
         x = self._as_parameters(x)
-        if self._how == "error":
+        if self.how == "error":
             # With the same dropout as below.
             devices = [x.device] if x.is_cuda else []
             with unseen(), torch.no_grad(), fork_rng(devices, enabled=self.module.training):
                 error = x - self.module(x)
         result = self.module(x)
-        if self._how == "read":
+        if self.how == "read":
             return
         if not isinstance(result, Tensor) or result.shape != given.shape:
             raise AssignmentError(
                 f"{self}: {point.name} is {described(given)}; what the module returned is {described(result)}. For a "
                 "module whose output is not to go on through the model, attach it with how='read'."
             )
-        if torch.is_grad_enabled() and is_recomputed():
-            raise AssignmentError(
-                f"{self}: {point.name} is inside a part of the model that is under gradient checkpointing: `backward` "
-                "computes that part again, without the module. Switch checkpointing off "
-                "(model.activation_checkpointing_disable(); in older releases of Transformers "
-                "gradient_checkpointing_disable())."
-            )
-        if self._how == "error":
+        if self.how == "error":
             result = result + error
         result = result.to(given.device, given.dtype)
-        slot.value = point.put(slot.value, given + result if self._how == "add" else result)
+        slot.value = point.put(slot.value, given + result if self.how == "add" else result)
 
     def _as_parameters(self, x: Tensor) -> Tensor:
         """On the device of the module's parameters, and of their dtype, if it is none of theirs."""
@@ -106,7 +98,7 @@ class Attachment(Collector):
             return x.to(mine[0].device) if mine else x
         if len(dtypes) > 1:
             raise UsageError(
-                f"{self}: its parameters are of several dtypes ({', '.join(map(str, dtypes))}), and {self._takes.name} is "
+                f"{self}: its parameters are of several dtypes ({', '.join(map(str, dtypes))}), and {self.takes_point.name} is "
                 f"{x.dtype}: nobody can tell which it takes. Convert the module to one dtype, or the values in its forward."
             )
         return x.to(mine[0].device, mine[0].dtype)
@@ -118,7 +110,7 @@ class Attachment(Collector):
         return value
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {type(self.module).__name__} at {self._point.name}, how={self._how!r}>"
+        return f"<{self.name}: {type(self.module).__name__} at {self.point.name}, how={self.how!r}>"
 
 
 def first_tensor(value: Any) -> Any:

@@ -16,18 +16,20 @@ import linecache
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from functools import lru_cache
 from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from nnatomy.errors import CaptureError
 
-_parsed: dict[str, tuple[int, list[ast.With]]] = {}
 _parsing = Lock()  # CPython 3.11 counts the depth of all threads' trees in one number: SystemError
 _NOTHING = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}  # all there is in a body of `pass`
-#: Each with the names that it binds, whether it makes functions, and whether it does nothing. (Codes are equal whatever
-#: their files.)
-_bodies: dict[tuple[str, CodeType, int], tuple[CodeType, frozenset[str], bool, bool]] = {}
+#: Each, by its place in the code around it, with the names that it binds, whether it makes functions, and whether it does
+#: nothing. (Codes are equal whatever their files. One that is gone, as those of a notebook's cells are, is forgotten.)
+_bodies: WeakKeyDictionary[CodeType, dict[tuple[str, int], tuple[CodeType, frozenset[str], bool, bool]]]
+_bodies = WeakKeyDictionary()
 
 
 class SkipBodyError(BaseException):
@@ -40,7 +42,7 @@ class Body:
     Attributes:
         binds: the names that it binds.
         makes_functions: whether it has functions of its own, which look up names when it is over.
-        names: what the frame's names meant when it was captured.
+        names: what the frame's names mean when it has been skipped, among them the one after `as`.
 
     Raises:
         CaptureError: if the source cannot be had, or the body cannot be run anywhere else.
@@ -48,17 +50,16 @@ class Body:
 
     def __init__(self, frame: FrameType) -> None:
         self.frame = frame
-        key = frame.f_code.co_filename, frame.f_code, frame.f_lasti
-        if key not in _bodies:
+        known, key = _bodies.setdefault(frame.f_code, {}), (frame.f_code.co_filename, frame.f_lasti)
+        if key not in known:
             body = _compile(frame)
             instructions = list(dis.get_instructions(body))
             binds = frozenset(i.argval for i in instructions if i.opname in ("STORE_NAME", "STORE_GLOBAL"))
             operations = {i.opname for i in instructions}
-            _bodies[key] = body, binds, "MAKE_FUNCTION" in operations, operations <= _NOTHING
-        self._code, self.binds, self.makes_functions, self._is_empty = _bodies[key]
-        self.names = dict(frame.f_locals)
+            known[key] = body, binds, "MAKE_FUNCTION" in operations, operations <= _NOTHING
+        self._code, self.binds, self.makes_functions, self._is_empty = known[key]
         self._globals = _globals_of(frame.f_code, self.binds)
-        self.names |= {name: frame.f_globals[name] for name in self._globals & frame.f_globals.keys()}
+        self.names: dict[str, Any] = {}
         self._before: tuple[Any, Any, bool] | None = None
 
     def skip(self) -> None:
@@ -90,9 +91,12 @@ class Body:
 
     def left(self, error: type[BaseException] | None) -> bool:
         """The body has been left: debuggers and coverage go on. Returns whether it was by skipping it."""
+        frame = self.frame
+        self.names = dict(frame.f_locals)
+        self.names |= {name: frame.f_globals[name] for name in self._globals & frame.f_globals.keys()}
         if self._before is None:
             return False
-        trace, self.frame.f_trace, self.frame.f_trace_opcodes = self._before
+        trace, frame.f_trace, frame.f_trace_opcodes = self._before
         sys.settrace(trace)
         return error is SkipBodyError
 
@@ -151,14 +155,11 @@ def _compile(frame: FrameType) -> CodeType:
             f"Python prompt, or passed to `exec`), so it cannot be run together with the others. {instead}"
         )
     source = "".join(lines)
-    with _parsing:
-        if filename not in _parsed or _parsed[filename][0] != hash(source):
-            try:
-                nodes = ast.walk(ast.parse(source))
-                _parsed[filename] = hash(source), [node for node in nodes if isinstance(node, ast.With)]
-            except SyntaxError as error:
-                raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
-    statement = _find(_parsed[filename][1], list(code.co_positions())[frame.f_lasti // 2])
+    try:
+        statements = [node for node in ast.walk(parsed(source)) if isinstance(node, ast.With)]
+    except SyntaxError as error:
+        raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
+    statement = _find(statements, list(code.co_positions())[frame.f_lasti // 2])
     if statement is None:
         raise CaptureError(
             f"The `with tracer.invoke(...)` block at {where} is not what its source file says now. Load the "
@@ -177,6 +178,13 @@ def _compile(frame: FrameType) -> CodeType:
             f"The block of `with tracer.invoke(...)` at {where} runs later, apart from what stands around it: "
             f"{error.msg} (line {error.lineno})."
         ) from None
+
+
+@lru_cache(maxsize=8)
+def parsed(source: str) -> ast.Module:
+    """The tree of a source text. Raises SyntaxError."""
+    with _parsing:
+        return ast.parse(source)
 
 
 class _InFunction(ast.NodeTransformer):
@@ -213,10 +221,9 @@ class _InFunction(ast.NodeTransformer):
 
 def _find(statements: list[ast.With], position: tuple[int | None, ...]) -> ast.With | None:
     """The one at that position, which is its own or that of its expression."""
-    line, _, column, _ = position
+    line, _, column, _ = position  # columns are in bytes in both
     for node in statements:
         places: list[Any] = [node, *(item.context_expr for item in node.items)]
-        # Columns are in bytes in both.
         if any((place.lineno, place.col_offset) == (line, column) for place in places):
             return node
     return None

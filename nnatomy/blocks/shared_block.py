@@ -1,0 +1,189 @@
+"""A block that shares its forward pass with others: it sees its own rows, and waits for its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+from nnatomy.blocks.row_slot import RowSlot, is_opaque
+from nnatomy.blocks.rows import FIRST, Rows
+from nnatomy.core.block import Block
+from nnatomy.core.frames import hide_our_frames
+from nnatomy.core.points import Collector, Question, Slot
+from nnatomy.core.progress import Place
+from nnatomy.core.run import Run
+from nnatomy.errors import RowsError
+
+if TYPE_CHECKING:
+    from nnatomy.blocks.schedule import Schedule
+
+
+class Waiting(NamedTuple):
+    """What a block waits for.
+
+    Attributes:
+        until: whether it has come, or will not come.
+        others: what it wants of other blocks, to say so; "" if it waits for the forward pass.
+        question: for which point of it; None if for its end.
+    """
+
+    until: Callable[[], bool]
+    others: str = ""
+    question: Question | None = None
+
+
+class SharedBlock(Block):
+    """One of several blocks: the trace's own body (`Schedule`), or one of `invoke`.
+
+    Attributes:
+        schedule: who decides whose turn it is.
+        rows: its rows of the joined batch; None for all of them.
+        waits: what it waits for, while it does.
+        failure: what it is to raise when it goes on.
+    """
+
+    schedule: Schedule
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.rows: Rows | None = None
+        self.waits: Waiting | None = None
+        self.failure: BaseException | None = None
+        self._view: RowSlot | None = None
+
+    # Waiting.
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it waits for nothing, or for what has come or will not come."""
+        return self.waits is None or self.failure is not None or self.waits.until()
+
+    def wait(self, question: Question | None) -> None:
+        run = self.run
+        if question is None:
+            self.let_others_go_on(Waiting(lambda: run.ended))
+        else:
+            self.let_others_go_on(Waiting(lambda: run.place(question) is not Place.AHEAD, question=question))
+
+    def let_others_go_on(self, waits: Waiting) -> None:
+        """Until that is so."""
+        self.write_back()
+        self.waits = waits
+        try:
+            self._give_way()
+        except BaseException as error:  # noqa: BLE001
+            raise hide_our_frames(error)  # noqa: B904
+        finally:
+            self.waits = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def _give_way(self) -> None:
+        raise NotImplementedError
+
+    # Rows.
+
+    def view(self, slot: Slot) -> Slot:
+        if self._view is None or self._view.whole is not slot:
+            self.write_back()
+            if self.rows is None or self.schedule.has_edited(slot, self.rows):
+                self.schedule.merge_edits()
+            if self.rows is None:
+                return slot
+            self._view = self._rows_of(slot)
+        return self._view
+
+    def peek(self, slot: Slot) -> Slot:
+        return slot if self.rows is None else self._rows_of(slot)
+
+    def write_back(self) -> None:
+        """The block is through with the slot that it has held: what it has edited is to go to the whole batch."""
+        if self._view is not None:
+            view, self._view = self._view, None
+            self.schedule.note_edits(view)
+
+    def own(self, result: Any) -> Any:
+        if self.rows is None:
+            return result
+        rows = self.rows
+        first = next(
+            (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim), None
+        )
+        if first is not None:
+            rows = rows.times(first.shape[0])
+        if (
+            isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
+        ):  # generated tokens
+            rows = rows._replace(seq=result.shape[1])
+        return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows).value
+
+    def _rows_of(self, slot: Slot) -> RowSlot:
+        return RowSlot(slot, self._rows_at(slot), lambda value: self._replace_output(slot, value))
+
+    def _rows_at(self, slot: Slot) -> Rows:
+        assert self.rows is not None
+        batch, seq = self.schedule.given.shape or self.rows[2:4]
+        rows = self.rows.times(batch)
+        if not slot.step:
+            return rows._replace(axes=slot.axes)
+        all_anew = seq > 1  # there is no KV cache
+        if slot.kind in ("input", "output"):
+            return rows._replace(seq=seq, pad=rows.pad if all_anew else 0, axes=FIRST)
+        if slot.axes is not None:
+            axes = slot.axes if all_anew else slot.axes._replace(here=())
+            return rows._replace(seq=rows.seq + slot.step, axes=axes)
+        if rows.pad:
+            raise RowsError(
+                "In a later step of a generation nobody can tell which axes of a value inside a module hold "
+                "padded positions. Read it in a block without a prompt, or give prompts of one length."
+            )
+        return rows._replace(seq=seq)
+
+    def _replace_output(self, slot: Slot, value: Any) -> None:
+        # Before modules that are attached, after what has been skipped before (the same call, perhaps).
+        place = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
+        self.run.replace(_ReplaceOutput(self, slot, value), place)
+
+
+class _ReplaceOutput(Collector):
+    """Puts a value in the place of one block's rows of a module's output: what the block has skipped runs for the others."""
+
+    def __init__(self, block: SharedBlock, at: Slot, value: Any) -> None:
+        self.modules = {at.module}
+        self.kinds = {"output": None}
+        self._block, self._at, self._value = block, at, value
+
+    def take(self, slot: Slot) -> None:
+        if (slot.call, slot.step) == (self._at.call, self._at.step):
+            mine = self._block.peek(slot)
+            assert isinstance(mine, RowSlot)
+            now, structure = pytree.tree_flatten(mine.value, is_leaf=is_opaque)
+            new = pytree.tree_leaves(self._value, is_leaf=is_opaque)
+            # What a skipped layer gives beside its hidden states is nothing.
+            merged = [
+                there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
+            ]
+            mine.value = pytree.tree_unflatten(merged, structure)
+            mine.merge()
+
+    def __str__(self) -> str:
+        return f"skip of {type(self._at.module).__name__}"
+
+
+class BatchShape(Collector):
+    """How many rows and positions the root is given in the newest step (a generation may give more rows than prompts)."""
+
+    def __init__(self, root: Module) -> None:
+        self.modules = {root}
+        self.kinds = {"input": None}
+        self.shape: tuple[int, int] | None = None
+
+    def take(self, slot: Slot) -> None:
+        leaves = pytree.tree_leaves(slot.value, is_leaf=is_opaque)
+        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        self.shape = (shapes[0][0], shapes[0][1]) if shapes else None

@@ -1,0 +1,206 @@
+"""A coroutine on a thread: work that takes turns with the thread that resumes it, so that exactly one of the two runs.
+
+A forward pass is one (its owner is the user's block), and so is each of several blocks on one pass. `resume` and `cancel`
+are called by the owner, `suspend` by the work itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from enum import Enum, auto
+from threading import TIMEOUT_MAX, Lock, get_ident
+from types import TracebackType
+from typing import Any
+from weakref import ref
+
+from nnatomy.core.frames import hide_our_frames
+from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.core.thread_state import ThreadState
+from nnatomy.core.worker import Worker, wait_for
+from nnatomy.errors import OutsideTraceError
+
+#: How long an interrupted owner waits, when interrupted again, for work that catches everything.
+PATIENCE_SECONDS = 1.0
+
+#: How often suspended work looks whether its owner is still there.
+OWNER_SECONDS = 1.0
+
+
+class State(Enum):
+    """Whose turn it is, and whether there is any."""
+
+    NEW = auto()
+    RUNNING = auto()
+    SUSPENDED = auto()
+    ENDED = auto()
+
+
+class Coroutine:
+    """Work in a thread of its own, with the thread state of the trace.
+
+    Attributes:
+        state: see `State`.
+        cancelled: whether it has been told to end.
+        owner: what is gone when nobody will resume it any more: an interrupt may come where the owner cannot cancel.
+            None: that does not happen.
+        thread: the identifier of its thread, while it has one.
+        lost: whether this process is a fork of the one that it is at work in.
+    """
+
+    def __init__(self, work: Callable[[], None], state: ThreadState) -> None:
+        self.state = State.NEW
+        self.cancelled = self.lost = False
+        self._error: tuple[BaseException, TracebackType | None] | None = None
+        self.owner: ref[Any] | None = None
+        self.thread = 0
+        self._job: tuple[Callable[[], None], ThreadState] | None = (work, state)
+        self._begin = Lock()  # taken by the thread when it begins, or else by `cancel`
+        self._resumed, self._yielded = Lock(), Lock()
+        self._resumed.acquire()  # released to let the suspended work go on
+        self._yielded.acquire()  # released when it is suspended, or over
+        self._interruptible = Interruptible()
+
+    @property
+    def started(self) -> bool:
+        return self.state is not State.NEW
+
+    @property
+    def ended(self) -> bool:
+        return self.state is State.ENDED
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the work has raised, if it has, and not because it had been cancelled; with the traceback that it had."""
+        return None if self._error is None else self._error[0].with_traceback(self._error[1])
+
+    # Called by the owner.
+
+    def resume(self) -> None:
+        """Let the work begin or go on, until it is suspended or over."""
+        if self.state is State.ENDED:
+            return
+        if sys.is_finalizing():
+            raise OutsideTraceError(
+                "Python is shutting down, and runs no other thread any more: a model cannot be traced now. Trace it "
+                "before the script ends, not in a __del__ or a callback at its end."
+            )
+        try:
+            begins, self.state = self.state is State.NEW, State.RUNNING
+            if begins:
+                Worker.start(self._main)
+            else:
+                self._resumed.release()
+            while (
+                wait_for(self._yielded) and self.state is State.RUNNING
+            ):  # what it released before an interrupt
+                pass
+        except BaseException:  # Ctrl-C
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """End the work where it stands, and wait until it is gone."""
+        if self.ended:
+            return
+        again, self.cancelled = self.cancelled, True
+        if self._begin.acquire(blocking=False):  # it has not begun, and now will not
+            self._job, self.state = None, State.ENDED
+            return
+        if sys.is_finalizing():  # no other thread will ever run again
+            return
+        suspended = self.state is State.SUSPENDED
+        try:
+            while not self.ended:
+                if not suspended:
+                    self._interruptible.interrupt()
+                with suppress(RuntimeError):  # it has been released just now
+                    self._resumed.release()
+                # Work that swallows the exception (`except:`) is given it again.
+                came = wait_for(self._yielded, TIMEOUT_MAX if suspended else PATIENCE_SECONDS)
+                if again and not came:
+                    return
+        except BaseException:  # Ctrl-C, while a `finally` of the work's own is running
+            self._interruptible.interrupt()
+            raise
+
+    def forget(self) -> None:
+        """Drop the error, which holds frames."""
+        self._error = None
+
+    # Called by the work.
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What is done before and after the work, in its thread, and never interrupted."""
+        return nullcontext()
+
+    def suspend(self) -> None:
+        """Let the owner go on, until it resumes."""
+        if self.cancelled:
+            raise Cancelled
+        self.state = State.SUSPENDED
+        self._yielded.release()
+        while not wait_for(self._resumed, OWNER_SECONDS):
+            if self.owner is not None and self.owner() is None:
+                self.cancelled = True
+                break
+        self.state = State.RUNNING
+        if self.cancelled:
+            raise Cancelled
+
+    def _main(self) -> tuple[bool, Callable[[], None]]:
+        if not self._begin.acquire(blocking=False):
+            return True, lambda: None
+        assert self._job is not None
+        (work, state), self._job = self._job, None
+        interruptible = self._interruptible
+        self.thread = get_ident()
+        _at_work.add(self)
+        try:
+            with self.around():
+                try:
+                    interruptible.begin()
+                    try:
+                        if self.cancelled:
+                            raise Cancelled
+                        state.call(work)
+                    finally:
+                        interruptible.end()
+                finally:
+                    interruptible.end()  # a Cancelled may have come within the first
+        except BaseException as error:  # noqa: BLE001
+            # What is raised after cancelling comes of it: a `finally` that misses a value, say.
+            if not self.cancelled:
+                self._error = hide_our_frames(error), error.__traceback__
+        self.thread = 0
+        _at_work.discard(self)
+        return not interruptible.interrupted, self._end
+
+    def _end(self) -> None:
+        self.state = State.ENDED
+        with suppress(RuntimeError):
+            self._yielded.release()
+
+    def _lose(self) -> None:
+        self.lost = self.cancelled = True
+        self.state = State.ENDED
+        text = (
+            "This trace was open when the process was forked, and its forward pass goes on in the parent alone. "
+            "Open a new trace in the child."
+        )
+        self._error = OutsideTraceError(text), None
+
+
+_at_work: set[Coroutine] = set()
+
+
+def _in_child() -> None:
+    """A forked process has none of the threads."""
+    for coroutine in _at_work:
+        coroutine._lose()
+    _at_work.clear()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,79 @@
+"""Which block a line of the user's stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import get_ident
+from typing import Any
+from weakref import ref
+
+from nnatomy.core.block import Block
+from nnatomy.core.frames import frame_of_with, user_frames
+from nnatomy.errors import OutsideTraceError
+
+#: The blocks that have been opened in this context (a task of asyncio has that of the one that made it), newest first.
+_opened_here: ContextVar[tuple[ref[Block], ...]] = ContextVar("opened_here", default=())
+
+
+class OpenBlocks:
+    """The blocks that are open on one model, by thread."""
+
+    def __init__(self) -> None:
+        self._by_thread: dict[int, list[ref[Block]]] = {}
+        #: A trace of the model on some input, for questions about the model that need a run.
+        self.example: Callable[[OpenBlocks], Any] | None = None
+
+    def add(self, block: Block) -> None:
+        """Open a block whose `with` is being entered in this thread."""
+        block.frame, block.thread = frame_of_with(), get_ident()
+        self._by_thread.setdefault(block.thread, []).append(ref(block))
+        before = (other for other in _opened_here.get() if (outer := other()) and outer.frame is not None)
+        _opened_here.set((ref(block), *before))
+
+    def remove(self, block: Block) -> None:
+        block.frame = None
+        blocks = self._by_thread.get(block.thread, [])
+        blocks[:] = [other for other in blocks if other() not in (block, None)]
+        if not blocks:
+            self._by_thread.pop(block.thread, None)
+
+    @property
+    def is_open_here(self) -> bool:
+        """Whether this thread has opened one."""
+        return get_ident() in self._by_thread
+
+    def current(self, name: str) -> Block:
+        """The block that the user's line stands in.
+
+        In one thread several can be open: one in the other (the inner one is meant), in suspended generators (then
+        the one is meant whose frame the line runs in), or in several tasks of asyncio, or those that made them.
+        """
+        refs = self._by_thread.get(get_ident(), ())
+        if len(refs) == 1 and (block := refs[0]()) is not None:
+            return block
+        blocks = [block for other in refs if (block := other()) is not None]
+        if not blocks:
+            raise OutsideTraceError(
+                f"{name or 'the model'}: values exist only while the model runs. Ask for them inside "
+                "`with model.trace(...):`, in the thread that opened it."
+            )
+        if len(blocks) > 1:
+            for frame in user_frames():
+                for block in reversed(blocks):
+                    if block.frame is frame:
+                        return block
+            for opened in _opened_here.get():
+                if (block := opened()) in blocks:
+                    return block
+        return blocks[-1]
+
+    @contextmanager
+    def looking_at(self, name: str) -> Iterator[Block]:
+        """The block that the user's line stands in; outside of one, that of a trace of the example."""
+        if self.example is None or self.is_open_here:
+            yield self.current(name)
+        else:
+            with self.example(self) as tracer:
+                yield tracer.block

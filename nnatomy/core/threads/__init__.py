@@ -1,1 +1,0 @@
-"""The threads of a trace: workers that run models and blocks, OpenMP's helpers, how one is ended."""
