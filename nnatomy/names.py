@@ -11,8 +11,10 @@ cache all so far), `head_dim`, `value_dim`, `neuron`, `expert`, `choice` (of an 
 
 A name of a layer means **the one call** of its module in a forward pass (in a generation: in each step). Where a module is
 called several times in a pass (in loops), or is the module of several layers (shared weights), no call is the layer's, and the
-name is refused: each call is read under the model's own name, `model.path.to.module.calls[k].output`. (What validation has not
-seen, because `validate=False` looks at no pass, or because other inputs call a module more often, is the first call.)
+name is refused: each call is read under the model's own name, `model.path.to.module.calls[k].output`. Validation looks at a
+short prompt; a module that works in pieces with a longer one (some positions, prompts or keys a call) is refused in that pass,
+and so is one that is called again on all of them, as soon as the pass has come to that call. (Of a pass that is stopped before
+that, nobody can tell.)
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 from typing import Any
 
@@ -16,10 +16,13 @@ from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.progress import Place
+from nnatomy.core.run import Run
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.standardized.pieces import Extent, piece_error
+from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.tracing.attach import Point
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
@@ -38,7 +41,7 @@ class LayerAccessor(NotPickled):
 
     Raises:
         LayerIndexError: for a layer that the model does not have.
-        NotInThisModelError: for a layer that has no such thing; the text says what it has.
+        NotInThisModelError: for a layer that has no such thing, or computes it in pieces; the text says what it has.
         AssignmentError: for a tensor that does not fit.
         OutsideTraceError, OutOfOrderError, NotReachedError: see `ModuleView.output`.
     """
@@ -52,6 +55,7 @@ class LayerAccessor(NotPickled):
         tap: Tap | None = None,
         absent: Sequence[str] = (),
         none: str = "the model has no layers",
+        layers: Iterable[Module] = (),
     ) -> None:
         self.row = row
         self.name = row.name
@@ -66,6 +70,8 @@ class LayerAccessor(NotPickled):
         self._absent = tuple(absent) or ("",) * len(self.modules)
         self._unreached = UNREACHED.get(row.place, "")
         self._none = none
+        self._extent = Extent.of(row)
+        self._layers = frozenset(layers)
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -125,6 +131,7 @@ class LayerAccessor(NotPickled):
         """The same points under another name, in the traces of a model of which this one's is a part."""
         part = copy.copy(self)
         part.name, part._blocks = name, blocks
+        part._extent = part._extent._replace(of_encoder=True)
         return part
 
     def refuse(self, layer: int, why: str) -> None:
@@ -159,6 +166,7 @@ class LayerAccessor(NotPickled):
         block = block or self._blocks.current(self.name)
         try:
             slot = block.reach(module, self.kind, f"{self.name}[{layer}]", tap=self.tap)
+            self._check_whole(whole(slot), layer, block.run)
             if isinstance(slot, RowSlot) and is_closed(slot.value):
                 raise RowsError(
                     f"{self.name}[{layer}] is in a {type(slot.value).__name__}, of which nobody can tell which rows are this "
@@ -172,6 +180,16 @@ class LayerAccessor(NotPickled):
         except Exception as error:
             hide_our_frames(error)  # two of ours are enough
             raise
+
+    def _check_whole(self, slot: Slot, layer: int, run: Run) -> None:
+        """Raise NotInThisModelError if what is there is a piece of what the name means; note that the module is called once."""
+        prompts = next((one for one in run.collectors if isinstance(one, RootInputs)), None)
+        if prompts is not None:
+            prompts.once[slot.module] = self.name, layer
+        value = self.get(slot.value)
+        missing = self._extent.missing(value, slot.module, run, prompts, self._layers)
+        if missing is not None:
+            raise piece_error(f"{self.name}[{layer}]", *missing)
 
     def _read_many(self, layers: range) -> list[Tensor]:
         block = self._blocks.current(self.name)
@@ -230,10 +248,12 @@ class _Collected(Collector):
     def take(self, slot: Slot) -> None:
         if slot.step != self._step or slot.call != 0 or slot.module in self.values:
             return
-        value = self._accessor.get(self._block.peek(slot).value)
+        accessor = self._accessor
+        accessor._check_whole(slot, accessor.modules.index(slot.module), self._block.run)
+        value = accessor.get(self._block.peek(slot).value)
         if self._keep is not None:
             value = self._keep(value)
-        elif self._accessor._may_change(slot.module):
+        elif accessor._may_change(slot.module):
             value = value.clone()
         self.values[slot.module] = value
 

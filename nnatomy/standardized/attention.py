@@ -86,12 +86,18 @@ class AttentionMode(TorchFunctionMode):
 
     Args:
         heads: how many query heads there are; None if that varies.
+
+    Attributes:
+        module: the attention.
+        keys: how many keys there were in the newest sum of values.
     """
+
+    keys = 0
 
     def __init__(self, heads: int | None, module: Module, report: Report) -> None:
         super().__init__()
         self._heads = heads
-        self._module = module
+        self.module = module
         self._report = report
         self._arranged: dict[int, _Arranged] = {}
         self._begin()
@@ -153,14 +159,14 @@ class AttentionMode(TorchFunctionMode):
         ):
             return False
         # Not in a module within that chooses keys, say: its positions may be as many as there are heads.
-        known = _scored_in.get(self._module)
+        known = _scored_in.get(self.module)
         if known is None and self._heads is None:
-            known = ref(self._module)
+            known = ref(self.module)
         return known is None or known() is _innermost_module()
 
     def _note_where(self) -> None:
-        if self._module not in _scored_in and (inside := _innermost_module()) is not None:
-            _scored_in[self._module] = ref(inside)
+        if self.module not in _scored_in and (inside := _innermost_module()) is not None:
+            _scored_in[self.module] = ref(inside)
 
     def _score(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor
@@ -208,6 +214,7 @@ class AttentionMode(TorchFunctionMode):
         result: Tensor = func(*args, **kwargs)
         if not known:
             return result
+        self.keys = pattern.shape[-1]
         return self._show("heads_output", self._show_weighted(put[id(pattern)], put[id(value)], result))
 
     def _late_values(self, value: Tensor) -> Tensor:
@@ -258,6 +265,7 @@ class AttentionMode(TorchFunctionMode):
             with _aside_of(value):
                 pattern = F.dropout(pattern, dropout_p)
                 result = (_wide(pattern) @ _wide(value).repeat_interleave(groups, -3)).to(pattern.dtype)
+        self.keys = key.shape[-2]
         if pattern is not None:
             result = self._show_weighted(pattern, value, result)
         return self._show("heads_output", result)

@@ -17,6 +17,7 @@ from nnatomy.standardized.left_out import leaves_something, run_aside
 from nnatomy.standardized.names import Names
 from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, numbers, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs
+from nnatomy.standardized.recorded import recorded_by, refuse_skip
 
 
 class Edits(Names):
@@ -66,14 +67,9 @@ class Edits(Names):
         roots = [
             one.slot.value[1] for one in collectors if isinstance(one, RootInputs) and one.slot is not None
         ]
-        configs = self.config, self.steps_of.config
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if any(root.get(name, any(getattr(one, name, False) for one in configs)) for root in roots):
-                raise InputError(
-                    f"skip_layers of layer {layer}: with {name}=True the model returns a list with something of each layer that "
-                    "has run. It would be one short, and all later ones would be taken for those of the layer before. Leave "
-                    f"{name} out, and read what you need by its name."
-                )
+        by = [recorded_by(root, self.config, self.steps_of.config) for root in roots]
+        if by and by[0]:
+            raise refuse_skip(f"skip_layers of layer {layer}", by[0])
 
     def _checked(self, layer: int) -> int:
         self.layers_input.module(layer)

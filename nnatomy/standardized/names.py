@@ -64,7 +64,8 @@ class Names(Annotations, Parts):
         modules, absent = self._without_shared(modules, absent)
         none = NO_CROSS if row.part == "cross_attentions" else "the model has no layers"
         tap = self._attention if row.place == "attention" else None
-        return LayerAccessor(row, modules, self._blocks, tap=tap, absent=absent, none=none)
+        layers = self._anatomy.layers
+        return LayerAccessor(row, modules, self._blocks, tap=tap, absent=absent, none=none, layers=layers)
 
     def _without_shared(self, modules: Sequence[Module | None], absent: Sequence[str]) -> Places:
         """Without the modules of several layers: no call of such a one is that of the layer."""

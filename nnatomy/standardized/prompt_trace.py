@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,15 +12,18 @@ from torch.nn import Module
 from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
-from nnatomy.arch_configs import cached_positions
+from nnatomy.arch_configs import cached_positions, given_cache, has_decoder
 from nnatomy.blocks.invoke import Invoke
 from nnatomy.blocks.row_slot import UnknownRows
+from nnatomy.blocks.schedule import Schedule
 from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames
-from nnatomy.errors import InputError
+from nnatomy.core.run import Run
+from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.standardized.inputs import OPTIONS
 from nnatomy.standardized.kept_state import states_in
 from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.recorded import Recorded
 from nnatomy.tracing import Trace
 
 
@@ -55,25 +58,38 @@ class RootInputs(Collector):
 
     Args:
         needed: the names of those that the first step has to have.
+        look: is shown them.
 
     Attributes:
         given: what the prompts were before a wrapper or `generate` had them.
         length, decoder_length: how many positions the first step had; those of the decoder.
+        once: the modules of which standard names have been asked for in this step, each with the name and layer.
     """
 
-    def __init__(self, root: Module, given: Given, needed: Iterable[str] = ()) -> None:
-        self.modules = {root}
-        self.kinds = {"input": None}
+    def __init__(
+        self, run: Run, given: Given, needed: Iterable[str], look: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self.modules = {run.root}
+        self.kinds = {"input": None, "output": None}
+        self.once: dict[Module, tuple[str, int]] = {}
         self.given = given
         self.slot: Slot | None = None
         self.length = 0
         self.decoder_length = 0
-        self._root = root
+        self._root = root = run.root
+        self._progress = run.progress
+        self._decodes = has_decoder(root)
         self._needed = tuple(needed)
+        self._look = look
 
     def take(self, slot: Slot) -> None:
+        if slot.kind == "output":
+            self.check_calls()
+            self.once.clear()
+            return
         self._check_soft_prompt(slot.value[1])
         self.slot = slot
+        self._look(slot.value[1])
         self.length = self.length or positions_in(slot.value[1])
         self.decoder_length = self.decoder_length or positions_in(slot.value[1], decoder=True)
         lost = [name for name in self._needed if slot.value[1].get(name) is None]
@@ -96,6 +112,42 @@ class RootInputs(Collector):
                 "generated, and not before the prompt alone: it does not find the KV cache. Generate without one: "
                 "use_cache=False."
             )
+
+    def check_calls(self) -> None:
+        """Raise NotInThisModelError if a module has been called again since a name has taken its first call for the one of the step.
+
+        Of a pass that is stopped before, nobody knows.
+        """
+        for module, (name, layer) in self.once.items():
+            if (calls := self._progress.calls.get(module, 0)) > 1:
+                raise NotInThisModelError(
+                    f"{name}[{layer}]: in this pass its module, a {type(module).__name__}, is called {calls} times, and none of "
+                    "these calls is the layer's: read each by the module's own name, model.path.to.module.calls[k].output."
+                )
+
+    def new_positions(self, step: int, of_encoder: bool) -> int:
+        """How many positions it was given in that step, or its encoder was; 0 if that does not show.
+
+        With a cache that holds some already, a few models are given all of them, and take the newest themselves.
+        """
+        if self.slot is None or self.slot.step != step:
+            return 0
+        arguments, of_decoder = self.slot.value[1], self._decodes and not of_encoder
+        tokens = tokens_of(arguments, of_decoder)
+        if tokens is None or tokens.ndim != 2 + tokens.is_floating_point():
+            return 0
+        if step or of_encoder:
+            return 0 if step and given_cache(arguments) is not None else tokens.shape[1]
+        first = self.decoder_length if of_decoder else self.length
+        return tokens.shape[1] if tokens.shape[1] == first else 0
+
+
+class _PromptSchedule(Schedule):
+    def complete(self) -> None:
+        super().complete()
+        for one in self.run.collectors:
+            if isinstance(one, RootInputs):
+                one.check_calls()
 
 
 class PromptTrace(Trace):
@@ -139,8 +191,14 @@ class PromptTrace(Trace):
     def __enter__(self) -> Trace:
         super().__enter__()
         needed = self._keywords.handed_on(self.names) if self._generating else ()
-        self.block.run.collect(RootInputs(self.block.run.root, self._given, needed))
+        run = self.block.run
+        recorded = Recorded(run, self._root)
+        recorded.look(dict.fromkeys(self.names, True))  # an encoder comes before the first step
+        run.collect(RootInputs(run, self._given, needed, recorded.look))
         return self
+
+    def _block_of(self, run: Run) -> Schedule:
+        return _PromptSchedule(run, self._root._blocks, self._joining)
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
         self._keywords.check(set(kwargs).difference(OPTIONS), OPTIONS, self._generating)

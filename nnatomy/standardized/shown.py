@@ -52,8 +52,7 @@ class Sums:
         self._blocks = blocks
 
     def __call__(self, module: Module, report: Report) -> TorchFunctionMode:
-        assert self.layers is not None
-        return ShowMode(module, self.layers.get(module, LayerSums()), report)
+        return ShowMode(module, (self.layers or {}).get(module, LayerSums()), report)
 
     def finder(self) -> Finder:
         """What finds it in a forward pass."""
@@ -96,7 +95,7 @@ class SumAccessor(LayerAccessor):
     """One of the names that speak of the inside of a layer."""
 
     def __init__(self, name: str, layers: tuple[Module, ...], blocks: OpenBlocks, sums: Sums) -> None:
-        super().__init__(ROWS[name], layers, blocks, tap=sums, none=NO_CROSS)
+        super().__init__(ROWS[name], layers, blocks, tap=sums, none=NO_CROSS, layers=layers)
         self.changed_later = None  # until validation has seen it
         self._sums = sums
 
@@ -155,6 +154,8 @@ class ShowMode(TorchFunctionMode):
             return self._visited(name, tensor)
         # OPT's MLP, and routers, have all positions in one axis. The model goes on with what is shown, for its gradient.
         stream = input_of((gate.f_locals["args"], gate.f_locals["kwargs"]))
+        if tensor.shape[0] != stream.shape[0] * stream.shape[1]:  # of a piece of the positions
+            return self._visited(name, tensor)
         new = self._visited(name, tensor.reshape(*stream.shape[:2], tensor.shape[-1]))
         return new.reshape(tensor.shape)
 

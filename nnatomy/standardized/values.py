@@ -11,8 +11,9 @@ from torch import Tensor
 from nnatomy.arch_configs import logits_of, with_logits
 from nnatomy.core import Slot
 from nnatomy.errors import NO_LOGITS, InputError, NotReachedError
-from nnatomy.standardized.accessors import check_fits
+from nnatomy.standardized.accessors import check_fits, whole
 from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.pieces import piece_error
 from nnatomy.standardized.positions import is_fake, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 
@@ -64,17 +65,23 @@ class Values(Parts):
     @property
     def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
         """What the token embedding gives, before positions; can be assigned."""
-        self._check_refused("token_embeddings")
-        return self.embed_tokens.output
+        return self._slot_of_embeddings().value
 
     @token_embeddings.setter
     def token_embeddings(self, value: Tensor) -> None:
-        self._check_refused("token_embeddings")
-        slot = self._blocks.current("token_embeddings").reach(
-            self._anatomy.embed_tokens, "output", "token_embeddings"
-        )
+        slot = self._slot_of_embeddings()
         check_fits("token_embeddings", slot.value, value)
         slot.value = value
+
+    def _slot_of_embeddings(self) -> Slot:
+        self._check_refused("token_embeddings")
+        block = self._blocks.current("token_embeddings")
+        slot = block.reach(self._anatomy.embed_tokens, "output", "token_embeddings")
+        recorded = next((c for c in block.run.collectors if isinstance(c, RootInputs)), None)
+        given = 0 if recorded is None else recorded.new_positions(slot.step, of_encoder=False)
+        if (found := whole(slot).value.shape[1]) < given:
+            raise piece_error("token_embeddings", f"{found} positions", f"{given}")
+        return slot
 
     @property
     def logits(self) -> Float[Tensor, "batch seq vocab"]:
