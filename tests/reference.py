@@ -52,6 +52,23 @@ def hooked(
     return seen
 
 
+def reads_what_hooks_see(
+    model: Any, ids: Tensor, points: dict[Any, tuple[nn.Module, str]]
+) -> tuple[dict[Any, Tensor], Tensor]:
+    """Assert that a view reads at points named ("layers_output", 3) what hooks see, and the logits; both, of the plain model."""
+    hf = model.hf_model
+    with torch.no_grad():
+        plain = hf(ids).logits
+        expected = hooked(hf, lambda: hf(ids), points)
+        with model.trace(ids):
+            seen = {(name, i): getattr(model, name)[i] for name, i in expected}
+            logits = model.logits
+    assert torch.equal(logits, plain)
+    assert seen.keys() == points.keys()
+    assert all(torch.equal(seen[point], value) for point, value in expected.items())
+    return expected, plain
+
+
 def edited(call: Callable[[], Any], module: nn.Module, kind: str, edit: Edit) -> Any:
     """Run `call` with the hidden states at one point replaced by `edit` of them."""
 

@@ -31,7 +31,7 @@ def test_types_where_there_is_no_shape() -> None:
 
 
 def test_what_is_returned_where_there_is_no_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = Prompts(None, "", 0, 5, takes_positions=False)
+    prompts = Prompts(None, "", 0, None, 5, takes_positions=False)
     assert prompts.token_lists([1, 2]) == [[1, 2]]
     not_a_list: Any = lambda *_: (1, 2)  # noqa: E731
     monkeypatch.setattr(Prompts, "_one", not_a_list)

@@ -25,5 +25,7 @@ from nnatomy.arch_configs.resolve import causal_lm as causal_lm
 from nnatomy.arch_configs.resolve import dimensions as dimensions
 from nnatomy.arch_configs.resolve import resolve as resolve
 from nnatomy.arch_configs.resolve import rows_of as rows_of
+from nnatomy.arch_configs.sharded import Shards as Shards
+from nnatomy.arch_configs.sharded import plain_tensors as plain_tensors
 from nnatomy.arch_configs.windows import masks_windows as masks_windows
 from nnatomy.arch_configs.windows import visible_keys as visible_keys

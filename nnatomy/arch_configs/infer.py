@@ -13,10 +13,7 @@ What cannot be found is left out with the reason. Whether what was found is righ
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,16 +27,22 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.arch_configs.example import (
     example_ids,
-    example_inputs,
     has_decoder,
-    input_device,
     main_input,
     num_tokens,
-    takes,
 )
-from nnatomy.arch_configs.outputs import logits_of, tensors_in
+from nnatomy.arch_configs.outputs import logits_of
+from nnatomy.arch_configs.short_pass import (
+    BATCH,
+    SEQ,
+    CannotInfer,
+    has_matrix,
+    hidden_in,
+    hooks,
+    print_of,
+    run,
+)
 
-BATCH, SEQ = 2, 5
 _SOFTMAX = frozenset(
     (F.softmax, torch.softmax, Tensor.softmax, torch._softmax, F.scaled_dot_product_attention)
 )
@@ -61,14 +64,6 @@ NOT_RUN = "not run"
 SEVERAL_TIMES = "it is gone through several times in a forward pass: layers[i].calls[n] is each time"
 
 
-#: By module, in the order of their first call: the prints of what it was given and gave, each time.
-Calls = dict[Module, list[tuple[Any, Any]]]
-
-
-class CannotInfer(Exception):  # noqa: N818
-    """The structure does not show; the text says what is missing."""
-
-
 @dataclass
 class LayerParts:
     """What one layer consists of.
@@ -85,115 +80,6 @@ class LayerParts:
     mlp: Module | None = None
     absent: dict[str, str] = field(default_factory=dict)
     heads: int = 0
-
-
-def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list[Module], Module | None, int]:
-    """The layers, if they are not given, the final norm if there is one, and the width of what the last layer gives.
-
-    Raises:
-        CannotInfer: if no list of modules hands hidden states on.
-    """
-    seen = _seen(model)
-    best = layers or []
-    found: list[list[Module]] = []
-    others: list[str] = []
-    lists = [] if best else [one for module in model.modules() for one in _lists(module, list(seen))]
-    for every in lists:
-        layers = [child for child in every if child in seen]
-        every = every[: every.index(layers[-1]) + 1] if layers else []  # one between may be left out (Mllama)
-        hands_on = all(seen[a][-1][1] == seen[b][0][0] for a, b in itertools.pairwise(layers))
-        if len(layers) > 1 and hands_on and (given := seen[layers[0]][0][0]):
-            if has_decoder(model) and not _is_of_prompts(given):
-                others.append(str(given[0]))
-            else:
-                found.append(every)
-
-    def reads(layers: list[Module]) -> Any:
-        return seen[next(layer for layer in layers if layer in seen)][0][0]
-
-    for i, first in enumerate(found):  # of several lists, of which each goes on where another ends
-        while more := [
-            one for one in found if one[0] not in first and _goes_on(one, seen[first[-1]][-1][1], seen)
-        ]:
-            found[i] = first = [*first, *more[0]]
-    best = best or max(
-        found, key=lambda one: (_is_of_prompts(reads(one)), sum(map(_size, one)), -len(one)), default=best
-    )
-    around = [
-        one for one in lists if any(best and best[0] in layer.modules() for layer in one if layer not in best)
-    ]
-    if not best or any(len(seen.keys() & {*one}) > 1 for one in around):
-        paths = {module: path for path, module in model.named_modules()}
-        rest = f": there are lists that hand on {', '.join(others)}, where (batch, seq, hidden) is ({BATCH}, {SEQ}, hidden)"
-        rest = (
-            rest
-            if others
-            else _broken(max(around or lists, key=lambda one: sum(map(_size, one)), default=[]), seen, paths)
-        )
-        raise CannotInfer(f"no list of modules hands hidden states from one to the next{rest}")
-    last = seen[[layer for layer in best if layer in seen][-1]][-1][1]
-    inside = {module for layer in best for module in layer.modules()}
-    norms = [
-        module
-        for module, calls in seen.items()
-        if module not in inside and len(calls) == 1 and calls[0][0] == last and not _has_matrix(module)
-    ]
-    norm = next((norm for norm in norms if any(True for _ in norm.parameters())), None)
-    return best, norm, last[0][-1] if last else 0
-
-
-def _seen(model: Module) -> Calls:
-    """The calls of each module in a forward pass."""
-    seen: Calls = {}
-    given: dict[Module, list[Any]] = {}
-
-    def before(module: Module, args: Any, kwargs: Any) -> None:  # it may write into what it is given
-        given.setdefault(module, []).append(_print_of(_hidden((args, kwargs))))
-
-    def after(module: Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        seen.setdefault(module, []).append((given[module].pop(), _print_of(_hidden(output))))
-
-    with _hooks(model.modules(), before, after):
-        _run(model)
-    return seen
-
-
-def _broken(layers: list[Module], seen: Calls, paths: dict[Module, str]) -> str:
-    """Where a list of modules does not hand on."""
-    called = [layer for layer in dict.fromkeys(layers) if layer in seen]
-    for layer in called:
-        if len(seen[layer]) > 1:
-            return f": {paths[layer]} is called {len(seen[layer])} times in a forward pass"
-    for one, other in itertools.pairwise(called):
-        if seen[one][-1][1] != seen[other][0][0]:
-            return (
-                f": what {paths[one]} gives is not what {paths[other]} is given (something is added, scaled or skipped between "
-                "them, or the stream is not the first tensor of several that they take)"
-            )
-    return ""
-
-
-def _lists(module: Module, called: list[Module]) -> Iterator[list[Module]]:
-    """The lists of modules among the children of one: named by numbers, by a name and numbers, or in a dict.
-
-    In the order in which they are called, where all are.
-    """
-    lists: dict[str, list[Module]] = {}
-    for name, child in module._modules.items():
-        stem = "" if isinstance(module, torch.nn.ModuleDict) else name.rstrip("0123456789")
-        if child is not None and (stem != name):
-            lists.setdefault(stem, []).append(child)
-    for children in lists.values():
-        if len(children) > 1:
-            yield sorted(children, key=called.index) if {*children} <= {*called} else children
-
-
-def _goes_on(layers: list[Module], given: Any, seen: Calls) -> bool:
-    """Whether these layers read what others have given, and are such layers (not the modules of a head)."""
-    if not given or not all(layer._modules and layer in seen for layer in layers):
-        return False
-    gives = seen[layers[-1]][-1][1]
-    return bool(seen[layers[0]][0][0] == given and gives and gives[0] == given[0])
 
 
 def find_ends(model: Module) -> tuple[Module, Module | None, bool]:
@@ -216,12 +102,12 @@ def find_ends(model: Module) -> tuple[Module, Module | None, bool]:
         if is_embedding and given is not None and (not has_decoder(model) or given.shape == ids.shape):
             # Others are given positions, or kinds of tokens.
             embeddings.insert(0 if torch.equal(given.to(ids), ids) else len(embeddings), module)
-        result = _hidden(output)
-        if not module._modules and result is not None and _has_matrix(module):
+        result = hidden_in(output)
+        if not module._modules and result is not None and has_matrix(module):
             by_width.append((result.shape[-1], module))
 
-    with _hooks(model.modules(), after=note):
-        result = _run(model)
+    with hooks(model.modules(), after=note):
+        result = run(model)
     logits = logits_of(result)
     width = tokens if logits is None else logits.shape[-1]
     heads = [module for gives, module in by_width if gives >= width]
@@ -281,12 +167,12 @@ class _Probe:
                 return result
 
         inside = dict.fromkeys(module for layer in layers for module in layer.modules())
-        with _hooks(layers, before=self._perturb), _hooks(inside, self._enter, self._leave), Softmax():
-            _run(model)
+        with hooks(layers, before=self._perturb), hooks(inside, self._enter, self._leave), Softmax():
+            run(model)
 
     def _perturb(self, layer: Module, args: Any, kwargs: Any) -> Any:
         self._runs[layer] += 1
-        hidden = _hidden((args, kwargs))
+        hidden = hidden_in((args, kwargs))
         if hidden is not None and hidden.ndim == 3:
             self._seq = self._seq or hidden.shape[1]
         if hidden is None or hidden.shape[:2] != (BATCH, self._seq):
@@ -313,7 +199,7 @@ class _Probe:
     def _enter(self, module: Module, args: Any, kwargs: Any) -> None:
         self._time += 1
         self._entered[module] = self._time
-        given = _hidden((args, kwargs))
+        given = hidden_in((args, kwargs))
         self._stack.append((module, self._is_local(given)))
         if any(leaf is other for leaf in pytree.tree_leaves((args, kwargs)) for other in self._other):
             self._cross.add(module)
@@ -321,9 +207,9 @@ class _Probe:
 
     def _leave(self, module: Module, _args: Any, _kwargs: Any, output: Any) -> None:
         _, local = self._stack.pop()
-        result = _hidden(output)
+        result = hidden_in(output)
         self._hidden[module] &= result is not None and result.shape[-1] == self._width
-        self._prints[module] = _print_of(result)
+        self._prints[module] = print_of(result)
         self._mixes[module] = local and result is not None and not self._is_local(result)
 
     def _is_local(self, tensor: Tensor | None) -> bool:
@@ -353,7 +239,7 @@ class _Probe:
         mixers = [self._attention_in(module, layer, mixing) for module in mixing if module not in within]
         # A second attention in the layer is given what the first has mixed.
         rest = self._outside(called, mixers)
-        second = [m for m in rest if m in self._patterns | self._cross and self._hidden[m] and _has_matrix(m)]
+        second = [m for m in rest if m in self._patterns | self._cross and self._hidden[m] and has_matrix(m)]
         mixers += [self._within_norm(module) for module in second]
         parts.mixers = sorted(mixers, key=self._entered.__getitem__)
         names = {module: name.rpartition(".")[2] for name, module in layer.named_modules()}
@@ -367,7 +253,7 @@ class _Probe:
         else:
             mixer = f"its token mixer is {_names(layer, parts.mixers)} ({', '.join(parts.kinds)})"
             parts.absent["attention"] = mixer if parts.mixers else "it mixes no tokens"
-        with_matrix = [m for m in self._outside(called, parts.mixers) if _has_matrix(m) and not _is_norm(m)]
+        with_matrix = [m for m in self._outside(called, parts.mixers) if has_matrix(m) and not _is_norm(m)]
         mlps = [self._within_norm(module) for module in with_matrix if self._hidden[module]]
         if len(mlps) == 1:
             parts.mlp = mlps[0]
@@ -403,12 +289,12 @@ class _Probe:
         """Of a sublayer that has its norm inside, and so adds the residual itself: what it adds."""
         weighty = [child for child in module.children() if any(True for _ in child.parameters())]
         inner = [child for child in weighty if not _is_norm(child)]
-        if len(inner) == 1 < len(weighty) and _has_matrix(inner[0]) and self._hidden.get(inner[0]):
+        if len(inner) == 1 < len(weighty) and has_matrix(inner[0]) and self._hidden.get(inner[0]):
             return self._within_norm(inner[0])
         return module
 
     def _projects_after(self, module: Module, softmax: int) -> bool:
-        leaves = (leaf for leaf in module.modules() if not leaf._modules and _has_matrix(leaf))
+        leaves = (leaf for leaf in module.modules() if not leaf._modules and has_matrix(leaf))
         return any(self._entered.get(leaf, 0) > softmax for leaf in leaves)
 
     def _outside(self, called: list[Module], mixers: list[Module]) -> list[Module]:
@@ -438,76 +324,11 @@ class _Probe:
         return type(mixer).__name__
 
 
-def _run(model: Module) -> Any:
-    """The model on prompts that are alike in nothing."""
-    embedding = next((module for module in model.modules() if isinstance(module, torch.nn.Embedding)), model)
-    inputs = example_inputs(model, BATCH, SEQ, input_device(embedding))
-    kwargs = {"use_cache": False} if takes(model, "use_cache") else {}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(**inputs, **kwargs)
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _hooks(
-    modules: Any, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    handles = []
-    for module in modules:
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if after is not None:
-            handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden(value: Any) -> Tensor | None:
-    """The first tensor of (batch, positions, *) in a module's arguments or results, or else of one axis for both."""
-    leaves = [leaf for leaf in tensors_in(value) if leaf.is_floating_point() and leaf.ndim > 1]
-    return next((leaf for leaf in leaves if leaf.ndim > 2), leaves[0] if leaves else None)
-
-
-def _print_of(tensor: Tensor | None) -> Any:
-    """What tells a tensor from others, without holding it."""
-    if tensor is None:
-        return None
-    exact = tensor.double()
-    return tuple(tensor.shape), exact.sum().item(), exact.square().sum().item(), exact.flatten()[:3].tolist()
-
-
-def _is_of_prompts(given: Any) -> bool:
-    """Whether a layer was given what is of the tokens' positions (not an encoder's, an image's), by its print."""
-    return given is not None and given[0][:2] in ((BATCH, SEQ), (SEQ, BATCH))
-
-
 def _heads_of(weights: Tensor) -> int:
     """How many heads a pattern is of, or what SDPA gives: (batch, head, *, *) or (batch * head, *, *)."""
     if weights.ndim == 4 and len(weights) == BATCH:
         return int(weights.shape[1])
     return len(weights) // BATCH if weights.ndim == 3 and len(weights) > BATCH else 0
-
-
-def _size(module: Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _has_matrix(module: Module) -> bool:
-    """Whether it has weights that mix the entries of hidden states."""
-    return any(
-        parameter.ndim > 1
-        for part in module.modules()
-        if not isinstance(part, _ConvNd)
-        for parameter in part.parameters(recurse=False)
-    )
 
 
 def _is_norm(module: Module) -> bool:

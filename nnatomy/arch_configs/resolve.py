@@ -12,7 +12,9 @@ from transformers import GenerationMixin
 from nnatomy.arch_configs.config import ArchConfig
 from nnatomy.arch_configs.example import has_decoder
 from nnatomy.arch_configs.families import FAMILIES
-from nnatomy.arch_configs.infer import CannotInfer, LayerParts, find_ends, find_layers, find_parts
+from nnatomy.arch_configs.infer import LayerParts, find_ends, find_parts
+from nnatomy.arch_configs.layer_list import find_layers
+from nnatomy.arch_configs.short_pass import CannotInfer
 from nnatomy.errors import UnknownArchitectureError
 
 #: What a layer may lack, for a reason.

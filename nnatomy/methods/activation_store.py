@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nnatomy.arch_configs import plain_tensors
 from nnatomy.errors import InputError
 from nnatomy.methods.activations import Activations, Key, plot_norms
 from nnatomy.standardized import StandardizedTransformer
@@ -217,8 +218,9 @@ def fingerprint(model: StandardizedTransformer) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.hf_model.state_dict().items():
         digest.update(f"{name} {getattr(tensor, 'dtype', '')} {tuple(getattr(tensor, 'shape', ()))}".encode())
-        if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-            values = tensor.detach().reshape(-1)
+        whole = isinstance(tensor, Tensor) and tensor.device.type != "meta"
+        for plain in plain_tensors(tensor) if whole else ():
+            values = plain.detach().reshape(-1)
             sample = values[:: max(1, len(values) // _SAMPLE)].contiguous().cpu()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     return {"model": type(model.hf_model).__name__, "weights": digest.hexdigest(), "edits": len(model.edits)}

@@ -93,6 +93,8 @@ def direct_logit_attribution(
     """
     if by not in ("layer", "component", "head"):
         raise InputError(f"by={by!r}: take 'layer', 'component' or 'head'.")
+    if by == "head":
+        model._shards.refuse_inner_gradients("direct_logit_attribution(by='head')")
     with torch.set_grad_enabled(by == "head"), FrozenNorms(), model.trace(plain(prompts), use_cache=False):
         first = model.layers_input[0]
         rows = torch.arange(len(first))

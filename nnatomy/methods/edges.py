@@ -92,6 +92,7 @@ def graph_of(model: StandardizedTransformer, inputs: dict[str, Any]) -> Graph:
     """Raises NotInThisModelError where what a layer's parts add to the stream is not known."""
     refuse_crossing(model, "edge_attribution")
     layers = []
+    model._shards.refuse_inner_gradients("A graph of edges")
     with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         for i in range(model.num_layers):
             mixes, mlp, mid = (

@@ -171,7 +171,7 @@ def inverse_logits(
     model = model.without_edits()  # they have been made in what is projected
     ln_final = model.ln_final
     rows = hidden.reshape(-1, 1, hidden.shape[-1])
-    with model.trace(torch.zeros(rows.shape[:2], dtype=torch.long), use_cache=False):
+    with model.trace([[0]] * len(rows), use_cache=False):  # any token
         model.skip_layers(0, -1, skip_with=rows)
         ln_final.output = -ln_final.output
         logits = model.logits

@@ -20,10 +20,8 @@ A fused kernel that torch does not see (flash attention) has none of them to fin
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -32,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -41,6 +38,15 @@ from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
 from nnatomy.core.points import Axes, Report
 from nnatomy.names import TABLE
+from nnatomy.standardized.sdpa import (
+    as_taken,
+    aside_of,
+    awaits_gradient,
+    same_bits,
+    sdpa_pattern,
+    sdpa_scores,
+    wide,
+)
 
 #: By attention module, the module in it that queries and keys are multiplied in.
 _scored_in: WeakKeyDictionary[Module, ref[Module]] = WeakKeyDictionary()
@@ -262,9 +268,9 @@ class AttentionMode(TorchFunctionMode):
             )
         else:
             assert pattern is not None
-            with _aside_of(value):
+            with aside_of(value):
                 pattern = F.dropout(pattern, dropout_p)
-                result = (_wide(pattern) @ _wide(value).repeat_interleave(groups, -3)).to(pattern.dtype)
+                result = (wide(pattern) @ wide(value).repeat_interleave(groups, -3)).to(pattern.dtype)
         self.keys = key.shape[-2]
         if pattern is not None:
             result = self._show_weighted(pattern, value, result)
@@ -283,15 +289,15 @@ class AttentionMode(TorchFunctionMode):
         awaited = self._report.awaited("attention_scores")
         if not awaited and not any(map(self._report.awaited, _OF_PATTERNS)):
             return None, False
-        query, key = _as_taken(query), _as_taken(key)
-        with _aside_of(query):
+        query, key = as_taken(query), as_taken(key)
+        with aside_of(query):
             scores = sdpa_scores(query, key.repeat_interleave(groups, -3), mask, is_causal, scale)
         changed = False
         if awaited:
             scores, changed = self._offer("attention_scores", scores)
             if not changed and not any(map(self._report.awaited, _OF_PATTERNS)):
                 return None, False
-        with _aside_of(query):
+        with aside_of(query):
             pattern = sdpa_pattern(scores, is_masked=is_causal or mask is not None).to(query.dtype)
         if self._report.awaited("attention_probabilities"):
             pattern, also = self._offer("attention_probabilities", pattern)
@@ -308,7 +314,7 @@ class AttentionMode(TorchFunctionMode):
             shown = by_head(computed, self._heads)
         chosen = self._report(shown, kind, KINDS[kind]).value
         with torch._C.DisableTorchFunction():
-            changed = chosen is not shown or awaits_gradient(shown) or not _same_bits(computed, before)
+            changed = chosen is not shown or awaits_gradient(shown) or not same_bits(computed, before)
             return (chosen.reshape(computed.shape) if changed else computed), changed
 
     # Showing.
@@ -461,79 +467,3 @@ def by_head(own: Float[Tensor, ...], heads: int | None) -> Float[Tensor, "batch 
     if own.ndim == 4 and own.shape[1] != heads and own.shape[1] * own.shape[2] == heads:
         return own.flatten(1, 2)[:, :, None]
     return own
-
-
-@contextmanager
-def _aside_of(tensor: Tensor) -> Iterator[None]:
-    """Within, what is computed is no call of the model's, and not converted by autocast."""
-    device = tensor.device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    with (
-        torch._C.DisableTorchFunction(),
-        torch.autocast(device, enabled=False) if has_autocast else nullcontext(),
-    ):
-        yield
-
-
-def _as_taken(tensor: Tensor) -> Tensor:
-    """As SDPA takes it: under autocast in autocast's dtype."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or tensor.dtype == torch.float64:
-        return tensor
-    if not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In the dtype that SDPA computes in, whatever the model's: at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether nothing has changed, numbers that are none included."""
-    if one.is_meta or isinstance(one, FakeTensor):
-        return True  # shapes alone: nothing is computed with
-    if torch.equal(one, other):
-        return True
-    as_bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.detach().view(as_bits), other.view(as_bits))
-
-
-def awaits_gradient(shown: Tensor) -> bool:
-    """Whether somebody has asked for the gradient of what is shown aside, which no result of the model's is computed from."""
-    return shown.requires_grad and (shown.is_leaf or shown.retains_grad or bool(shown._backward_hooks))
-
-
-def sdpa_scores(
-    query: Float[Tensor, "*#batch query dim"],
-    key: Float[Tensor, "*#batch key dim"],
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-) -> Float[Tensor, "*#batch query key"]:
-    """query keyᵀ scale + mask, as `torch.nn.functional.scaled_dot_product_attention` defines it.
-
-    In float32 at least, as its kernels have them: products of large queries and keys are off by more than 1 in half precision,
-    and larger than float16 goes.
-    """
-    scores = (
-        _wide(query)
-        @ _wide(key).transpose(-2, -1)
-        * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    )
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return scores
-
-
-def sdpa_pattern(
-    scores: Float[Tensor, "*#batch query key"], is_masked: bool
-) -> Float[Tensor, "*#batch query key"]:
-    """softmax(scores). A row whose every key is masked is zero in SDPA, and here."""
-    pattern = scores.softmax(-1)
-    if is_masked:
-        pattern = pattern.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-    return pattern

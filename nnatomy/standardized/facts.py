@@ -16,7 +16,7 @@ from weakref import ref
 
 from torch.nn import Module
 
-from nnatomy.arch_configs import Anatomy
+from nnatomy.arch_configs import Anatomy, Shards
 
 #: Fields of a config that change no value that a name stands for, or none but by what is compared beside them.
 _IDLE = re.compile(
@@ -54,7 +54,8 @@ class Facts:
         self._called = [vars(module) for module in (*around, *ends, *anatomy.layers, *parts)]
         self._forwards = self._own_forwards()
         self._matrices = [place for module in (*ends, *anatomy.layers) if (place := _largest(module))]
-        self._weights = [*map(_kind, self._held_matrices())]
+        self._kind = Shards(root).kind
+        self._weights = [*map(self._kind, self._held_matrices())]
         self._settings = [
             *(_Settings(config, _of_config) for config in _configs(root, causal)),
             *(_Settings(module, _of_module) for module in around),
@@ -70,7 +71,7 @@ class Facts:
             and [*map(type, children)] == self._classes
             and not any(self._childless)
             and self._own_forwards() == self._forwards
-            and [*map(_kind, self._held_matrices())] == self._weights
+            and [*map(self._kind, self._held_matrices())] == self._weights
             and not any(settings.changed() for settings in self._settings)
         )
         return "" if same else self._told or self._tell()
@@ -106,9 +107,9 @@ class Facts:
             found.append("the forward of a module is another one")
         held = {id(module._parameters): path for path, module in now.items()}
         found += [
-            f"{held.get(id(where), '')}.{name} is {_described(_kind(where.get(name)))}, and was {_described(was)}"
+            f"{held.get(id(where), '')}.{name} is {_described(self._kind(where.get(name)))}, and was {_described(was)}"
             for (where, name), was in zip(self._matrices, self._weights, strict=True)
-            if _kind(where.get(name)) != was
+            if self._kind(where.get(name)) != was
         ]
         rest = f", and {len(found) - 3} more" if len(found) > 3 else ""
         return "; ".join(found[:3]) + rest
@@ -185,10 +186,6 @@ def _largest(module: Module) -> tuple[dict[str, Any], str] | None:
     ]
     largest = max(places, key=lambda place: place[2].numel(), default=None)
     return None if largest is None else largest[:2]
-
-
-def _kind(parameter: Any) -> Any:
-    return None if parameter is None else (type(parameter), parameter.dtype, parameter.shape)
 
 
 def _described(kind: Any) -> str:

@@ -8,7 +8,8 @@ the short way is used where it has been shown to be the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from nnatomy.arch_configs import (
     Anatomy,
+    Shards,
     accepts,
     beside_tokens,
     example_inputs,
@@ -47,9 +49,12 @@ class Head:
         refused: why neither way has.
     """
 
-    def __init__(self, root: Traceable, anatomy: Anatomy) -> None:
+    def __init__(self, root: Traceable, anatomy: Anatomy, shards: Shards) -> None:
         self.short = False
+        #: Whether final norm and unembedding have their parameters by themselves.
+        self.runs_alone = not shards.around(anatomy.ln_final, anatomy.lm_head)
         self.refused = "" if anatomy.gives_logits else NO_HEAD
+        self._shards = shards
         self._root = root
         self._anatomy = anatomy
         self._forms: dict[Module, Any] = {}
@@ -82,7 +87,7 @@ class Head:
     def long_way(self, hidden: Hidden) -> Logits:
         """The model's forward with its layers skipped, each row a prompt of one token."""
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
-        with self._root.trace(**self._inputs(rows.shape[0])) as tracer:
+        with self._trace(rows.shape[0]) as tracer:
             tracer.block.run.collect(_SkipLayers(self._anatomy.layers, rows, self.in_form))
             logits = logits_of(tracer.result)
         assert logits is not None
@@ -91,10 +96,16 @@ class Head:
     def caps(self, hidden: Float[Tensor, "one one hidden"]) -> bool:
         """Whether logits are other than what the unembedding gives where that is large, as beyond a soft cap."""
         enlarge = _Enlarge(self._anatomy.lm_head)
-        with self._root.trace(**self._inputs(1)) as tracer:
+        with self._trace(1) as tracer:
             tracer.block.run.collect(_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge)
             logits = logits_of(tracer.result)
         return logits is None or not torch.equal(logits, enlarge.given)
+
+    @contextmanager
+    def _trace(self, rows: int) -> Iterator[Trace]:
+        """Of a whole pass over prompts of one token."""
+        with self._shards.gathered(self._root.module), self._root.trace(**self._inputs(rows)) as tracer:
+            yield tracer
 
     def _inputs(self, rows: int) -> dict[str, Any]:
         """Prompts of one token, whichever, and no cache; an encoder is not run for it."""
@@ -111,7 +122,7 @@ class Head:
         if not takes(self._root.module, "encoder_outputs"):
             return example_inputs(self._root.module, rows, 1, device)
         encoder: Any = self._root.module.get_encoder()  # type: ignore[operator]
-        with torch.no_grad():
+        with torch.no_grad(), self._shards.gathered(encoder):
             given = encoder(**example_inputs(encoder, 1, 3, device))
         states = tree_map_only(Tensor, lambda value: value.new_zeros((rows, *value.shape[1:])), given)
         return {"decoder_input_ids": ids, "encoder_outputs": states}
@@ -135,8 +146,9 @@ class Head:
         """Whether a later layer is given some of that (its choice of keys, say)."""
         if self._handing_on is None:
             handed = HandedOn(self._anatomy.ran)
-            with torch.no_grad(), self._root.trace(**self._inputs(1), early_stop=False) as tracer:
+            with torch.no_grad(), self._trace(1) as tracer:
                 tracer.block.run.collect(handed)
+                tracer.result  # noqa: B018
             self._handing_on = handed.by
         return layer in self._handing_on
 
@@ -145,7 +157,7 @@ class Head:
             self._probe()
 
     def _probe(self) -> None:
-        with torch.no_grad(), self._root.trace(**self._inputs(1)) as tracer:
+        with torch.no_grad(), self._trace(1) as tracer:
             cache = tracer.cache(self._anatomy.layers)
         paths = self._root.paths(self._anatomy.layers)
         ran = [layer for layer in self._anatomy.layers if paths[layer] in cache]

@@ -8,6 +8,7 @@ reads is padded on the right.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Prompts:
         tokenizer: a Hugging Face tokenizer, or None where there is none.
         no_tokenizer: what to say where strings are given and there is none.
         pad_token_id: what to pad with; masked, so any token of the vocabulary will do.
+        padding_token_id: the token that means padding and nothing else, if there is one.
         vocab_size: ids must be below this.
         takes_positions: whether the model's forward takes `position_ids`.
         main_input: what the model reads: "input_ids", or "pixel_values" and the like, which are given by that name.
@@ -53,6 +55,7 @@ class Prompts:
         tokenizer: Any,
         no_tokenizer: str,
         pad_token_id: int,
+        padding_token_id: int | None,
         vocab_size: int,
         takes_positions: bool,
         main_input: str = "input_ids",
@@ -67,6 +70,7 @@ class Prompts:
         self.tokenizer = tokenizer
         self._no_tokenizer = no_tokenizer
         self.pad_token_id = pad_token_id
+        self.padding_token_id = padding_token_id
         self.vocab_size = vocab_size
         self.takes_positions = takes_positions
         self.main_input = main_input
@@ -83,6 +87,14 @@ class Prompts:
         self._causal = causal
         #: What the tokenizer says when it is loaded is a default, and nobody's wish.
         self.default_side: str = default_side or str(getattr(tokenizer, "padding_side", "left"))
+
+    def with_tokenizer(self, tokenizer: Any, config: Any, vocab_size: int | None) -> Prompts:
+        """The same with another tokenizer."""
+        new = copy.copy(self)
+        new.tokenizer, new.pad_token_id = tokenizer, pad_token_id(tokenizer, config, vocab_size)
+        new.padding_token_id = padding_token_id(tokenizer, config)
+        new.default_side = str(getattr(tokenizer, "padding_side", "left"))
+        return new
 
     def prepare(self, prompts: Any, kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The arguments for `prompts`, with `kwargs` on top, on `device`.
@@ -129,6 +141,7 @@ class Prompts:
                 )
             del given["attention_mask"]  # a tokenizer's without padding: nothing is masked
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        are_tensor = isinstance(given["input_ids"], Tensor)
         ids, mask = self._ids_and_mask(given["input_ids"], side, template)
         given["input_ids"] = ids
         self._check_labels(given.get("labels"), mask)
@@ -142,6 +155,8 @@ class Prompts:
         past = cached_positions(given)
         if given.get("attention_mask") is None:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
+            if are_tensor:
+                self._warn_of_no_mask(ids)
         mask = torch.as_tensor(given["attention_mask"])
         given["attention_mask"] = mask
         placed = given.get("position_ids") is not None
@@ -192,6 +207,17 @@ class Prompts:
             warn(
                 f"Prompts {', '.join(map(str, rows))} are padded on the left by the attention mask that was given. On this model "
                 f"that changes their values: {self.no_padding}. Run each alone{self._or_right()}."
+            )
+
+    def _warn_of_no_mask(self, ids: Int[Tensor, "batch seq"]) -> None:
+        padding = self.padding_token_id
+        padded = ((ids[:, 0] == padding) | (ids[:, -1] == padding)).nonzero() if padding is not None else ()
+        if len(padded) and "attention_mask" not in self._not_taken:
+            warn(
+                f"Prompts {', '.join(str(int(row)) for row in padded)} begin or end with token {padding}, which is that of "
+                "padding, and no attention_mask says which tokens are: all are taken for the prompt's own. Give a mask "
+                f"(attention_mask=ids != {padding}, or torch.ones_like(ids) where they are meant), or a list of the prompts without "
+                "padding."
             )
 
     def _or_right(self) -> str:
@@ -351,12 +377,28 @@ def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def pad_token_id(tokenizer: Any, config: Any, vocab_size: int | None) -> int:
     """What to pad with. Padding is masked, so any token will do where none is named for it."""
     candidates = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = _text(config)
     candidates += [getattr(text_config, "pad_token_id", None), getattr(text_config, "eos_token_id", None), 0]
     for candidate in candidates:
         if isinstance(candidate, int) and 0 <= candidate < (vocab_size or 0):
             return candidate
     return 0
+
+
+def padding_token_id(tokenizer: Any, config: Any) -> int | None:
+    """The token that stands for padding alone: none where padding is written as the end, or nobody says it."""
+    told = [one for one in (tokenizer, _text(config)) if one is not None]
+    padding = next((one for each in told if (one := getattr(each, "pad_token_id", None)) is not None), None)
+    others: list[Any] = []
+    for each in told:
+        for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            other = getattr(each, name, None)
+            others += other if isinstance(other, (list, tuple)) else [other]
+    return padding if isinstance(padding, int) and padding not in others else None
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def decoder_start(model: Any) -> int:

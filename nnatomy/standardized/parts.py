@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from nnatomy.arch_configs import Anatomy, Dimensions, input_device
-from nnatomy.errors import ModelChangedError, NotInThisModelError
+from nnatomy.arch_configs import Anatomy, Dimensions, Shards, input_device
+from nnatomy.errors import InputError, ModelChangedError, NotInThisModelError
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts
@@ -21,12 +21,13 @@ from nnatomy.validation.looks_ahead import looks_ahead
 class Parts(Traceable):
     """A Hugging Face model whose standard modules have been found."""
 
-    tokenizer: Any
     dimensions: Dimensions
     validation: Any
     _anatomy: Anatomy
     _head: Head
+    _shards: Shards
     _prompts: Prompts
+    _tokenizer: Any
     _keywords: Keywords
     _layer_views: tuple[LayerView, ...]
     _causal: bool | None
@@ -39,6 +40,26 @@ class Parts(Traceable):
     def hf_model(self) -> Any:
         """The Hugging Face model itself."""
         return self.module
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of text, or None. Another one may be assigned: this view takes it from then on.
+
+        Raises:
+            InputError: if what is assigned is no tokenizer.
+        """
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        if not (tokenizer is None or callable(tokenizer)):
+            raise InputError(
+                f"model.tokenizer = {tokenizer!r}: it is a tokenizer, as AutoTokenizer.from_pretrained(...) gives, or None."
+            )
+        self._tokenizer = tokenizer
+        if "_prompts" in self.__dict__:  # else the model is being read for the first time
+            config: Any = self.steps_of.config
+            self._prompts = self._prompts.with_tokenizer(tokenizer, config, self.dimensions.vocab_size)
 
     @property
     def config(self) -> Any:

@@ -80,7 +80,7 @@ class Recorded:
         self._by = by
         accessors: list[Any] = [getattr(self._model, name) for name in _INSIDE]
         watches: list[tuple[set[Module], dict[str, Any]]] = [
-            ({*self._run.whole.modules()}, {"input": None, "output": None}),
+            ({*self._run.roots[0].modules()}, {"input": None, "output": None}),
             *(({*one.modules} - {None}, {one.kind: one.tap}) for one in accessors),
         ]
         for modules, kinds in watches:

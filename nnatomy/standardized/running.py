@@ -46,7 +46,7 @@ class Running(Parts):
         return self._trace(self._forward, None, True, inputs).run() if self.edits else self._forward(inputs)()
 
     def _forward(self, inputs: dict[str, Any]) -> Callable[[], Any]:
-        return partial(self.hf_model, **self._prompts.taken(inputs))
+        return self._shards.in_order(partial(self.hf_model, **self._prompts.taken(inputs)))
 
     def _check_used(self, prompts: Any, kwargs: dict[str, Any], generating: bool = False) -> set[str]:
         """The names of what is given. Raises InputError if the model makes no use of one."""
@@ -131,7 +131,7 @@ class Running(Parts):
                 inputs.pop("decoder_input_ids", None)
             if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
                 inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
-            return partial(self.hf_model.generate, **self._prompts.taken(inputs))
+            return self._shards.in_order(partial(self.hf_model.generate, **self._prompts.taken(inputs)))
 
         return self._trace(call, prompts, early_stop, kwargs, given)
 
@@ -187,6 +187,7 @@ class Running(Parts):
             )
             return undone_unless_it_returns(call(inputs), inputs)
 
+        early_stop = early_stop and self._shards.can_be_left
         open_trace = partial(PromptTrace, self, given=given, generated=generated)
         if prompts is not None or self._prompts.read(kwargs):
             inputs = self.prepare(prompts, **kwargs)

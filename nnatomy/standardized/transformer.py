@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from nnatomy.arch_configs import (
     ArchConfig,
+    Shards,
     accepts,
     cache_name,
     causal_lm,
@@ -35,7 +36,7 @@ from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
-from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id
+from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id, padding_token_id
 from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView
 from nnatomy.standardized.loading import load_model, load_tokenizer
@@ -209,15 +210,22 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         hf_model, tokenizer = self.hf_model, self.tokenizer
         self._facts = None
         self.steps_of = causal = causal_lm(hf_model)
-        anatomy = resolve(causal, arch_config)
+        self._shards = Shards(hf_model)
+        if self._shards.around(causal) or (self._shards and has_decoder(causal)):
+            # FSDP takes for its root what is run first, which is to be no part of the model.
+            with torch.no_grad():
+                hf_model(**example_inputs(causal, 1, 3, next(causal.parameters()).device))
+        with self._shards.gathered(causal):
+            anatomy = resolve(causal, arch_config)
         self._anatomy = anatomy
-        self._head = Head(Traceable(causal), anatomy)
+        self._head = Head(Traceable(causal), anatomy, self._shards)
         self.dimensions = dimensions(text_config(causal), anatomy)
         known = self.__dict__.get("_prompts")  # when it is read again
         self._prompts = Prompts(
             tokenizer,
             no_tokenizer,
             pad_token_id(tokenizer, causal.config, self.dimensions.vocab_size),
+            padding_token_id(tokenizer, causal.config),
             rows_of(anatomy.embed_tokens) or self.dimensions.vocab_size or 0,
             takes(causal, "position_ids"),
             main_input(causal),
@@ -233,14 +241,14 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         )
         if self._prompts.reads_tokens_alone and self.device.type != "meta":
             self._prompts.context = ContextLength(
-                causal, partial(_run, hf_model, causal, self.device), anatomy.layers[0]
+                causal, partial(_run, self._shards, hf_model, causal, self.device), anatomy.layers[0]
             )
         self._keywords = Keywords(hf_model, causal, anatomy)
         paths = {module: path for path, module in hf_model.named_modules()}
         self._layer_views = tuple(
             LayerView(self._blocks, layer, paths, anatomy, i) for i, layer in enumerate(anatomy.layers)
         )
-        self._blocks.example = partial(_example, causal, self.device)
+        self._blocks.example = partial(_example, causal, self.device, self._shards)
         self._make_accessors()
         #: By the names that belong to no layer, why they are not to be had.
         self._refused: dict[str, str] = {}
@@ -254,7 +262,11 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         if why := anatomy.absent["token_embeddings"][0]:
             self._refused["token_embeddings"] = why
         self._causal: bool | None = None
-        add_encoder(self, validate, allow_failures)
+        encoder: Any = causal.get_encoder() if has_decoder(causal) else None  # type: ignore[operator]
+        with self._shards.gathered(encoder):
+            add_encoder(self, validate, allow_failures)
+        if encoder is not None:
+            self._shards.leave()
         if validate == "shapes":
             self.validation = validate_shapes(self)
         else:
@@ -282,14 +294,20 @@ def _is_causal(model: ref[StandardizedTransformer]) -> bool:
     return view is not None and view.causal
 
 
-def _run(hf_model: Any, causal: Module, device: torch.device, ids: Tensor) -> Any:
+def _run(shards: Shards, hf_model: Any, causal: Module, device: torch.device, ids: Tensor) -> Any:
     """The model on token ids, without a cache."""
     ids = ids.to(device)
     others = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-    return hf_model(input_ids=ids, **{name: one for name, one in others.items() if accepts(causal, name)})
+    others = {name: one for name, one in others.items() if accepts(causal, name)}
+    return shards.in_order(partial(hf_model, input_ids=ids, **others))()
 
 
-def _example(hf_model: Any, device: torch.device, blocks: OpenBlocks) -> Trace:
+def _example(causal: Module, device: torch.device, shards: Shards, blocks: OpenBlocks) -> Trace:
     """A trace of a short prompt, without gradients."""
-    inputs = example_inputs(hf_model, 1, 3, device)
-    return Trace(ModuleView(blocks, hf_model, ""), torch.no_grad()(lambda: hf_model(**inputs)))
+    inputs = example_inputs(causal, 1, 3, device)
+
+    def call() -> Any:
+        with torch.no_grad(), shards.gathered(causal):
+            return causal(**inputs)
+
+    return Trace(ModuleView(blocks, causal, ""), shards.in_order(call))

@@ -56,7 +56,7 @@ class Internals:
 
     # Reading.
 
-    def read(self, module: Module, calls: Callable[[str], list[Any]], seq: int) -> None:
+    def read(self, module: Module, calls: Callable[[str], list[Any]], seq: int, past: int) -> None:
         """Check what has been seen of a layer: shapes, and that they follow from one another."""
         layer = self._layers[module]
         found: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ class Internals:
                 found[name] = values[0]
             elif name != "attention_probabilities":  # it has a check of its own
                 self._expect(False, name, layer, f"fires {len(values)} times in a forward pass, not once")
-        for name, shape in self._shapes(found, seq).items():
+        for name, shape in self._shapes(found, seq, past).items():
             value = found[name]
             right = tuple(value.shape) == shape
             self._expect(right, name, layer, f"is {tuple(value.shape)}, not {shape}")
@@ -80,14 +80,15 @@ class Internals:
             self._expect(not missing, name, layer, why)
 
     @staticmethod
-    def _shapes(found: dict[str, Tensor], seq: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(found: dict[str, Tensor], seq: int, past: int) -> dict[str, tuple[int, ...]]:
         """The shapes that they have to have, given how many heads the pattern has."""
         if "attention_probabilities" not in found:
             return {}
         heads = found["attention_probabilities"].shape[1]
         shared = found["keys"].shape[1] if "keys" in found else heads
         width = {name: value.shape[-1] for name, value in found.items()}
-        sizes = dict.fromkeys(("seq", "query", "key"), seq) | {
+        sizes = dict.fromkeys(("seq", "query"), seq) | {
+            "key": past + seq,
             "batch": 2,
             "head": heads,
             "kv_head": heads if heads % shared else shared,

@@ -31,7 +31,7 @@ def looks_ahead(model: Any) -> bool:
     run, least = (_by_tokens, TOLERANCE) if None in streams else (_by_layers, {})
     model.hf_model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), model._shards.gathered(model.steps_of):
             clean, changed = (run(model, inputs, change)[:, :-1] for change in (False, True))
     finally:
         for module in training:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
 from nnatomy.core import Collector, Slot
@@ -51,6 +51,9 @@ class Neurons(Collector):
         if layer in self._downs:
             layer, kind = self._downs[layer], "down"
             value = value.reshape(*self._outputs[layer].shape[:2], -1)
+            # Here, as a layer's parameters may be gathered while it runs, and be a shard at any other time.
+            if (column := self._column(layer, value)) is not None:
+                self._now[layer, "column"] = column
         self._now[layer, kind] = value.clone()
         if kind == NEURONS:
             new = value.clone()
@@ -87,21 +90,18 @@ class Neurons(Collector):
             return "the MLP gives something that does not come of them"
         if torch.equal(given[0, -1], given[0, 0]) or (mlp is None and torch.equal(output[0], clean[0])):
             return "writing one changes nothing"
-        column = self._column(layer, neurons, down)
+        column = self._now.get((layer, "column"))
         if down is not None and column is not None and not is_near(down[0, -1], down[0, 0] + column, 16):
             return "writing one does not give its column of the down projection"
         return ""
 
-    def _column(self, layer: Module, neurons: Tensor, down: Tensor | None) -> Tensor | None:
+    def _column(self, layer: Module, down: Tensor) -> Tensor | None:
         """What the one neuron adds, where the down projection is a plain linear."""
-        module = self._inside[layer].down
-        weight = getattr(module, "weight", None)
-        if (
-            down is None
-            or type(module) not in (Linear, Conv1D)
-            or weight is None
-            or weight.device != down.device
-        ):
-            return None  # (offloaded)
+        module, neurons = self._inside[layer].down, self._now.get((layer, NEURONS))
+        weight: Any = getattr(module, "weight", None)
+        if neurons is None or type(module) not in (Linear, Conv1D):
+            return None
+        if type(weight) not in (Parameter, Tensor) or weight.device != down.device:
+            return None  # quantized, a shard, offloaded
         columns = weight.T if type(module) is Conv1D else weight
         return columns[:, self._neuron(neurons)].to(down.dtype) * (1 + neurons.abs().max())

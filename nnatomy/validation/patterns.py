@@ -35,7 +35,8 @@ def check_pattern(
     if not any("sink" in parameter for parameter, _ in attention.named_parameters()):
         least = f"has rows that sum to less than 1, down to {float(rows.min()):.5g}, and no attention sink"
         expect(bool((rows >= 1 - slack).all()), least)
-    above = float(pattern.triu(1).abs().max())
+    past = pattern.shape[-1] - pattern.shape[-2]  # keys of a wrapper's, that come before all queries
+    above = float(pattern.triu(1 + past).abs().max())
     if above and passes.may_look_ahead:
         passes.ahead[layer] = above
         return
@@ -45,6 +46,7 @@ def check_pattern(
         text_config(model.steps_of), layer, model.num_layers, pattern.shape[-1], passes.masks_windows
     )
     if visible is not None:
+        visible = visible[past:]
         seen = (pattern != 0).any(0).any(0).cpu()
         beyond = float(pattern.cpu()[:, :, ~visible].abs().max())
         expect(not (seen & ~visible).any(), f"attends beyond its window, with up to {beyond:.3g}")
@@ -55,7 +57,7 @@ def check_pattern(
 
 def _unmasked(scores: Tensor, key: int) -> bool:
     """Whether the last query's score for a key is none of those that masks give, as the first query has for the keys after it."""
-    masked = float(scores[:, :, 0, 1:].max())
+    masked = float(scores[:, :, 0, 1 + scores.shape[-1] - scores.shape[-2] :].max())
     return bool((scores[:, :, -1, key] > masked / 2).any()) if masked < 0 else False
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnatomy.arch_configs import cached_positions
 from nnatomy.arch_configs.infer import NOT_RUN
 from nnatomy.validation.collectors import Seen
 from nnatomy.validation.cross import CrossAttentions
@@ -25,6 +26,7 @@ class Reading:
         seen: the values of all modules.
         logits: the model's.
         seq: how many positions the layers have.
+        past: how many keys come before theirs, of a cache that a wrapper gives the model (prefix tuning).
         found: by layer, what `standardized.shown` has found in it, by name.
     """
 
@@ -50,6 +52,8 @@ class Reading:
         what = f"{type(model.steps_of).__name__} is called {calls} times, not once"
         self.expect(calls == 1, "logits", None, what)
         self.seq = self._seq()
+        given = [arguments for _, arguments in seen.of(model.steps_of, "input")]
+        self.past = max(0, *(cached_positions(one) - self.seq for one in given), 0)  # a cache has all by now
         for name in self._names:
             self._check(name)
         self._check_attentions(taps)
@@ -80,12 +84,13 @@ class Reading:
                 heads = self.model.dimensions.num_heads
                 if heads is None and len(calls) == 1 and isinstance(calls[0], Tensor):
                     heads = calls[0].shape[1]  # they vary from layer to layer
-                pattern = self._value(patterns.name, i, patterns, calls, (2, heads, self.seq, self.seq))
+                shape = 2, heads, self.seq, self.past + self.seq
+                pattern = self._value(patterns.name, i, patterns, calls, shape)
                 if pattern is not None:
                     scores = taps.of(module, "attention_scores")
                     known = scores[0] if len(scores) == 1 and scores[0].shape == pattern.shape else None
                     check_pattern(self._passes, i, module, pattern, known)
-                self._internals.read(module, partial(taps.of, module), self.seq)
+                self._internals.read(module, partial(taps.of, module), self.seq, self.past)
         self._cross.read(taps.of, self.seq)
         self._learn_sizes(taps)
         for accessor in (*self._internals.accessors.values(), self.model.cross_attention_probabilities):

@@ -159,7 +159,9 @@ def _check_head(passes: Passes, reading: Reading) -> None:
     chain = [last, *ends[0], *ends[1], reading.logits]
     # The short way is the model's own if nothing happens between the modules, bit for bit; a soft cap is next to
     # nothing on small logits, so large ones are seen, too.
-    head.short = len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
+    head.short = (
+        head.runs_alone and len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
+    )
     head.short = head.short and not head.caps(last[:1, -1:])
     off = distance(model.project_on_vocab(last[:, -1:]), reading.logits[:, -1:])
     holds = off <= TOLERANCE.get(reading.logits.dtype, 1e-4)

@@ -214,10 +214,14 @@ def test_the_stream_has_another_order() -> None:
     ],
 )
 def test_what_cannot_be_run_on_tokens_says_why(kind: type[Any], why: str) -> None:
-    with pytest.raises(
-        UnknownArchitectureError,
-        match=rf"modules of {kind.__name__} are does not show: it cannot be run on token ids alone \(.*{why}\)",
-    ):
+    refused(
+        kind,
+        rf"modules of {kind.__name__} are does not show: it cannot be run on token ids alone \(.*{why}\)",
+    )
+
+
+def refused(kind: type[Any], why: str) -> None:
+    with pytest.raises(UnknownArchitectureError, match=why):
         StandardizedTransformer(make(kind))
 
 
@@ -234,11 +238,7 @@ SKIPPED = r"\(something is added, scaled or skipped between them, or the stream 
 )
 def test_layers_that_do_not_hand_on_are_none(kind: type[Any], why: str) -> None:
     """And not the parts of a layer's MLP, which do."""
-    with pytest.raises(
-        UnknownArchitectureError,
-        match=rf"no list of modules hands hidden states from one to the next: {why}\. Say so",
-    ):
-        StandardizedTransformer(make(kind))
+    refused(kind, rf"no list of modules hands hidden states from one to the next: {why}\. Say so")
 
 
 def test_logits_of_something_else() -> None:

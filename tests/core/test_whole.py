@@ -130,6 +130,37 @@ def test_never_another_calls_value(net: Traceable, module: Net) -> None:
         _ = net.blocks[0].shared.calls[-1]
 
 
+class Elsewhere(nn.Module):
+    """Calls a module within another; if told to, once before from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Hardtanh(-100, 100), nn.ReLU())
+        self.last = nn.Identity()
+
+    def forward(self, v: Tensor, early: bool = False) -> Tensor:
+        return self.last(self.outer(self.outer[1](v) * 10 if early else v))
+
+
+def test_a_module_called_otherwise_than_in_the_passes_before() -> None:
+    view = Traceable(Elsewhere())
+    one = torch.ones(1)
+    for _ in range(3):
+        with view.trace(one) as tracer:
+            assert view.outer[1].output == 1
+            tracer.result
+    with view.trace(one, early=True):
+        assert view.outer[1].output == 1
+        assert view.outer[1].calls[1].output == 10
+    with view.trace(one, early=True):
+        assert view.outer.input == 10
+        with pytest.raises(OutOfOrderError, match=r"outer\.1\.output was asked for"):
+            view.outer[1].output
+        assert view.outer[1].calls[1].output == 10
+    with view.trace(one):
+        assert view.outer[1].output == 1
+
+
 def test_early_stop(net: Traceable, module: Net) -> None:
     called: list[int] = []
     handles = [

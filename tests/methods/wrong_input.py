@@ -531,14 +531,10 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (
         lambda: (
-            of.path_patching(
-                m,
+            pp(
                 clean=[P, "Japan is in"],
                 corrupted=[Q, "France is in"],
                 metric=of.logit_difference(3, 4),
-                sender="mlps_contribution[1]",
-                receivers="logits",
-                progress=False,
                 positions=[-5],
             ).effect
         ),

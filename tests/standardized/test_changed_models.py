@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from architectures import CONFIGS, PLACES, build, prompt_ids, randomize
-from reference import edited, hooked
+from reference import edited, hooked, reads_what_hooks_see
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
@@ -161,14 +161,8 @@ def as_it_is(hf: Any, model: Any) -> None:
     points = {
         (f"layers_{side}", i): (layer, side) for i, layer in enumerate(layers) for side in ("input", "output")
     }
+    expected, plain = reads_what_hooks_see(model, ids, points)
     with torch.no_grad():
-        plain = hf(ids).logits
-        expected = hooked(hf, lambda: hf(ids), points)
-        with model.trace(ids):
-            seen = {(name, i): getattr(model, name)[i] for name, i in expected}
-            logits = model.logits
-        assert all(torch.equal(seen[point], value) for point, value in expected.items())
-        assert torch.equal(logits, plain)
         torch.testing.assert_close(
             model.project_on_vocab(expected["layers_output", len(layers) - 1]), plain, **close
         )

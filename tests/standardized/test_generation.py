@@ -385,7 +385,8 @@ def test_blocks_with_several_sequences_for_a_prompt(model_type: str) -> None:
         for step, (ids, hidden) in enumerate(seen[block]):
             first, last = (N - 1 + step if step else 0), N + step
             assert torch.equal(ids, mine[:, first:last])
-            with torch.no_grad(), model.trace(mine[:, :last]):
+            own = torch.ones_like(mine[:, :last])  # also where the token of padding has been drawn
+            with torch.no_grad(), model.trace(mine[:, :last], attention_mask=own):
                 torch.testing.assert_close(hidden, model.layers_output[LAYER][:, first:], rtol=0, atol=1e-4)
 
 

@@ -105,17 +105,24 @@ def near(one: Tensor, other: Tensor, dtype: torch.dtype, roundings: float = 4) -
     return bool(off <= roundings * torch.finfo(dtype).eps * other[seen].abs().max())
 
 
+def with_its_call(
+    model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> tuple[StandardizedTransformer, Tensor, Any, Tensor]:
+    """A model with large keys, a prompt, SDPA's call of one layer in the plain model, and its logits."""
+    hf = with_large_keys(build(model_type), dtype)
+    ids = prompt_ids()
+    with torch.no_grad(), recorded(monkeypatch) as calls:
+        plain = hf(ids).logits
+    return StandardizedTransformer(hf), ids, calls[LAYER], plain
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_scores_and_pattern_are_those_that_sdpa_computes(
     model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hf = with_large_keys(build(model_type), dtype)
-    model, ids = StandardizedTransformer(hf), prompt_ids()
+    model, ids, call, plain = with_its_call(model_type, dtype, monkeypatch)
     with torch.no_grad():
-        with recorded(monkeypatch) as calls:
-            plain = hf(ids).logits
-        call = calls[LAYER]
         with model.trace(ids):
             scores, pattern = model.attention_scores[LAYER], model.attention_probabilities[LAYER]
             heads, logits = model.heads_output[LAYER], model.logits
@@ -140,12 +147,8 @@ def test_scores_and_pattern_are_those_that_sdpa_computes(
 def test_what_is_written_back_gives_what_sdpa_gives(
     model_type: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hf = with_large_keys(build(model_type), dtype)
-    model, ids = StandardizedTransformer(hf), prompt_ids()
+    model, ids, call, plain = with_its_call(model_type, dtype, monkeypatch)
     with torch.no_grad():
-        with recorded(monkeypatch) as calls:
-            plain = hf(ids).logits
-        call = calls[LAYER]
         with model.trace(ids):
             getattr(model, name)[LAYER] = getattr(model, name)[LAYER].clone()
             back, logits = model.heads_output[LAYER].transpose(1, 2), model.logits

@@ -9,8 +9,9 @@ import pytest
 import torch
 from architectures import VOCAB, build, shared
 from owners import owner
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, BatchEncoding
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
@@ -201,3 +202,101 @@ def test_an_error_in_an_edit_is_at_the_edits_line(demo: StandardizedTransformer)
             run()
         names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
         assert "steer_too_wide" in names
+
+
+def test_another_tokenizer_is_used_at_once(demo: StandardizedTransformer) -> None:
+    words = Tokenizer(models.WordLevel({word: i + 3 for i, word in enumerate(PROMPT.split())}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="The")
+    theirs, ours = other(PROMPT)["input_ids"], demo.tokenizer(PROMPT)["input_ids"]
+    assert theirs != ours
+    model = StandardizedTransformer(demo.hf_model, demo.tokenizer)
+    edited = model.edit(lambda: model.skip_layer(1))
+    other.padding_side, other.pad_token = "right", "is"
+    model.tokenizer = other
+    assert model.tokenizer is other
+    with torch.no_grad(), model.trace(PROMPT):
+        assert model.input_ids.tolist() == [theirs]
+    padded = model.prepare([[5, 6], [8]])  # on the left: what it says when it is given is nobody's wish
+    assert padded["input_ids"].tolist() == [[5, 6], [theirs[-1], 8]]
+    model.tokenizer.padding_side = "left"
+    model.tokenizer = other
+    other.padding_side = "right"
+    assert model.prepare([[5, 6], [8]])["input_ids"].tolist() == [[5, 6], [8, theirs[-1]]]
+    state = torch.randn(model.hidden_size)
+    assert "is" in model.get_topk_closest_tokens(state, k=model.vocab_size)
+    # A view made before has its own, and so has the one that all was made of.
+    assert edited.tokenizer is demo.tokenizer
+    assert edited.prepare(PROMPT)["input_ids"].tolist() == [ours]
+    assert model.edit(lambda: None).prepare(PROMPT)["input_ids"].tolist() == [theirs]
+    assert model.refresh().prepare(PROMPT)["input_ids"].tolist() == [theirs]
+    model.tokenizer = None
+    with pytest.raises(InputError, match="The prompt is text, but there is no tokenizer"):
+        model.prepare(PROMPT)
+
+
+def test_what_is_no_tokenizer_is_not_assigned(demo: StandardizedTransformer) -> None:
+    before = demo.tokenizer
+    with pytest.raises(InputError) as caught:
+        demo.tokenizer = "gpt2"
+    text = (
+        "model.tokenizer = 'gpt2': it is a tokenizer, as AutoTokenizer.from_pretrained(...) gives, or None."
+    )
+    assert str(caught.value) == text
+    assert demo.tokenizer is before
+
+
+PADDED = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 3]])
+
+
+@pytest.fixture
+def pads() -> StandardizedTransformer:
+    """Its padding is token 0, its beginning 1, its end 2."""
+    return StandardizedTransformer(shared("llama"))
+
+
+def test_padding_without_a_mask_is_warned_of(pads: StandardizedTransformer) -> None:
+    text = (
+        "Prompts 0 begin or end with token 0, which is that of padding, and no attention_mask says which tokens are: all are "
+        "taken for the prompt's own. Give a mask (attention_mask=ids != 0, or torch.ones_like(ids) where they are meant), or a "
+        "list of the prompts without padding."
+    )
+    for given in (
+        PADDED,
+        PADDED.flip(1),
+        {"input_ids": PADDED},
+        {"input_ids": PADDED, "attention_mask": None},
+    ):
+        with (
+            torch.no_grad(),
+            pytest.warns(UserWarning, match="no attention_mask says") as caught,
+            pads.trace(given),
+        ):
+            pass
+        assert [str(one.message) for one in caught] == [text]
+        assert caught[0].filename == __file__
+
+
+def test_no_warning_where_nothing_is_amiss(pads: StandardizedTransformer) -> None:
+    mask = PADDED != 0
+    inner = torch.tensor([[5, 0, 6, 7]])
+    prompts: list[Any] = [
+        PADDED[1:],
+        inner,
+        [[5, 6], [7, 8, 9]],
+        {"input_ids": PADDED, "attention_mask": mask},
+        {"input_ids": PADDED, "attention_mask": torch.ones_like(PADDED)},
+        torch.tensor([[1, 5, 6, 2]]),
+    ]
+    for given in prompts:  # warnings are errors in these tests
+        with torch.no_grad(), pads.trace(given):
+            pass
+    demo = StandardizedTransformer("demo:gpt2")
+    for end in {demo.tokenizer.eos_token_id, demo.tokenizer.bos_token_id}:
+        demo.prepare(torch.tensor([[end, 5, 6, end]]))
+
+
+def test_padding_that_is_written_as_the_end_is_not_told_from_it() -> None:
+    hf = build("llama")
+    hf.config.pad_token_id = hf.config.eos_token_id
+    StandardizedTransformer(hf).prepare(torch.tensor([[2, 2, 5, 6]]))

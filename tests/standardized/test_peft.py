@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import PLACES, build, prompt_ids
-from reference import edited, hooked
+from reference import edited, hooked, reads_what_hooks_see
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
@@ -64,15 +64,7 @@ def test_the_accessors_read_what_hooks_see(model_type: str) -> None:
             points["mlps_output", i] = layer.get_submodule(mlp), "output"
         points["layers_output", i] = layer, "output"
         assert model.layers[i].path == f"base_model.model.{PLACES[model_type][0]}.{i}"
-    ids = prompt_ids()
-    with torch.no_grad():
-        plain = wrapped(ids).logits
-        expected = hooked(wrapped, lambda: wrapped(ids), points)
-        with model.trace(ids):
-            seen = {(name, i): getattr(model, name)[i] for name, i in expected}
-            logits = model.logits
-    assert torch.equal(logits, plain)
-    assert all(torch.equal(seen[point], value) for point, value in expected.items())
+    reads_what_hooks_see(model, prompt_ids(), points)
 
 
 @every_type
@@ -331,6 +323,87 @@ def by_hand(wrapped: Any, ids: Tensor) -> Tensor:
     for _ in range(GREEDY["max_new_tokens"]):
         ids = torch.cat([ids, wrapped(ids).logits[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def prefix_tuned(model_type: str) -> Any:
+    """A model whose layers are given keys and values of 3 positions before the prompt's, which matter."""
+    torch.manual_seed(0)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    wrapped = peft.get_peft_model(build(model_type), config).eval()
+    torch.nn.init.normal_(wrapped.prompt_encoder["default"].embedding.weight)
+    with torch.no_grad():
+        assert not torch.allclose(
+            wrapped(prompt_ids()).logits, build(model_type)(prompt_ids()).logits, atol=0.5
+        )
+    return wrapped
+
+
+# PEFT gives the prefix as `past_key_values`, of which Transformers 5.24 warns.
+old_name = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+
+
+@old_name
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma2"])
+def test_a_prefix_is_keys_and_values_before_the_prompts(model_type: str) -> None:
+    wrapped, ids = prefix_tuned(model_type), prompt_ids()
+    model, layer = StandardizedTransformer(wrapped), layers_of_soft(wrapped, model_type)[1]
+    assert model.validation["attention_probabilities", 1].status == "verified"
+    assert model.validation["keys", 1].status == "verified"
+    before = wrapped.get_prompt(1).layers[0].keys
+    with torch.no_grad():
+        plain = wrapped(ids).logits
+        hidden = hooked(wrapped, lambda: wrapped(ids), {0: (layer, "output")})[0]
+        with model.trace(ids):
+            keys = model.keys[0]
+            scores, pattern = model.attention_scores[1], model.attention_probabilities[1]
+            seen, logits = model.layers_output[1], model.logits
+        assert torch.equal(logits, plain)
+        assert torch.equal(seen, hidden)
+        assert torch.equal(keys[:, :, :3], before.expand_as(keys[:, :, :3]))
+        assert pattern.shape == (2, 4, 9, 3 + 9)
+        assert torch.allclose(scores.softmax(-1), pattern, atol=1e-6)
+        assert pattern[..., :3].sum() > 1
+        assert not pattern.triu(4).any()
+        with model.trace(ids):
+            model.attention_probabilities[1] = model.attention_probabilities[1].roll(1, 0)
+            assert not torch.allclose(model.logits, plain, atol=1e-2)
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
+        expected = edited(lambda: wrapped.generate(**arguments), layer, "output", lambda out: -out)
+        with model.generate(ids, **GREEDY) as tracer:
+            for _ in tracer.iter[:]:
+                model.layers_output[1] = -model.layers_output[1]
+            assert torch.equal(tracer.result, expected)
+
+
+@old_name
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom"])
+def test_prompts_behind_a_prefix_are_padded_between_it_and_them(model_type: str) -> None:
+    wrapped, ids = prefix_tuned(model_type), prompt_ids()
+    model, layer = StandardizedTransformer(wrapped), layers_of_soft(wrapped, model_type)[1]
+    vector = torch.linspace(-1, 1, model.hidden_size)
+
+    def steered(hidden: Tensor) -> Tensor:
+        return torch.cat([hidden[:, :1] + vector, hidden[:, 1:]], 1)
+
+    prompts = [ids[0].tolist(), ids[1, :6].tolist()]
+    alone = [
+        edited(lambda prompt=prompt: wrapped(torch.tensor([prompt])).logits, layer, "output", steered)
+        for prompt in prompts
+    ]
+    with torch.no_grad():
+        with model.trace(prompts):
+            model.steer(1, vector, token_positions=0)
+            logits = model.logits
+        with model.trace() as tracer:
+            with tracer.invoke(prompts[0]):
+                first = model.logits
+            with tracer.invoke(prompts[1]):
+                second = model.logits
+    assert torch.allclose(logits[1, -6:], alone[1][0], atol=1e-4)
+    assert torch.allclose(logits[0], alone[0][0], atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(first, wrapped(torch.tensor(prompts[:1])).logits, atol=1e-4)
+        assert torch.allclose(second, wrapped(torch.tensor(prompts[1:])).logits, atol=1e-4)
 
 
 def layers_of_soft(wrapped: Any, model_type: str) -> Any:

@@ -15,7 +15,7 @@ from architectures import PLACES, build, prompt_ids
 from reference import edited
 from torch import Tensor
 
-from nnatomy import StandardizedTransformer
+from nnatomy import ArchConfig, StandardizedTransformer
 from nnatomy.errors import InputError
 from nnatomy.methods import SteeringVector, get_token_activations
 
@@ -446,15 +446,12 @@ def test_a_soft_prompt_has_no_positions_and_padding_behind_it_shows(model_type: 
         model.prepare(padded(each, "left"))
 
 
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # of PEFT's own calls
 def test_padding_that_has_not_been_checked_is_not_verified() -> None:
-    """Of prefix tuning, whose keys are more than the prompt's, other names fail first."""
-    torch.manual_seed(0)
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    wrapped = peft.get_peft_model(build("llama"), config).eval()
-    model, each = StandardizedTransformer(wrapped, allow_failures=True), prompts("right")
+    """Of a model whose MLP is said to be another module, other names fail first."""
+    hf = build("llama")
+    config = ArchConfig(layers="model.layers", self_attn="self_attn", mlp="mlp.gate_proj")
+    model = StandardizedTransformer(hf, arch_config=config, allow_failures=True)
+    each = prompts("right")
     row = model.validation["padding", None]
     assert (row.status, row.detail) == (
         "unverified",
@@ -465,6 +462,6 @@ def test_padding_that_has_not_been_checked_is_not_verified() -> None:
         InputError, match="whether it shows could not be checked: other names have failed before"
     ):
         model.trace(each)
-    expected = torch.stack([wrapped(input_ids=torch.tensor([ids])).logits[0, -1] for ids in each]).softmax(-1)
+    expected = torch.stack([hf(input_ids=torch.tensor([ids])).logits[0, -1] for ids in each]).softmax(-1)
     with model.trace(padded(each, "right")):
         assert close(model.next_token_probs, expected)

@@ -19,6 +19,7 @@ from architectures import shared
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
+from nnatomy.core.points import Report
 from nnatomy.errors import ValidationError
 from nnatomy.names import MID, MIXERS, MLPS, SUMS
 from nnatomy.standardized import attention, contributions, head, shown, transformer
@@ -85,16 +86,15 @@ def rolled(values: tuple[Any, ...]) -> tuple[Any, ...]:
 # What a tap shows.
 
 
-class Mutant:
+class Mutant(Report):
     """Shows another tensor than is there, and takes what is written to it for what is there."""
 
-    def __init__(
-        self, report: Any, kind: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-    ) -> None:
-        self._report, self._kind, self._there, self._back = report, kind, there, back
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._report, name)
+    def __new__(
+        cls, report: Report, kind: str, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Any:
+        mutant: Any = super().__new__(cls, *report)
+        mutant._report, mutant._kind, mutant._there, mutant._back = report, kind, there, back
+        return mutant
 
     def __call__(self, tensor: Tensor, kind: str, *rest: Any) -> Any:
         if kind != self._kind:
