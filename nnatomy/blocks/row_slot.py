@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -38,11 +38,12 @@ class UnknownRows:
 
 
 class Edit(NamedTuple):
-    """Other rows for one leaf of a slot's value."""
+    """Other rows for one leaf of a slot's value. `only_read`: the same rows, put there for the gradient that they may get."""
 
     leaf: int
     rows: Rows
     new: Tensor
+    only_read: bool = False
 
 
 def merge(slot: Slot, edits: Iterable[Edit]) -> None:
@@ -60,12 +61,35 @@ def merge(slot: Slot, edits: Iterable[Edit]) -> None:
 class RowSlot(Slot):
     """One block's rows of a slot; what the block edits of them is in `edits()`."""
 
-    __slots__ = ("_given", "_leaves", "_rows", "_skip", "_structure", "_value", "_versions", "whole")
+    __slots__ = (
+        "_given",
+        "_leaves",
+        "_replaced",
+        "_rows",
+        "_skip",
+        "_structure",
+        "_value",
+        "_versions",
+        "whole",
+    )
 
-    def __init__(self, whole: Slot, rows: Rows, skip: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self,
+        whole: Slot,
+        rows: Rows,
+        skip: Callable[[Any], None] | None = None,
+        replaced: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            skip: what skips the module for these rows.
+            replaced: the leaves that other blocks have put rows of their own in, which are not there yet. What is changed in
+                place in such a one is no change of the tensor that the model has made.
+        """
         self.whole = whole
         self._rows = rows
         self._skip = skip
+        self._replaced = replaced
         self._given: list[Any] | None = None
         self.module, self.kind, self.call, self.step = whole.module, whole.kind, whole.call, whole.step
         self.axes, self.skipped, self.recomputed = whole.axes, whole.skipped, whole.recomputed
@@ -75,7 +99,7 @@ class RowSlot(Slot):
         if self._given is None:
             self._leaves, self._structure = _flatten(self.whole.value)
             first = next((i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)), 0)
-            self._given = [self._mine(leaf, i == first) for i, leaf in enumerate(self._leaves)]
+            self._given = [self._mine(leaf, i, first) for i, leaf in enumerate(self._leaves)]
             self._versions = [versions(leaf) if isinstance(leaf, Tensor) else None for leaf in self._given]
             self._value = pytree.tree_unflatten(self._given, self._structure)
         return self._value
@@ -88,15 +112,17 @@ class RowSlot(Slot):
                 self._rows.check(self._leaves[i], mine)
         self._value = new
 
-    def _mine(self, leaf: Any, is_first: bool) -> Any:
+    def _mine(self, leaf: Any, place: int, first: int) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         try:
             mine = self._rows.of(leaf)
         except RowsError as error:
-            if is_first:
+            if place == first:
                 raise
             return UnknownRows(str(error))
+        if mine is not None and place in self._replaced:
+            mine = mine.clone()
         return leaf if mine is None else mine
 
     def _assigned(self, value: Any) -> list[tuple[int, Any, Any]]:
@@ -124,8 +150,9 @@ class RowSlot(Slot):
         ):
             if isinstance(given, Tensor) and given is not leaf and i not in assigned:
                 copied = given.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr()
-                if (given.requires_grad and not self.recomputed) or (copied and versions(given) != version):
-                    found.append(Edit(i, self._rows, given))
+                changed = copied and versions(given) != version
+                if changed or (given.requires_grad and not self.recomputed):
+                    found.append(Edit(i, self._rows, given, only_read=not changed))
         return found
 
     def merge(self) -> None:

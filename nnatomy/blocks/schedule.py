@@ -138,6 +138,10 @@ class Schedule(SharedBlock):
         """Whether edits of those rows of the slot are still to be made."""
         return self._edited is slot and any(edit.rows[:2] == rows[:2] for edit in self._edits)
 
+    def replaced(self, slot: Slot) -> set[int]:
+        """The leaves of the slot's value in which other rows are still to be put."""
+        return {edit.leaf for edit in self._edits if not edit.only_read} if self._edited is slot else set()
+
     def merge_edits(self) -> None:
         edits, self._edits = self._edits, []
         if edits:

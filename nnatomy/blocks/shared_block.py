@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -95,7 +95,7 @@ class SharedBlock(Block):
                 self.schedule.merge_edits()
             if self.rows is None:
                 return slot
-            self._view = self._rows_of(slot)
+            self._view = self._rows_of(slot, self.schedule.replaced(slot))
         return self._view
 
     def peek(self, slot: Slot) -> Slot:
@@ -122,8 +122,8 @@ class SharedBlock(Block):
             rows = rows._replace(seq=result.shape[1])
         return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows).value
 
-    def _rows_of(self, slot: Slot) -> RowSlot:
-        return RowSlot(slot, self._rows_at(slot), lambda value: self._replace_output(slot, value))
+    def _rows_of(self, slot: Slot, replaced: Collection[int] = ()) -> RowSlot:
+        return RowSlot(slot, self._rows_at(slot), lambda value: self._replace_output(slot, value), replaced)
 
     def _rows_at(self, slot: Slot) -> Rows:
         assert self.rows is not None
