@@ -22,14 +22,10 @@ class Traceable(ModuleView):
     Example:
         >>> import torch
         >>> from nnatomy.core import Traceable
-        >>> from torch.nn import Linear, ReLU, Sequential
-        >>> net = Traceable(Sequential(Linear(4, 8), ReLU(), Linear(8, 2)))
-        >>> with net.trace(torch.ones(1, 4)) as tracer:
-        ...     hidden = net[1].output
-        ...     net[2].input = 0 * hidden
-        ...     y = tracer.result
-        >>> hidden.shape, torch.equal(y[0], net[2].module.bias)
-        (torch.Size([1, 8]), True)
+        >>> net = Traceable(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
+        >>> with net.trace(torch.tensor([-1.0, 2.0])):
+        ...     print(net[0].output)
+        tensor([0., 2.])
     """
 
     __slots__ = ("steps_of",)
