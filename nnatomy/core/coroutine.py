@@ -19,7 +19,7 @@ from weakref import ref
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.interrupts import Cancelled, Interruptible
 from nnatomy.core.thread_state import ThreadState
-from nnatomy.core.worker import Worker, wait_for
+from nnatomy.core.worker import start, wait_for
 from nnatomy.errors import OutsideTraceError
 
 #: How long an interrupted owner waits, when interrupted again, for work that catches everything.
@@ -90,13 +90,12 @@ class Coroutine:
         try:
             begins, self.state = self.state is State.NEW, State.RUNNING
             if begins:
-                Worker.start(self._main)
+                start(self._main)
             else:
                 self._resumed.release()
-            while (
-                wait_for(self._yielded) and self.state is State.RUNNING
-            ):  # what it released before an interrupt
-                pass
+            wait_for(self._yielded)
+            while self.state is State.RUNNING:  # the lock had been released already, before an interrupt
+                wait_for(self._yielded)
         except BaseException:  # Ctrl-C
             self.cancel()
             raise
@@ -155,28 +154,18 @@ class Coroutine:
             return True, lambda: None
         assert self._job is not None
         (work, state), self._job = self._job, None
-        interruptible = self._interruptible
         self.thread = get_ident()
         _at_work.add(self)
         try:
             with self.around():
-                try:
-                    interruptible.begin()
-                    try:
-                        if self.cancelled:
-                            raise Cancelled
-                        state.call(work)
-                    finally:
-                        interruptible.end()
-                finally:
-                    interruptible.end()  # a Cancelled may have come within the first
+                self._interruptible.run(lambda: state.call(work))
         except BaseException as error:  # noqa: BLE001
             # What is raised after cancelling comes of it: a `finally` that misses a value, say.
             if not self.cancelled:
                 self._error = hide_our_frames(error), error.__traceback__
         self.thread = 0
         _at_work.discard(self)
-        return not interruptible.interrupted, self._end
+        return not self._interruptible.interrupted, self._end
 
     def _end(self) -> None:
         self.state = State.ENDED

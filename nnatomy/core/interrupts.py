@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from threading import Lock, get_ident
 
 from nnatomy.core.worker import starting
@@ -13,19 +14,31 @@ class Cancelled(BaseException):
 
 
 class Interruptible:
-    """A part of a thread's work in which another thread can have Cancelled raised."""
+    """A part of a thread's work in which another thread can have Cancelled raised.
+
+    Attributes:
+        interrupted: whether another thread has asked for it.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
         self._thread = 0
         self._lock = Lock()
 
-    def begin(self) -> None:
-        """Called by the thread: from here on."""
-        self._thread = get_ident()
+    def run(self, work: Callable[[], object]) -> None:
+        """Do the work. Raises Cancelled if it is interrupted meanwhile, or has been before."""
+        try:
+            try:
+                self._thread = get_ident()
+                if self.interrupted:
+                    raise Cancelled
+                work()
+            finally:
+                self._end()
+        finally:
+            self._end()  # a Cancelled may have come within the first
 
-    def end(self) -> None:
-        """Called by the thread: until here."""
+    def _end(self) -> None:
         with self._lock:
             self._thread = 0
             if self.interrupted:
@@ -36,10 +49,10 @@ class Interruptible:
                     pass
 
     def interrupt(self) -> None:
-        """Have Cancelled raised in the thread, wherever it is, if it is within."""
+        """Have Cancelled raised in the thread, wherever it is in the work."""
         with self._lock:
+            self.interrupted = True
             if self._thread:
-                self.interrupted = True
                 # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
                 error = ctypes.py_object(Cancelled)
                 with starting:

@@ -212,15 +212,14 @@ def test_nobody_is_interrupted_while_a_thread_is_being_born(monkeypatch) -> None
 
     part, came = Interruptible(), []
 
+    def start_and_compute() -> None:
+        worker.start_thread(lambda: (False, lambda: None))
+        while True:
+            pass
+
     def work() -> None:
-        part.begin()
         try:
-            try:
-                worker.Worker(lambda: (False, lambda: None))
-                while True:
-                    pass
-            finally:
-                part.end()
+            part.run(start_and_compute)
         except Cancelled:
             came.append("here")
 

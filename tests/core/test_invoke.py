@@ -648,6 +648,7 @@ def test_no_more_threads_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     view = Traceable(model)
     start, left = worker._thread.start_new_thread, [1]
+    assert settles(lambda: not worker._idle, worker.IDLE_SECONDS + 5)
 
     def refuse(*args: Any) -> Any:
         if not left:
@@ -659,7 +660,6 @@ def test_no_more_threads_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
         with view.trace() as tracer:
             tracer.invoke(ONE, lambda: view.layers[0].output)
             tracer.invoke(TWO, lambda: view.layers[0].output)
-            worker._idle.clear()
             monkeypatch.setattr(worker, "_thread", SimpleNamespace(start_new_thread=refuse))
             view.layers[1].output
     assert not left
