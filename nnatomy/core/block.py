@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from types import FrameType
 from typing import Any
 
 from torch.nn import Module
 
-from nnatomy.core.frames import is_ours, line_of, user_line
+from nnatomy.core.frames import line_of, user_frames, user_line
 from nnatomy.core.gates import is_seen
 from nnatomy.core.points import Question, Slot, Tap
 from nnatomy.core.progress import Place
@@ -69,54 +68,19 @@ class Block:
                 if run.error is not None:
                     raise run.error
                 raise self._not_reached(question)
-            frame = sys._getframe(2)  # one is the accessor's
-            while is_ours(frame) and frame.f_back is not None:
-                frame = frame.f_back
+            frame = next(user_frames())
             run.last = question, frame.f_code, frame.f_lasti  # its line is looked up when it is needed
         elif place is Place.PASSED:
             if run.error is not None:
                 raise run.error
-            raise (
-                self._not_reached(question)
-                if run.progress.never_came(question)
-                else self._out_of_order(question)
-            )
+            never_came = run.progress.never_came(question)
+            raise self._not_reached(question) if never_came else self._out_of_order(question)
         assert run.slot is not None
         return self.view(run.slot)
 
     def place(self, module: Module, kind: str, call: int = 0) -> Place:
         """Where that point lies in the step that the block's questions mean."""
         return self.run.place(Question(module, kind, call, self.step, None, ""))
-
-    def reach_step(self, step: int, begun: bool) -> bool:
-        """Let the forward pass run until `step` begins. False if it ends before.
-
-        Args:
-            begun: whether the loop over steps that asks has had one already.
-        """
-        run, progress = self.run, self.run.progress
-        if run.error is not None:
-            raise run.error
-        if step < progress.step:
-            if begun and run.ended:
-                return False
-            raise OutOfOrderError(
-                f"Step {step} was asked for at {user_line()}, but the model is already in step {progress.step}. "
-                f"Begin with that one: `for step in tracer.iter[{progress.step}:]:`."
-            )
-        if step == progress.step and progress.calls.get(run.root):  # it has begun
-            return True
-        question = Question(run.root, "input", 0, step, None, f"step {step}")
-        if not run.ended:
-            self.wait(question)
-            if run.error is not None:
-                raise run.error
-        if run.has_result and progress.only_within:
-            raise NotReachedError(
-                f"There are no steps: {type(run.root).__name__} itself is not called in this generation, but a module within "
-                "it. Generate with that one."
-            )
-        return run.place(question) is Place.HERE
 
     def reach_end(self) -> None:
         """Let the forward pass run to its end."""

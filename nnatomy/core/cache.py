@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -33,97 +32,88 @@ class CachedCall(NamedTuple):
     inputs: Inputs | None = None
 
 
-class Cache(Collector):
+class Cache(Collector, Mapping[str, "CachedCalls"]):
     """The values of many modules, by path: `cache["layers.3"].output`.
 
     Tensors are the model's own (nothing is copied) unless `device` or `dtype` says otherwise or
     `clone` is set. If the model changes one of them in place after it was collected, asking for it is
     an error rather than a wrong value; `clone=True` keeps it as it was. (In inference mode tensors do not
     tell that they were changed: there every one is copied.)
+
+    Args:
+        paths: the modules, with the path of each.
+        kinds: "input" or "output" or both.
+        aliases: further paths of modules: a shared one has several.
+        view: a slot as the block sees it.
     """
 
     def __init__(
         self,
         paths: dict[Module, str],
-        kinds: Iterable[str] = ("output",),
+        kinds: Iterable[str],
+        aliases: Callable[[], Mapping[str, Module]],
+        view: Callable[[Slot], Slot],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         clone: bool = False,
-        view: Callable[[Slot], Slot] = lambda slot: slot,
-        aliases: Callable[[], Mapping[str, Module]] = dict,
     ) -> None:
         self.modules = set(paths)
         self.kinds = dict.fromkeys(kinds)
         self._paths = paths
+        self._aliases = aliases
+        self._view = view
         self._device = device
         self._dtype = dtype
         self._clone = clone
-        self._view = view
-        #: Further paths of modules: a shared one has several.
-        self._aliases = aliases
-        #: By module: (step, call, kind, value, the versions of its tensors unless it is a clone).
-        self._taken: dict[Module, list[tuple[int, int, str, Any, Any]]] = {}
+        #: By module, and then by step and call.
+        self._calls: dict[Module, dict[tuple[int, int], CachedCall]] = {}
+        #: The values that are the model's own, by module, with the versions of their tensors.
+        self._shared: dict[Module, list[tuple[Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        value, keep = self._view(slot).value, self._keep
-        kept = keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, keep, value)
-        then = None if self._clone else versions(kept)
-        self._taken.setdefault(slot.module, []).append((slot.step, slot.call, slot.kind, kept, then))
+        kept = pytree.tree_map_only(Tensor, self._keep, self._view(slot).value)
+        if not self._clone:
+            self._shared.setdefault(slot.module, []).append((kept, versions(kept)))
+        calls, key = self._calls.setdefault(slot.module, {}), (slot.step, slot.call)
+        field = "output" if slot.kind == "output" else "inputs"
+        calls[key] = calls.get(key, CachedCall(*key))._replace(**{field: kept})
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        kept = tensor
-        if self._device is not None or self._dtype is not None:
-            dtype = self._dtype if tensor.is_floating_point() else None
-            kept = tensor.to(device=self._device, dtype=dtype)
+        dtype = self._dtype if tensor.is_floating_point() else None
+        kept = tensor.to(device=self._device, dtype=dtype)
         if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
         return kept
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
-        if isinstance(module, str):
-            path, found = module, self._find(module)
-        else:
-            path, found = module.path, module.module
-        taken = self._taken.get(found) if found is not None else None
-        if taken is None:
+        path, found = module if isinstance(module, str) else module.path, self._find(module)
+        if found not in self._calls:
             if found in self._paths:
                 raise CacheError(f"{path!r} was not called while the cache was open.")
             held = ", ".join(list(self)[:20]) or "nothing yet"
             raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
-        calls: dict[tuple[int, int], CachedCall] = {}
-        for step, call, kind, value, then in taken:
-            if then is not None and versions(value) != then:
-                raise CacheError(
-                    f"A value of {path!r} was changed in place after it had been collected (by the model, or "
-                    "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
-                )
-            if kind == "input":
-                calls[step, call] = CachedCall(step, call, None, value)
-            else:
-                known = calls.get((step, call))
-                calls[step, call] = CachedCall(step, call, value, known and known.inputs)
-        return CachedCalls(path, calls.values())
+        if any(versions(value) != then for value, then in self._shared.get(found, ())):
+            raise CacheError(
+                f"A value of {path!r} was changed in place after it had been collected (by the model, or "
+                "by you), so it is no longer what the module gave. Collect with tracer.cache(clone=True)."
+            )
+        return CachedCalls(path, self._calls[found].values())
 
-    def _find(self, path: object) -> Module | None:
-        return self._by_path.get(path) or self._aliases().get(path)  # type: ignore[call-overload]
-
-    @cached_property
-    def _by_path(self) -> dict[Any, Module]:
-        return {path: module for module, path in self._paths.items()}
+    def _find(self, module: object) -> Any:
+        if isinstance(module, ModuleView):
+            return module.module
+        mine = next((known for known, path in self._paths.items() if path == module), None)
+        return mine or self._aliases().get(module)  # type: ignore[call-overload]
 
     def __iter__(self) -> Iterator[str]:
-        return (self._paths[module] for module in self._taken)
+        return (self._paths[module] for module in self._calls)
 
     def __len__(self) -> int:
-        return len(self._taken)
+        return len(self._calls)
 
     def __contains__(self, module: object) -> bool:
-        return (module.module if isinstance(module, ModuleView) else self._find(module)) in self._taken
-
-    def keys(self) -> Iterable[str]:
-        """The paths of the modules that have been called, in the order of their first call's first value."""
-        return list(self)
+        return self._find(module) in self._calls
 
     def __repr__(self) -> str:
         names = ", ".join(list(self)[:8])

@@ -20,10 +20,16 @@ def frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _module(frame: FrameType) -> str:
+    """The name of the module whose code a frame runs."""
+    name: str = frame.f_globals.get("__name__", "")
+    return name
+
+
 def is_ours(frame: FrameType) -> bool:
     """Whether a frame is this library's, or one of the run-time checks around it."""
-    name = frame.f_globals.get("__name__", "")
-    return name.startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
+    checks = frame.f_code.co_filename.startswith("<@beartype")
+    return checks or _module(frame).startswith(("nnatomy.", "jaxtyping."))
 
 
 def user_frames() -> Iterator[FrameType]:
@@ -33,12 +39,9 @@ def user_frames() -> Iterator[FrameType]:
 
 def warn(text: str) -> None:
     """Warn of what will run, but is not likely to be meant, at the innermost line that is not ours nor torch's."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and (
-        is_ours(frame) or frame.f_globals.get("__name__", "").startswith("torch.")
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, UserWarning, stacklevel=level)
+    frame = next(one for one in user_frames() if not _module(one).startswith("torch."))
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
 def user_line() -> str:
@@ -58,7 +61,7 @@ def frame_of_with() -> FrameType:
     outwards = user_frames()
     this = next(outwards)
     for outer in outwards:
-        by_contextlib = outer.f_globals.get("__name__") == "contextlib"  # `this` is a generator it made enter
+        by_contextlib = _module(outer) == "contextlib"  # `this` is a generator it made enter
         if not by_contextlib and this.f_code.co_name not in ("__enter__", "enter_context"):
             break
         this = outer
@@ -78,7 +81,7 @@ def hide_our_frames(error: BaseException) -> BaseException:
 def _without_our_frames(traceback: TracebackType | None) -> TracebackType | None:
     kept = []
     while traceback is not None:
-        if not traceback.tb_frame.f_globals.get("__name__", "").startswith(_TRACING):
+        if not _module(traceback.tb_frame).startswith(_TRACING):
             kept.append(traceback)
         traceback = traceback.tb_next
     for this, following in zip(kept, [*kept[1:], None], strict=False):

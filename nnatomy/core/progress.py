@@ -35,19 +35,14 @@ class Progress:
         stack: the calls in flight, outermost first: [module, which of its calls, stage].
         found: what taps have found in this step: (module, call, kind).
         step_is_over: whether the root has returned, and the next step has not begun.
-        ended: whether the forward pass is over, however it ended.
-        only_within: whether it ended after calls of modules within the root, and none of the root itself.
     """
 
-    def __init__(self, root: Module) -> None:
-        self.root = root
+    def __init__(self) -> None:
         self.step = 0
         self.calls: dict[Module, int] = {}
         self.stack: list[list[Any]] = []
         self.found: set[tuple[Module, int, str]] = set()
         self.step_is_over = False
-        self.ended = False
-        self.only_within = False
 
     def place(self, question: Question, slot: Slot | None) -> Place:
         """Where that point lies. `slot` is where the forward pass stands for a block, if it does."""
@@ -58,7 +53,7 @@ class Progress:
             and (slot.kind, slot.call, slot.step) == (kind, call, step)
         ):
             return Place.HERE
-        if self.ended or step < self.step:
+        if step < self.step:
             return Place.PASSED
         if step > self.step:
             return Place.AHEAD
@@ -88,8 +83,5 @@ class Progress:
 
     def end(self) -> None:
         """The forward pass is over."""
-        self.ended = True
-        self.only_within = bool(self.calls) and not self.step and self.root not in self.calls
-        self.calls.clear()
         self.stack.clear()
         self.found.clear()

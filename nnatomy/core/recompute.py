@@ -7,6 +7,8 @@ So where gradients are recorded, an edit inside a checkpointed part is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import is_
 
 from torch.utils import _pytree as pytree
@@ -22,28 +24,17 @@ def is_recomputed() -> bool:
     return any(frame.f_globals is checkpoint.__dict__ for frame in frames())
 
 
-class Unchanged:
-    """What a slot holds before somebody gets it, to see whether it has been edited."""
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = slot
-        self._value = slot.value
-        self._leaves = pytree.tree_leaves(slot.value)
-        self._versions = versions(slot.value)
-
-    def check(self, name: str) -> None:
-        """Raise AssignmentError if it has."""
-        slot = self._slot
-        leaves = pytree.tree_leaves(slot.value)
-        same = (
-            slot.value is self._value
-            and len(leaves) == len(self._leaves)
-            and all(map(is_, leaves, self._leaves))
+@contextmanager
+def unchanged(slot: Slot, who: object) -> Iterator[None]:
+    """Within, `who` may look at the slot. Raises AssignmentError at the end if it has edited it."""
+    value, leaves, before = slot.value, pytree.tree_leaves(slot.value), versions(slot.value)
+    yield
+    now = pytree.tree_leaves(slot.value)
+    same = slot.value is value and len(now) == len(leaves) and all(map(is_, now, leaves))
+    if slot.skipped or not same or versions(slot.value) != before:
+        raise AssignmentError(
+            f"{who} was changed inside a part of the model that is under gradient checkpointing: "
+            "`backward` computes that part again, without the change, and would give gradients of "
+            "something else. Switch checkpointing off (model.activation_checkpointing_disable(); in older "
+            "releases of Transformers gradient_checkpointing_disable()), or trace under torch.no_grad()."
         )
-        if slot.skipped or not same or versions(slot.value) != self._versions:
-            raise AssignmentError(
-                f"{name} was changed inside a part of the model that is under gradient checkpointing: "
-                "`backward` computes that part again, without the change, and would give gradients of "
-                "something else. Switch checkpointing off (model.activation_checkpointing_disable(); in older "
-                "releases of Transformers gradient_checkpointing_disable()), or trace under torch.no_grad()."
-            )

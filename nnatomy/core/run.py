@@ -8,7 +8,7 @@ the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -16,14 +16,17 @@ from torch._C import _functorch
 from torch.nn import Module
 
 from nnatomy.core import gates
-from nnatomy.core.coroutine import Coroutine, State
+from nnatomy.core.coroutine import Coroutine
 from nnatomy.core.interrupts import Cancelled
 from nnatomy.core.points import Axes, Collector, Question, Slot
 from nnatomy.core.progress import ENTERING, INSIDE, RETURNING, Place, Progress
-from nnatomy.core.recompute import Unchanged, is_recomputed
+from nnatomy.core.recompute import is_recomputed, unchanged
 from nnatomy.core.taps import Taps
 from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import UsageError
+
+#: The result of a call that has not come to its end.
+NO_RESULT = object()
 
 
 class Run(Coroutine):
@@ -44,7 +47,7 @@ class Run(Coroutine):
         collectors: told about points after the blocks.
         replacements: told about points before any block sees them, to put another value there.
         run_to_end: whether somebody still wants what comes after the block's end.
-        result: what the call returned, if `has_result`.
+        result: what the call returned, or NO_RESULT.
     """
 
     def __init__(self, root: Module, whole: Module, call: Callable[[], Any], state: ThreadState) -> None:
@@ -52,7 +55,7 @@ class Run(Coroutine):
         self.root = root
         self.roots = [whole]
         self.call: Callable[[], Any] | None = call
-        self.progress = Progress(root)
+        self.progress = Progress()
         self.questions: tuple[Question, ...] = ()
         self.slot: Slot | None = None
         self.last: tuple[Question, CodeType, int] | None = None
@@ -62,15 +65,14 @@ class Run(Coroutine):
         self.watched_outputs: set[Module] = set()
         self.taps = Taps()
         self.run_to_end = False
-        self.result: Any = None
-        self.has_result = False
+        self.result: Any = NO_RESULT
         self._records_gradients, self._transforms = state.grad, len(state.transforms)
 
     # What a block asks and says.
 
     def place(self, question: Question) -> Place:
         """Whether the forward pass is before that point, at it, or past it."""
-        return Place.PASSED if self.state is State.ENDED else self.progress.place(question, self.slot)
+        return Place.PASSED if self.ended else self.progress.place(question, self.slot)
 
     def wait(self, questions: tuple[Question, ...]) -> None:
         """Let the forward pass go on (or start) until it is at one of those points, cannot come to one, or ends."""
@@ -109,29 +111,23 @@ class Run(Coroutine):
 
     def watch(self) -> None:
         """Look again at which modules the forward pass has to stop and tell somebody."""
+        waited = [({question.module}, {question.kind: question.tap}) for question in self.questions]
+        waited += [(one.modules, one.kinds) for one in (*self.replacements, *self.collectors)]
         inputs: set[Module] = set()
         outputs: set[Module] = set()
         taps = self.taps.waiting = []
-        for module, kind, _, _, tap, _ in self.questions:
-            if kind != "output":
-                inputs.add(module)
-            if kind != "input":
-                outputs.add(module)
-            if tap is not None:
-                taps.append((module, kind, tap))
-        for collector in (*self.replacements, *self.collectors):
-            if collector.kinds.keys() != {"output"}:
-                inputs |= collector.modules
-            if "output" in collector.kinds:
-                outputs |= collector.modules
-            for kind, tap in collector.kinds.items():
-                if tap is not None:
-                    taps += [(module, kind, tap) for module in collector.modules]
+        for modules, kinds in waited:
+            if kinds.keys() != {"output"}:
+                inputs |= modules
+            if kinds.keys() != {"input"}:
+                outputs |= modules
+            for kind, tap in kinds.items():
+                taps += [(module, kind, tap) for module in modules if tap is not None]
         self.watched_inputs, self.watched_outputs = inputs, outputs
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
-        self.result = self.last = None
+        self.result, self.last = NO_RESULT, None
         super().forget()
         self.collectors, self.replacements = [], []
 
@@ -152,7 +148,7 @@ class Run(Coroutine):
         call, self.call = self.call, None
         result = call()
         if not self.cancelled:
-            self.result, self.has_result = result, True
+            self.result = result
 
     def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Slot:
         """A watched module is called: the slot with its inputs, or with what is put in the place of its output."""
@@ -198,10 +194,8 @@ class Run(Coroutine):
     def _let_edit(self, slot: Slot, look: Callable[[Slot], Any], who: Question | Collector) -> None:
         """Let somebody look at the slot, who may edit it where that can be had."""
         slot.recomputed = self._records_gradients and is_recomputed()
-        unchanged = Unchanged(slot) if slot.recomputed else None
-        look(slot)
-        if unchanged is not None:
-            unchanged.check(str(who))
+        with unchanged(slot, who) if slot.recomputed else nullcontext():
+            look(slot)
 
     def _check_transforms(self, question: Question) -> None:
         if _functorch.peek_interpreter_stack() is None:

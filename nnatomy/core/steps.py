@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nnatomy.core.block import Block
-from nnatomy.core.frames import warn
-from nnatomy.errors import UsageError
+from nnatomy.core.frames import user_line, warn
+from nnatomy.core.points import Question
+from nnatomy.core.progress import Place
+from nnatomy.errors import NotReachedError, OutOfOrderError, UsageError
 
 
 class Steps:
@@ -21,11 +23,11 @@ class Steps:
         outer = block.step
         try:
             for step in _indices(which):
-                if not block.reach_step(step, begun):
-                    if not block.run.cancelled and not (
-                        isinstance(which, slice) and (begun or not which.start)
-                    ):
-                        _warn_never_came(which, step, block)
+                if not self._reach(step, begun):
+                    # The end of a slice may lie beyond the last step, and its beginning too if that is 0.
+                    named = not isinstance(which, slice) or (which.start and not begun)
+                    if named and not block.run.cancelled:
+                        _warn_never_came(which, step, block.run.progress.step)
                     return
                 block.step, begun = step, True
                 yield step
@@ -35,14 +37,42 @@ class Steps:
     def __iter__(self) -> Iterator[int]:
         return self[:]
 
+    def _reach(self, step: int, begun: bool) -> bool:
+        """Let the forward pass run until `step` begins. False if it ends before.
 
-def _warn_never_came(which: Any, step: int, block: Block) -> None:
-    """Warn that a step that was named has not come. (The end of a slice may lie beyond the last one.)"""
+        Args:
+            begun: whether the loop that asks has had a step already.
+        """
+        block, run = self._block, self._block.run
+        now = run.progress.step
+        if run.error is not None:
+            raise run.error
+        if step < now:
+            if begun and run.ended:
+                return False
+            raise OutOfOrderError(
+                f"Step {step} was asked for at {user_line()}, but the model is already in step {now}. "
+                f"Begin with that one: `for step in tracer.iter[{now}:]:`."
+            )
+        if step == now and run.progress.calls.get(run.root):  # it has begun
+            return True
+        question = Question(run.root, "input", 0, step, None, f"step {step}")
+        if not run.ended:
+            block.wait(question)
+            if run.error is not None:
+                raise run.error
+        if run.ended and run.progress.calls and not (run.progress.step or run.cancelled):
+            raise NotReachedError(
+                f"There are no steps: {type(run.root).__name__} itself is not called in this generation, but a module within "
+                "it. Generate with that one."
+            )
+        return run.place(question) is Place.HERE
+
+
+def _warn_never_came(which: Any, step: int, count: int) -> None:
+    text = which
     if isinstance(which, slice):
         text = ":".join("" if part is None else str(part) for part in (which.start, which.stop))
-    else:
-        text = str(which)
-    count = block.run.progress.step
     warn(
         f"tracer.iter[{text}]: step {step} did not come, so the loop's body did not run for it: the generation ended "
         f"after {count} step{'s' * (count != 1)} (0 to {count - 1})."
@@ -50,17 +80,15 @@ def _warn_never_came(which: Any, step: int, block: Block) -> None:
 
 
 def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
-    if not isinstance(which, slice):
-        steps: list[Any] = (
-            [which] if isinstance(which, int) or not isinstance(which, Iterable) else list(which)
-        )
-        if not all(isinstance(step, int) and step >= 0 for step in steps) or steps != sorted(set(steps)):
-            raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")
-        return steps
-    start, stop, stride = which.start or 0, which.stop, which.step or 1
-    if start < 0 or stride < 1 or (stop is not None and stop < 0):
-        raise UsageError(
-            f"tracer.iter[{which.start}:{which.stop}:{which.step}]: how many steps there will be is not "
-            "known beforehand, so steps count from 0 upwards."
-        )
-    return range(start, 2**62 if stop is None else stop, stride)
+    if isinstance(which, slice):
+        start, stop, stride = which.start or 0, which.stop, which.step or 1
+        if start < 0 or stride < 1 or (stop is not None and stop < 0):
+            raise UsageError(
+                f"tracer.iter[{which.start}:{which.stop}:{which.step}]: how many steps there will be is not "
+                "known beforehand, so steps count from 0 upwards."
+            )
+        return range(start, 2**62 if stop is None else stop, stride)
+    steps = list(which) if isinstance(which, Iterable) else [which]
+    if not all(isinstance(step, int) and step >= 0 for step in steps) or steps != sorted(set(steps)):
+        raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")
+    return steps

@@ -13,7 +13,7 @@ from torch.nn import Module
 from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.core.run import Run
+from nnatomy.core.run import NO_RESULT, Run
 from nnatomy.core.steps import Steps
 from nnatomy.core.thread_state import ThreadState
 from nnatomy.core.views import ModuleView
@@ -49,8 +49,7 @@ class Trace:
         self._early_stop = early_stop
         self._block: Block | None = None
         self._with: ref[Any] | None = None
-        self._result: Any = None
-        self._has_result = False
+        self._result: Any = NO_RESULT
 
     def __enter__(self) -> Trace:
         if self._call is None:
@@ -92,7 +91,7 @@ class Trace:
             finally:
                 self._root._blocks.remove(block)
                 self._block = None
-                self._result, self._has_result = run.result, run.has_result
+                self._result = run.result
                 block.forget()
 
     @property
@@ -117,7 +116,7 @@ class Trace:
         or the block asked for it).
         """
         if self._block is None and self._call is None:
-            if not self._has_result:
+            if self._result is NO_RESULT:
                 raise NotReachedError(
                     "The forward pass was stopped when the block ended, so there is no result. Ask for "
                     "tracer.result inside the block, or trace with early_stop=False."
@@ -125,7 +124,7 @@ class Trace:
             return self._result
         block = self.block
         block.reach_end()
-        if not block.run.has_result:
+        if block.run.result is NO_RESULT:
             raise NotReachedError("The forward pass was stopped, so there is no result.")
         return block.own(block.run.result)
 
@@ -172,11 +171,16 @@ class Trace:
             include_output: collect what the modules return.
             include_inputs: collect (args, kwargs).
         """
-        paths = self._root.paths(modules)
-        kinds = ["input"] * include_inputs + ["output"] * include_output
         block, module = self.block, self._root.module
-        aliases = lambda: dict(module.named_modules(remove_duplicate=False))  # noqa: E731
-        cache = Cache(paths, kinds, device=device, dtype=dtype, clone=clone, view=block.peek, aliases=aliases)
+        cache = Cache(
+            self._root.paths(modules),
+            ["input"] * include_inputs + ["output"] * include_output,
+            lambda: dict(module.named_modules(remove_duplicate=False)),
+            block.peek,
+            device=device,
+            dtype=dtype,
+            clone=clone,
+        )
         block.run.collect(cache)
         block.run.run_to_end = True
         return cache

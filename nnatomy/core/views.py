@@ -95,20 +95,19 @@ class ModuleView(Values):
 
     def paths(self, modules: Iterable[ModuleView | Module | str] | None = None) -> dict[Module, str]:
         """The submodules that views, modules or paths name (all of them by default), with their paths."""
+        everything = {module: path for path, module in self.module.named_modules()}
         if modules is None:
-            return {module: path for path, module in self.module.named_modules()}
+            return everything
         paths = {}
-        everything: dict[Module, str] = {}
         for given in modules:
-            if isinstance(given, Module):
-                everything = everything or self.paths()
-                if given not in everything:
-                    mine = type(self.module).__name__
-                    raise NoSuchModuleError(f"{type(given).__name__} is not a submodule of {mine}.")
-                paths[given] = everything[given]
+            one = self[given] if isinstance(given, str) else given
+            if isinstance(one, ModuleView):
+                paths[one.module] = one.path
+            elif one in everything:
+                paths[one] = everything[one]
             else:
-                view = given if isinstance(given, ModuleView) else self[given]
-                paths[view.module] = view.path
+                mine = type(self.module).__name__
+                raise NoSuchModuleError(f"{type(one).__name__} is not a submodule of {mine}.")
         return paths
 
     def _no_such(self, name: str) -> NoSuchModuleError:

@@ -8,6 +8,7 @@ from helpers import Calls, Weak, busy_threads, forward_threads, net, no_gc, no_l
 from torch import nn
 
 from nnatomy.core import worker
+from nnatomy.core.run import NO_RESULT
 from nnatomy.errors import NotReachedError, OutOfOrderError
 from nnatomy.tracing import Traceable
 
@@ -120,7 +121,7 @@ def test_what_a_name_holds_stays_and_nothing_else() -> None:
             weak(view.layers[0].output[0])
         assert settles(lambda: weak.alive() == 0)
         assert kept.sum().isfinite()
-        assert tracer._has_result is False
+        assert tracer._result is NO_RESULT
 
 
 def test_a_trace_never_entered_or_never_asked() -> None:
