@@ -22,11 +22,8 @@ from nnatomy.core.thread_state import ThreadState
 from nnatomy.core.worker import start, wait_for
 from nnatomy.errors import OutsideTraceError
 
-#: How long an interrupted owner waits, when interrupted again, for work that catches everything.
-PATIENCE_SECONDS = 1.0
-
-#: How often suspended work looks whether its owner is still there.
-OWNER_SECONDS = 1.0
+#: How often work that catches everything is interrupted again, and suspended work looks whether its owner is still there.
+AGAIN_SECONDS = 1.0
 
 
 class State(Enum):
@@ -118,7 +115,7 @@ class Coroutine:
                 with suppress(RuntimeError):  # it has been released just now
                     self._resumed.release()
                 # Work that swallows the exception (`except:`) is given it again.
-                came = wait_for(self._yielded, TIMEOUT_MAX if suspended else PATIENCE_SECONDS)
+                came = wait_for(self._yielded, TIMEOUT_MAX if suspended else AGAIN_SECONDS)
                 if again and not came:
                     return
         except BaseException:  # Ctrl-C, while a `finally` of the work's own is running
@@ -141,7 +138,7 @@ class Coroutine:
             raise Cancelled
         self.state = State.SUSPENDED
         self._yielded.release()
-        while not wait_for(self._resumed, OWNER_SECONDS):
+        while not wait_for(self._resumed, AGAIN_SECONDS):
             if self.owner is not None and self.owner() is None:
                 self.cancelled = True
                 break

@@ -73,22 +73,22 @@ _GATE_CODE = inspect.unwrap(_call_impl).__code__
 _CALL_CODE = inspect.unwrap(_ungated).__code__
 
 
-def open_run(run: Any) -> None:
-    """The calls of this thread are that run's from here on."""
+@contextmanager
+def gated(run: Any) -> Iterator[None]:
+    """Within, the calls of this thread are that run's."""
     global _ungated
     with _lock:
         if not runs:
             _ungated = Module._call_impl
         runs[get_ident()] = run
         Module._call_impl = _call_impl  # type: ignore[method-assign]
-
-
-def close_run() -> None:
-    """Until here."""
-    with _lock:
-        del runs[get_ident()]
-        if not runs:
-            Module._call_impl = _ungated  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        with _lock:
+            del runs[get_ident()]
+            if not runs:
+                Module._call_impl = _ungated  # type: ignore[method-assign]
 
 
 @contextmanager

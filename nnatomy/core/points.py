@@ -78,8 +78,7 @@ class Report(NamedTuple):
 
     def __call__(self, value: Any, kind: str = "", axes: Axes | None = None) -> Slot:
         """This value has come; the slot holds the one to go on with. A mode that finds several kinds names the kind."""
-        slot: Slot = self.run.arrive(self.module, kind or self.kind, self.call, value, axes)
-        return slot
+        return self.run.arrive(self.module, kind or self.kind, self.call, value, axes)
 
     def awaited(self, kind: str) -> bool:
         """Whether anybody waits for that kind. If not, it need not be reported, and is passed from here on."""

@@ -15,8 +15,8 @@ from typing import Any
 from torch._C import _functorch
 from torch.nn import Module
 
-from nnatomy.core import gates
 from nnatomy.core.coroutine import Coroutine
+from nnatomy.core.gates import gated
 from nnatomy.core.interrupts import Cancelled
 from nnatomy.core.points import Axes, Collector, Question, Slot
 from nnatomy.core.progress import ENTERING, INSIDE, RETURNING, Place, Progress
@@ -135,13 +135,12 @@ class Run(Coroutine):
 
     @contextmanager
     def around(self) -> Iterator[None]:
-        gates.open_run(self)
-        try:
-            yield
-        finally:
-            gates.close_run()
-            self.progress.end()
-            self.taps.modes.clear()
+        with gated(self):
+            try:
+                yield
+            finally:
+                self.progress.end()
+                self.taps.modes.clear()
 
     def _work(self) -> None:
         assert self.call is not None

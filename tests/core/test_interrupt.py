@@ -18,7 +18,7 @@ from helpers import Calls, busy_threads, net, no_leaks, settles, x
 from torch import nn
 
 from nnatomy.core import gates, worker
-from nnatomy.core.coroutine import OWNER_SECONDS
+from nnatomy.core.coroutine import AGAIN_SECONDS
 from nnatomy.core.interrupts import Cancelled, Interruptible
 from nnatomy.tracing import Trace, Traceable
 
@@ -191,7 +191,7 @@ def test_a_trace_entered_without_a_with_is_its_own_owner(way) -> None:
         assert trace.__exit__
         tracer = stack.enter_context(trace) if way == "stack" else trace.__enter__()
         view.embed.output
-        time.sleep(1.5 * OWNER_SECONDS)
+        time.sleep(1.5 * AGAIN_SECONDS)
         assert view.layers[1].output
         if way == "by hand":
             tracer.__exit__(None, None, None)
