@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from torch.nn import Module
-
-from nnatomy.core.block import Block
-from nnatomy.core.points import Tap, described
+from nnatomy.core.points import Slot, described
 from nnatomy.errors import AssignmentError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,12 +19,9 @@ class Values:
 
     path: str
 
-    def _block(self) -> Block:
-        """The block that the user's line stands in."""
-        raise NotImplementedError
-
-    def _asked(self, kind: str, name: str) -> tuple[Module, str, str, int, Tap | None]:
-        """What the block is asked for (see `Block.reach`), where the user wrote `name`."""
+    def _asking(self, kind: str, name: str) -> Callable[[], Slot]:
+        """`Block.reach` for one of these values, which the user calls `name`. It is called by the property itself: a
+        traceback has one frame of ours less."""
         raise NotImplementedError
 
     @property
@@ -41,16 +35,16 @@ class Values:
             OutOfOrderError: if the forward pass is already past this point.
             NotReachedError: if the forward pass ends without making the call.
         """
-        return self._block().reach(*self._asked("output", "output")).value
+        return self._asking("output", "output")().value
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._block().reach(*self._asked("output", "output")).value = value
+        self._asking("output", "output")().value = value
 
     @property
     def inputs(self) -> Inputs:
         """The arguments of the call: (args, kwargs). Assigning replaces both. Errors as `output`."""
-        return self._block().reach(*self._asked("input", "inputs")).value
+        return self._asking("input", "inputs")().value
 
     @inputs.setter
     def inputs(self, value: Any) -> None:
@@ -60,7 +54,7 @@ class Values:
                 f"{self.path}.inputs is all that the module is called with: assign (args, kwargs), a tuple and a dict; got "
                 f"{described(value)}."
             )
-        self._block().reach(*self._asked("input", "inputs")).value = tuple(value[0]), dict(value[1])
+        self._asking("input", "inputs")().value = tuple(value[0]), dict(value[1])
 
     @property
     def input(self) -> Any:
@@ -68,12 +62,12 @@ class Values:
 
         Assigning replaces that argument. Errors as `output`.
         """
-        args, kwargs = self._block().reach(*self._asked("input", "input")).value
+        args, kwargs = self._asking("input", "input")().value
         return args[0] if args else next(iter(kwargs.values()), None)
 
     @input.setter
     def input(self, value: Any) -> None:
-        slot = self._block().reach(*self._asked("input", "input"))
+        slot = self._asking("input", "input")()
         args, kwargs = slot.value
         if kwargs and not args:
             slot.value = args, {**kwargs, next(iter(kwargs)): value}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from torch.nn import Module
 
-from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.open_blocks import OpenBlocks
-from nnatomy.core.points import Tap
+from nnatomy.core.points import Slot, Tap
 from nnatomy.core.values import Calls, Values
 from nnatomy.errors import NoSuchModuleError
 
@@ -41,7 +40,7 @@ class ModuleView(Values):
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this call: `value` is its output. Errors as `output`."""
-        self._block().reach(*self._asked("input", "skip")).skip(value)
+        self._asking("input", "skip")().skip(value)
 
     @property
     def calls(self) -> Calls[ModuleView]:
@@ -52,11 +51,9 @@ class ModuleView(Values):
         """A view of one of the model's modules, of the kind that this model's views are."""
         return ModuleView(self._blocks, module, path, call)
 
-    def _block(self) -> Block:
-        return self._blocks.current(self.path)
-
-    def _asked(self, kind: str, name: str) -> tuple[Module, str, str, int, Tap | None]:
-        return self.module, kind, f"{self.path}.{name}", self._call, None
+    def _asking(self, kind: str, name: str, tap: Tap | None = None) -> Callable[[], Slot]:
+        reach = self._blocks.current(self.path).reach
+        return partial(reach, self.module, kind, f"{self.path}.{name}", self._call, tap)
 
     # The module tree.
 

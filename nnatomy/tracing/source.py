@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import islice
 from threading import get_ident
@@ -26,10 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nnatomy.blocks.capture import parsed
-from nnatomy.core.block import Block
 from nnatomy.core.frames import frames, is_ours
 from nnatomy.core.gates import is_call, is_gate, runs
-from nnatomy.core.points import Collector, Report, Slot, Tap
+from nnatomy.core.points import Collector, Report, Slot
 from nnatomy.core.values import Calls, Values
 
 if TYPE_CHECKING:
@@ -98,12 +97,9 @@ class Source(Values):
         """The times that this call is made in one call of the module: `source.softmax.calls[1].output`."""
         return Calls(self.path, partial(Source, self._view, self._name))
 
-    def _block(self) -> Block:
-        return self._view._block()
-
-    def _asked(self, kind: str, name: str) -> tuple[Module, str, str, int, Tap | None]:
-        view = self._view
-        return view.module, _kind(self._name, self._time, kind), f"{self.path}.{name}", view._call, SourceMode
+    def _asking(self, kind: str, name: str) -> Callable[[], Slot]:
+        written = f"source.{self._name}.{name}"
+        return self._view._asking(_kind(self._name, self._time, kind), written, SourceMode)
 
     def __iter__(self) -> Iterator[SourceCall]:
         return iter(self._list())
