@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import RowSlot, is_opaque
+from nnatomy.blocks.row_slot import RowSlot, flatten, merge
 from nnatomy.blocks.rows import FIRST, Rows
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
@@ -22,18 +23,21 @@ if TYPE_CHECKING:
     from nnatomy.blocks.schedule import Schedule
 
 
-class Waiting(NamedTuple):
+@dataclass
+class Waiting:
     """What a block waits for.
 
     Attributes:
         until: whether it has come, or will not come.
         others: what it wants of other blocks, to say so; "" if it waits for the forward pass.
         question: for which point of it; None if for its end.
+        failure: why it waits in vain, if it does: raised when it goes on.
     """
 
     until: Callable[[], bool]
     others: str = ""
     question: Question | None = None
+    failure: BaseException | None = None
 
 
 class SharedBlock(Block):
@@ -43,7 +47,6 @@ class SharedBlock(Block):
         schedule: who decides whose turn it is.
         rows: its rows of the joined batch; None for all of them.
         waits: what it waits for, while it does.
-        failure: what it is to raise when it goes on.
     """
 
     schedule: Schedule
@@ -52,15 +55,13 @@ class SharedBlock(Block):
         super().__init__(run)
         self.rows: Rows | None = None
         self.waits: Waiting | None = None
-        self.failure: BaseException | None = None
-        self._view: RowSlot | None = None
 
     # Waiting.
 
     @property
     def is_ready(self) -> bool:
         """Whether it waits for nothing, or for what has come or will not come."""
-        return self.waits is None or self.failure is not None or self.waits.until()
+        return self.waits is None or self.waits.failure is not None or self.waits.until()
 
     def wait(self, question: Question | None) -> None:
         run = self.run
@@ -71,7 +72,7 @@ class SharedBlock(Block):
 
     def let_others_go_on(self, waits: Waiting) -> None:
         """Until that is so."""
-        self.write_back()
+        self.note_edits()
         self.waits = waits
         try:
             self._give_way()
@@ -79,9 +80,8 @@ class SharedBlock(Block):
             raise hide_our_frames(error)  # noqa: B904
         finally:
             self.waits = None
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        if waits.failure is not None:
+            raise waits.failure
 
     def _give_way(self) -> None:
         raise NotImplementedError
@@ -89,23 +89,22 @@ class SharedBlock(Block):
     # Rows.
 
     def view(self, slot: Slot) -> Slot:
-        if self._view is None or self._view.whole is not slot:
-            self.write_back()
-            if self.rows is None or self.schedule.has_edited(slot, self.rows):
-                self.schedule.merge_edits()
-            if self.rows is None:
-                return slot
-            self._view = self._rows_of(slot, self.schedule.replaced(slot))
-        return self._view
+        if self.rows is None:
+            self.schedule.merge_edits()
+            return slot
+        views = self.schedule.views
+        if self not in views:
+            replaced = {edit.leaf for view in views.values() for edit in view.edits if not edit.only_read}
+            views[self] = self._rows_of(slot, replaced)
+        return views[self]
+
+    def note_edits(self) -> None:
+        """Whoever is at work next has to know what the block has edited of the slot that it holds."""
+        if self in self.schedule.views:
+            self.schedule.views[self].note_edits()
 
     def peek(self, slot: Slot) -> Slot:
         return slot if self.rows is None else self._rows_of(slot)
-
-    def write_back(self) -> None:
-        """The block is through with the slot that it has held: what it has edited is to go to the whole batch."""
-        if self._view is not None:
-            view, self._view = self._view, None
-            self.schedule.note_edits(view)
 
     def own(self, result: Any) -> Any:
         if self.rows is None:
@@ -162,14 +161,14 @@ class _ReplaceOutput(Collector):
         if (slot.call, slot.step) == (self._at.call, self._at.step):
             mine = self._block.peek(slot)
             assert isinstance(mine, RowSlot)
-            now, structure = pytree.tree_flatten(mine.value, is_leaf=is_opaque)
-            new = pytree.tree_leaves(self._value, is_leaf=is_opaque)
+            now, structure = flatten(mine.value)
+            new, _ = flatten(self._value)
             # What a skipped layer gives beside its hidden states is nothing.
             merged = [
                 there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
             ]
             mine.value = pytree.tree_unflatten(merged, structure)
-            mine.merge()
+            merge(slot, [mine])
 
     def __str__(self) -> str:
         return f"skip of {type(self._at.module).__name__}"
@@ -184,6 +183,6 @@ class BatchShape(Collector):
         self.shape: tuple[int, int] | None = None
 
     def take(self, slot: Slot) -> None:
-        leaves = pytree.tree_leaves(slot.value, is_leaf=is_opaque)
+        leaves, _ = flatten(slot.value)
         shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
         self.shape = (shapes[0][0], shapes[0][1]) if shapes else None
