@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from nnatomy.blocks.capture import Body, Names
@@ -28,9 +27,7 @@ class EditBlock(Generic[View]):
         body.skip()
         return edited
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         skipped = self._body.left(kind)
         self._body.forget()
         return skipped

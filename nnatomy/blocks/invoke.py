@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from nnatomy.blocks.capture import Body, Names
@@ -34,7 +33,7 @@ class Invoke(SharedBlock):
         function: Callable[[], Any] | None,
         lasting: bool = False,
     ) -> None:
-        super().__init__(schedule.run)
+        super().__init__(schedule.run, schedule.batch)
         if schedule.started or self.run.started:
             raise UsageError(
                 "tracer.invoke has to come before the first value is asked for: the forward pass, which runs all "
@@ -62,9 +61,7 @@ class Invoke(SharedBlock):
         self.body.skip()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         assert self.body is not None
         return self.body.left(kind)
 

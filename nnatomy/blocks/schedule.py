@@ -14,8 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nnatomy.blocks.joining import Joining
-from nnatomy.blocks.row_slot import RowSlot, merge
-from nnatomy.blocks.shared_block import BatchShape, SharedBlock, Waiting
+from nnatomy.blocks.shared_block import Batch, SharedBlock, Waiting
 from nnatomy.core.frames import user_line
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.run import Run
@@ -30,23 +29,15 @@ class Schedule(SharedBlock):
 
     Attributes:
         invokes: the others, in their order.
-        given: how many rows and positions the model is given.
         started: whether all blocks are known, and their inputs are joined.
-        views: the slot where the forward pass stands, as each block that has asked for it sees its rows.
     """
 
     def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining | None) -> None:
-        super().__init__(run)
+        super().__init__(run, Batch(run))
         self.blocks = blocks
         self._joining = joining
         self.invokes: list[Invoke] = []
-        self.given = BatchShape(run.root)
         self.started = False
-        self.views: dict[SharedBlock, RowSlot] = {}
-
-    @property
-    def schedule(self) -> Schedule:  # type: ignore[override]
-        return self
 
     def block_here(self) -> SharedBlock:
         """The block at work in this thread."""
@@ -79,7 +70,7 @@ class Schedule(SharedBlock):
         """To the nearest point that a block waits for. False if none waits."""
         waits = [block.waits for block in (*self.invokes, self) if block.waits is not None]
         if any(not one.others for one in waits):
-            self.merge_edits()
+            self.batch.merge_edits()
             self.run.wait(tuple(one.question for one in waits if one.question is not None))
         elif waits:
             others = "; ".join(one.others for one in waits)
@@ -87,12 +78,6 @@ class Schedule(SharedBlock):
                 f"No order lets all blocks go on: {others}, which waits as well."
             )
         return bool(waits)
-
-    def merge_edits(self) -> None:
-        """Make what the blocks have edited in the slot where the forward pass stands. They will see it anew."""
-        views, self.views = self.views, {}
-        if self.run.slot is not None:  # it is None where the forward pass has been stopped
-            merge(self.run.slot, views.values())
 
     def _start(self) -> None:
         """All blocks are known: begin.
@@ -115,7 +100,7 @@ class Schedule(SharedBlock):
                 self.run.call = call
             for invoke, mine in zip(with_inputs, rows, strict=True):
                 invoke.rows = mine
-            self.run.replace(self.given)
+            self.run.replace(self.batch)
         self.started = True
 
     # Names.
@@ -180,5 +165,5 @@ class Schedule(SharedBlock):
             names.look_up = body.look_up
         for invoke in self.invokes:
             invoke.forget()
-        self.invokes, self.views = [], {}
+        self.invokes, self.batch.views = [], {}
         super().forget()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from nnatomy.blocks.row_slot import RowSlot, flatten, merge
@@ -18,9 +17,6 @@ from nnatomy.core.points import Collector, Question, Slot
 from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
 from nnatomy.errors import RowsError
-
-if TYPE_CHECKING:
-    from nnatomy.blocks.schedule import Schedule
 
 
 @dataclass
@@ -40,19 +36,49 @@ class Waiting:
     failure: BaseException | None = None
 
 
+class Batch(Collector):
+    """The joined batch of all blocks of a run, and what they make of the slot where the forward pass stands.
+
+    Attributes:
+        shape: how many rows and positions the root is given in the newest step (a generation may give more rows than prompts).
+        views: that slot as each block that has asked for it sees its rows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.modules = {run.root}
+        self.kinds = {"input": None}
+        self.shape: tuple[int, int] | None = None
+        self.views: dict[SharedBlock, RowSlot] = {}
+        self._run = run
+
+    def take(self, slot: Slot) -> None:
+        leaves, _ = flatten(slot.value)
+        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        self.shape = (shapes[0][0], shapes[0][1]) if shapes else None
+
+    def replaced(self) -> set[int]:
+        """The leaves of the slot's value in which blocks have put other rows, which are not made in it yet."""
+        return {edit.leaf for view in self.views.values() for edit in view.edits if not edit.only_read}
+
+    def merge_edits(self) -> None:
+        """Make what the blocks have edited in the slot. They see it anew from here on."""
+        views, self.views = self.views, {}
+        if self._run.slot is not None:  # it is None where the forward pass has been stopped
+            merge(self._run.slot, views.values())
+
+
 class SharedBlock(Block):
     """One of several blocks: the trace's own body (`Schedule`), or one of `invoke`.
 
     Attributes:
-        schedule: who decides whose turn it is.
-        rows: its rows of the joined batch; None for all of them.
+        batch: that of all of them.
+        rows: its rows of the batch; None for all of them.
         waits: what it waits for, while it does.
     """
 
-    schedule: Schedule
-
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, batch: Batch) -> None:
         super().__init__(run)
+        self.batch = batch
         self.rows: Rows | None = None
         self.waits: Waiting | None = None
 
@@ -65,10 +91,11 @@ class SharedBlock(Block):
 
     def wait(self, question: Question | None) -> None:
         run = self.run
-        if question is None:
-            self.let_others_go_on(Waiting(lambda: run.ended))
-        else:
-            self.let_others_go_on(Waiting(lambda: run.place(question) is not Place.AHEAD, question=question))
+
+        def has_come() -> bool:
+            return run.ended if question is None else run.place(question) is not Place.AHEAD
+
+        self.let_others_go_on(Waiting(has_come, question=question))
 
     def let_others_go_on(self, waits: Waiting) -> None:
         """Until that is so."""
@@ -89,19 +116,18 @@ class SharedBlock(Block):
     # Rows.
 
     def view(self, slot: Slot) -> Slot:
+        batch = self.batch
         if self.rows is None:
-            self.schedule.merge_edits()
+            batch.merge_edits()
             return slot
-        views = self.schedule.views
-        if self not in views:
-            replaced = {edit.leaf for view in views.values() for edit in view.edits if not edit.only_read}
-            views[self] = self._rows_of(slot, replaced)
-        return views[self]
+        if self not in batch.views:
+            batch.views[self] = self._rows_of(slot, batch.replaced())
+        return batch.views[self]
 
     def note_edits(self) -> None:
         """Whoever is at work next has to know what the block has edited of the slot that it holds."""
-        if self in self.schedule.views:
-            self.schedule.views[self].note_edits()
+        if self in self.batch.views:
+            self.batch.views[self].note_edits()
 
     def peek(self, slot: Slot) -> Slot:
         return slot if self.rows is None else self._rows_of(slot)
@@ -126,7 +152,7 @@ class SharedBlock(Block):
 
     def _rows_at(self, slot: Slot) -> Rows:
         assert self.rows is not None
-        batch, seq = self.schedule.given.shape or self.rows[2:4]
+        batch, seq = self.batch.shape or self.rows[2:4]
         rows = self.rows.times(batch)
         if not slot.step:
             return rows._replace(axes=slot.axes)
@@ -172,17 +198,3 @@ class _ReplaceOutput(Collector):
 
     def __str__(self) -> str:
         return f"skip of {type(self._at.module).__name__}"
-
-
-class BatchShape(Collector):
-    """How many rows and positions the root is given in the newest step (a generation may give more rows than prompts)."""
-
-    def __init__(self, root: Module) -> None:
-        self.modules = {root}
-        self.kinds = {"input": None}
-        self.shape: tuple[int, int] | None = None
-
-    def take(self, slot: Slot) -> None:
-        leaves, _ = flatten(slot.value)
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
-        self.shape = (shapes[0][0], shapes[0][1]) if shapes else None
