@@ -27,11 +27,7 @@ class Invoke(SharedBlock):
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        inputs: Any,
-        function: Callable[[], Any] | None,
-        lasting: bool = False,
+        self, schedule: Schedule, inputs: Any, function: Callable[[], Any] | None, lasting: bool = False
     ) -> None:
         super().__init__(schedule.run, schedule.batch)
         if schedule.started or self.run.started:
@@ -54,7 +50,7 @@ class Invoke(SharedBlock):
     def __enter__(self) -> Invoke:
         if self.function is not None:
             raise UsageError(
-                "tracer.invoke(prompt, function) is no `with`: it has its block in the function."
+                "This block has its body: tracer.invoke(prompt, function) is no `with`, and any other is entered once."
             )
         self.body = Body(frame_of_with())
         self.function = partial(self.body.run, self.names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,30 +50,23 @@ class RowSlot(Slot):
     """One block's rows of a slot.
 
     Args:
-        skip: what skips the module for these rows.
         replaced: the leaves that other blocks have put rows of their own in, which are not there yet. What is changed in
             place in such a one is no change of the tensor that the model has made.
 
     Attributes:
         whole: the slot.
+        skipped: the module is to run for the other blocks alone; this one's rows of its output are `instead`.
         edits: what the block has edited of its rows, which is yet to be made in the whole (see `note_edits`).
     """
 
-    def __init__(
-        self,
-        whole: Slot,
-        rows: Rows,
-        skip: Callable[[Any], None] | None = None,
-        replaced: Collection[int] = (),
-    ) -> None:
+    def __init__(self, whole: Slot, rows: Rows, replaced: Collection[int] = ()) -> None:
         self.whole = whole
         self.rows = rows
         self.edits: list[Edit] = []
-        self._skip = skip
         self._replaced = replaced
         self._given: list[Any] | None = None
         self.module, self.kind, self.call, self.step = whole.module, whole.kind, whole.call, whole.step
-        self.axes, self.skipped, self.recomputed = whole.axes, whole.skipped, whole.recomputed
+        self.axes, self.skipped, self.recomputed = whole.axes, False, whole.recomputed
 
     @property
     def value(self) -> Any:
@@ -128,11 +121,6 @@ class RowSlot(Slot):
                 if changed or (given.requires_grad and not self.recomputed):
                     edits.append(Edit(i, given, only_read=not changed))
         return edits
-
-    def skip(self, value: Any) -> None:
-        """The module runs for the other blocks; this one's rows of its output are `value`."""
-        assert self._skip is not None
-        self._skip(value)
 
 
 def merge(slot: Slot, views: Iterable[RowSlot]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ class SharedBlock(Block):
         self.let_others_go_on(Waiting(has_come, question=question))
 
     def let_others_go_on(self, waits: Waiting) -> None:
-        """Until that is so."""
+        """Let the forward pass and the other blocks go on until what this one waits for has come."""
         self.note_edits()
         self.waits = waits
         try:
@@ -121,36 +121,38 @@ class SharedBlock(Block):
             batch.merge_edits()
             return slot
         if self not in batch.views:
-            batch.views[self] = self._rows_of(slot, batch.replaced())
+            batch.views[self] = RowSlot(slot, self._rows_at(slot), batch.replaced())
         return batch.views[self]
 
     def note_edits(self) -> None:
         """Whoever is at work next has to know what the block has edited of the slot that it holds."""
-        if self in self.batch.views:
-            self.batch.views[self].note_edits()
+        view = self.batch.views.get(self)
+        if view is None:
+            return
+        view.note_edits()
+        if view.skipped:
+            view.skipped = False
+            # It comes before modules that are attached, and after what has been skipped before (the same call, perhaps).
+            index = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
+            self.run.replace(_ReplaceOutput(self, view.whole, view.instead), index)
 
     def peek(self, slot: Slot) -> Slot:
-        return slot if self.rows is None else self._rows_of(slot)
+        return slot if self.rows is None else RowSlot(slot, self._rows_at(slot))
 
     def own(self, result: Any) -> Any:
         if self.rows is None:
             return result
         rows = self.rows
-        first = next(
-            (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim), None
-        )
-        if first is not None:
-            rows = rows.times(first.shape[0])
-        if (
-            isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
-        ):  # generated tokens
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim]
+        if tensors:
+            rows = rows.times(tensors[0].shape[0])
+        is_tokens = isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
+        if is_tokens:  # that have been generated
             rows = rows._replace(seq=result.shape[1])
         return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows).value
 
-    def _rows_of(self, slot: Slot, replaced: Collection[int] = ()) -> RowSlot:
-        return RowSlot(slot, self._rows_at(slot), lambda value: self._replace_output(slot, value), replaced)
-
     def _rows_at(self, slot: Slot) -> Rows:
+        """Its rows as they are at that slot: how many there are, how many positions, and which axes those are."""
         assert self.rows is not None
         batch, seq = self.batch.shape or self.rows[2:4]
         rows = self.rows.times(batch)
@@ -169,11 +171,6 @@ class SharedBlock(Block):
             )
         return rows._replace(seq=seq)
 
-    def _replace_output(self, slot: Slot, value: Any) -> None:
-        # Before modules that are attached, after what has been skipped before (the same call, perhaps).
-        place = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
-        self.run.replace(_ReplaceOutput(self, slot, value), place)
-
 
 class _ReplaceOutput(Collector):
     """Puts a value in the place of one block's rows of a module's output: what the block has skipped runs for the others."""
@@ -187,13 +184,12 @@ class _ReplaceOutput(Collector):
         if (slot.call, slot.step) == (self._at.call, self._at.step):
             mine = self._block.peek(slot)
             assert isinstance(mine, RowSlot)
-            now, structure = flatten(mine.value)
-            new, _ = flatten(self._value)
-            # What a skipped layer gives beside its hidden states is nothing.
-            merged = [
-                there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
-            ]
-            mine.value = pytree.tree_unflatten(merged, structure)
+            old_leaves, structure = flatten(mine.value)
+            new_leaves, _ = flatten(self._value)
+            # Where the value has no tensor (a skipped layer gives nothing beside its hidden states), the module's own stays.
+            both = zip(old_leaves, new_leaves, strict=True)
+            leaves = [new if isinstance(new, Tensor) else old for old, new in both]
+            mine.value = pytree.tree_unflatten(leaves, structure)
             merge(slot, [mine])
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import islice
@@ -28,8 +29,9 @@ from torch.utils import _pytree as pytree
 from nnatomy.blocks.capture import parsed
 from nnatomy.core.block import Block
 from nnatomy.core.frames import frames, is_ours
-from nnatomy.core.gates import is_call, is_gate, runs
+from nnatomy.core.gates import is_call, runs
 from nnatomy.core.points import Collector, Report, Slot, Tap
+from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
 
 if TYPE_CHECKING:
@@ -159,10 +161,10 @@ class SourceMode(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._report = report
-        self._times: dict[str, int] = {}
+        self._times: Counter[str] = Counter()
         self._forward = forward_code(module)
-        gate = next((frame for frame in frames() if is_gate(frame) or not is_ours(frame)), None)
-        self._from_the_start = gate is not None and gate.f_locals.get("self") is module
+        innermost, _, stage = report.run.progress.stack[-1]
+        self._from_the_start = innermost is module and stage == ENTERING
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -174,9 +176,9 @@ class SourceMode(TorchFunctionMode):
         if not sites:
             return func(*args, **kwargs)
         name = ".".join(site.name for site in sites)
-        count = self._times.get(name, 0)
-        self._times[name] = count + 1
-        # Of a call in a loop that was at work before this mode was on, nobody has counted the rounds.
+        count = self._times[name]
+        self._times[name] += 1
+        # If the forward was at work before this mode was put on, the rounds of its loops have not been counted.
         is_counted = self._from_the_start or not any(site.in_loop for site in sites)
         time = count if is_counted else "?"
         args, kwargs = self._report((args, kwargs), _kind(name, time, "input")).value
@@ -250,22 +252,23 @@ def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
         return {}
     found: dict[tuple[int | None, ...], tuple[str, bool]] = {}
 
-    def walk(node: ast.AST, counts: dict[str, int], in_loop: bool) -> None:
+    def walk(node: ast.AST, counts: Counter[str], in_loop: bool) -> None:
         name, mine = _name(node), counts
         if isinstance(node, _FUNCTIONS):
-            mine, in_loop = {}, isinstance(node, ast.Lambda)
+            # How often a lambda is called, the text does not say.
+            mine, in_loop = Counter(), isinstance(node, ast.Lambda)
         for child in ast.iter_child_nodes(node):  # first: in the order of evaluation
             walk(child, mine, in_loop or isinstance(node, _LOOPS))
         if name is not None:
             assert isinstance(node, (ast.expr, ast.stmt))
-            number = counts.get(name, 0)
-            counts[name] = number + 1
+            number = counts[name]
+            counts[name] += 1
             entry = f"{name}_{number}" if number else name, in_loop
             found[node.lineno, node.col_offset, node.end_lineno, node.end_col_offset] = entry
             if isinstance(node, ast.Call):
                 found[node.end_lineno, node.end_col_offset] = entry
 
-    walk(tree, {}, False)
+    walk(tree, Counter(), False)
     return found
 
 

@@ -129,15 +129,14 @@ class Traceable(ModuleView, core.Traceable):
         return {edit.name: edit for edit in self.edits if isinstance(edit, Attachment)}
 
     def _free_name(self, name: str | None, module: Module) -> str:
-        taken = dir(self)
-        if name is None:
-            base = type(module).__name__.lower()
-            return next(one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken)
+        taken, base = dir(self), type(module).__name__.lower()
         if name in taken:
             raise UsageError(
                 f"attach(..., name={name!r}): the view has something of that name: give another."
             )
-        return name
+        return name or next(
+            one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken
+        )
 
     def _point(self, point: str | ModuleView) -> Point:
         if isinstance(point, ModuleView):
