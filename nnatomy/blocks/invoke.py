@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 from nnatomy.blocks.capture import Body, Names
@@ -20,66 +20,53 @@ class Invoke(SharedBlock):
 
     Attributes:
         value: what `function` returned, once the trace is over.
+        function: what the block runs; None until its `with` is entered, if it has one.
         lasting: whether it stays in the background: the trace does not wait for its end.
+        body: that of its `with`, if it has one.
+        names: those of the body.
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        inputs: Any,
-        function: Callable[[], Any] | None,
-        lasting: bool = False,
+        self, schedule: Schedule, inputs: Any, function: Callable[[], Any] | None, lasting: bool = False
     ) -> None:
-        super().__init__(schedule.run)
+        super().__init__(schedule.run, schedule.batch)
+        if schedule.started or self.run.started:
+            raise UsageError(
+                "tracer.invoke has to come before the first value is asked for: the forward pass, which runs all "
+                "prompts together, has begun."
+            )
         self.schedule = schedule
         self.line = user_line()
         self.inputs = inputs
         self.function = function
         self.lasting = lasting
         self.body: Body | None = None
-        self.names = Names(lambda name: schedule.look_up(self, name))
+        self.names = Names(partial(schedule.look_up, self))
         self.value: Any = None
         self.coroutine = Coroutine(self._work, ThreadState())
-        if function is not None:
-            self._join()
-        else:
-            schedule.without_body.append(self)
-
-    def _join(self) -> None:
-        if self.schedule.started or self.run.started:
-            raise UsageError(
-                "tracer.invoke has to come before the first value is asked for: the forward pass, which runs all "
-                "prompts together, has begun."
-            )
         self.coroutine.owner = self.run.owner
-        self.schedule.invokes.append(self)
+        schedule.invokes.append(self)
 
     def __enter__(self) -> Invoke:
         if self.function is not None:
             raise UsageError(
-                "tracer.invoke(prompt, function) is no `with`: it has its block in the function."
+                "This block has its body: tracer.invoke(prompt, function) is no `with`, and any other is entered once."
             )
-        self.schedule.without_body.remove(self)
         self.body = Body(frame_of_with())
-        self._join()
+        self.function = partial(self.body.run, self.names)
         self.body.skip()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         assert self.body is not None
         return self.body.left(kind)
 
     def _work(self) -> None:
+        assert self.function is not None
         self.schedule.blocks.add(self)
         try:
-            if self.function is not None:
-                self.value = self.function()
-            else:
-                assert self.body is not None
-                self.body.run(self.names)
-            self.write_back()
+            self.value = self.function()
+            self.note_edits()
         finally:
             self.schedule.blocks.remove(self)
 
@@ -93,7 +80,7 @@ class Invoke(SharedBlock):
 
     def forget(self) -> None:
         """The trace is over."""
-        self.inputs = self.function = self.body = self._view = None
+        self.inputs = self.function = self.body = None
         self.coroutine.forget()
         del self.names
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import is_opaque
+from nnatomy.blocks.row_slot import flatten
 from nnatomy.blocks.rows import Rows
 from nnatomy.errors import InputError
 
@@ -37,7 +37,7 @@ class JoinTensors(Joining):
         self._call = call
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_opaque)
+        leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
             raise InputError(

@@ -12,8 +12,8 @@ A tensor's rows are found by its shape, in a batch of B prompts of S positions. 
 | (*, B, ...) | prompts second |
 | (S, ...), or whole numbers | one for all blocks |
 
-Anything else is refused, and so is what the last but two and the next line both fit. Positions that only pad the block's
-prompts on the left are left out.
+A tensor that none of the lines fits is refused, and so is one that both "prompts and heads in one axis" and "prompts second" fit.
+Positions that only pad the block's prompts on the left are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nnatomy.core.points import Axes, described
@@ -29,14 +28,6 @@ from nnatomy.errors import AssignmentError, RowsError
 
 #: Where the positions of a stream are: (prompts, positions, width).
 FIRST = Axes(here=(1,))
-
-
-class Form(NamedTuple):
-    """A tensor with an axis of prompts alone, which axis that is, and which may be of positions."""
-
-    tensor: Tensor
-    axis: int
-    others: tuple[int, ...]
 
 
 class Rows(NamedTuple):
@@ -60,16 +51,15 @@ class Rows(NamedTuple):
             return self
         return self._replace(start=self.start * times, stop=self.stop * times, batch=batch)
 
-    def of(self, tensor: Tensor) -> Tensor | None:
-        """These rows of a tensor, as a view where that can be. None: the tensor has no rows (one for all).
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor, as a view where that can be; the tensor itself if it has no rows (one for all).
 
         Raises:
             RowsError: if nobody can tell.
         """
-        form = self.form(tensor)
-        if form is None:
-            return None
-        mine = self._mine(form)
+        mine = self.part(tensor)
+        if mine is None:
+            return tensor
         if mine.ndim == tensor.ndim:
             return mine
         return mine[0] if len(mine) == 1 else mine.flatten(0, 1)
@@ -77,8 +67,8 @@ class Rows(NamedTuple):
     def check(self, whole: Tensor, mine: Any) -> None:
         """Raise AssignmentError unless that can be these rows of the tensor."""
         old = self.of(whole)
-        if not isinstance(mine, Tensor) or old is None or old.shape != mine.shape:
-            was = "one tensor for all prompts" if old is None else described(old)
+        if not isinstance(mine, Tensor) or old is whole or old.shape != mine.shape:
+            was = "one tensor for all prompts" if old is whole else described(old)
             raise AssignmentError(
                 f"This block's rows of the value are {was}; what was assigned is {described(mine)}."
             )
@@ -87,41 +77,23 @@ class Rows(NamedTuple):
                 f"The value is {whole.dtype} on {whole.device}; what was assigned is {mine.dtype} on {mine.device}."
             )
 
-    def form(self, tensor: Tensor) -> Form | None:
-        """Where a tensor has its prompts. None: nowhere. (See the table above.)"""
-        shape, batch, seq = tensor.shape, self.batch, self.seq
-        axes = tuple(range(tensor.ndim))
-        if tensor.ndim == 0 or (shape[0] == 1 != batch):
+    def part(self, tensor: Tensor) -> Tensor | None:
+        """These rows of a tensor, without padded positions: a view, where prompts have an axis of their own. None: it has no
+        rows."""
+        form = self._form(tensor)
+        if form is None:
             return None
-        if shape[0] == batch:
-            return Form(tensor, 0, axes[1:])
-        second, by_heads = tensor.ndim > 1 and shape[1] == batch, tensor.ndim > 2 and not shape[0] % batch
-        if shape[0] == batch * seq and not (second and tensor.ndim > 2):
-            return Form(tensor.unflatten(0, (batch, seq)), 0, (*axes[1:], tensor.ndim))
-        if second and (shape[0] == seq or not by_heads):
-            return Form(tensor, 1, (0, *axes[2:]))
-        if by_heads and (not second or seq == batch):
-            return Form(tensor.unflatten(0, (batch, -1)), 0, (*axes[2:], tensor.ndim))
-        if not second and (shape[0] == seq or not tensor.is_floating_point()):
-            return None
-        raise RowsError(
-            f"A tensor of shape {tuple(shape)} in a batch of {batch} prompts of {seq} positions: nobody "
-            "can tell which of its rows are this block's. Read it in a block without a prompt "
-            "(`with tracer.invoke():`), which sees the whole batch."
-        )
-
-    def _mine(self, form: Form) -> Tensor:
-        """These rows of it, without padded positions."""
-        mine = form.tensor.narrow(form.axis, self.start, self.stop - self.start)
+        apart, axis, others = form
+        mine = apart.narrow(axis, self.start, self.stop - self.start)
         if not self.pad:
             return mine
         if self.axes == FIRST and mine.ndim > 3:
             raise RowsError(
                 f"In a later step of a generation without a KV cache nobody can tell which axes of a tensor of shape "
-                f"{tuple(form.tensor.shape)} hold padded positions. Read it in a block without a prompt, or give prompts "
+                f"{tuple(apart.shape)} hold padded positions. Read it in a block without a prompt, or give prompts "
                 "of one length."
             )
-        for axis in form.others:
+        for axis in others:
             size, pad = mine.shape[axis], self.pad
             if self.axes is not None and {axis, axis - mine.ndim} & {*self.axes.so_far}:
                 pad = max(pad - max(self.seq - size, 0), 0)  # less what a window has let go of
@@ -130,29 +102,42 @@ class Rows(NamedTuple):
             mine = mine.narrow(axis, pad, size - pad)
         return mine
 
+    def _form(self, tensor: Tensor) -> tuple[Tensor, int, tuple[int, ...]] | None:
+        """A tensor with an axis of prompts alone, which axis that is, and which may be of positions. None: it has no rows.
+        (See the table above.)"""
+        shape, batch, seq = tensor.shape, self.batch, self.seq
+        axes = tuple(range(tensor.ndim))
+        if tensor.ndim == 0 or (shape[0] == 1 != batch):
+            return None
+        if shape[0] == batch:
+            return tensor, 0, axes[1:]
+        second, by_heads = tensor.ndim > 1 and shape[1] == batch, tensor.ndim > 2 and not shape[0] % batch
+        if shape[0] == batch * seq and not (second and tensor.ndim > 2):
+            return tensor.unflatten(0, (batch, seq)), 0, (*axes[1:], tensor.ndim)
+        if second and (shape[0] == seq or not by_heads):
+            return tensor, 1, (0, *axes[2:])
+        if by_heads and (not second or seq == batch):
+            return tensor.unflatten(0, (batch, -1)), 0, (*axes[2:], tensor.ndim)
+        if not second and (shape[0] == seq or not tensor.is_floating_point()):
+            return None
+        raise RowsError(
+            f"A tensor of shape {tuple(shape)} in a batch of {batch} prompts of {seq} positions: nobody "
+            "can tell which of its rows are this block's. Read it in a block without a prompt "
+            "(`with tracer.invoke():`), which sees the whole batch."
+        )
+
 
 def merged(whole: Tensor, parts: Sequence[tuple[Rows, Tensor]]) -> Tensor:
     """A tensor with other rows of several blocks in it.
 
-    It is put together in one go: what autograd has recorded is not changed, and a tensor of the whole size for each of
-    many blocks would be kept by what each has read.
+    They are put into one copy: what autograd has recorded is not changed, and a copy for each of many blocks would be kept by what
+    each has read.
     """
     if len(parts) == 1 and parts[0][1].shape == whole.shape:
         return parts[0][1]
-    form = parts[0][0].form(whole)
-    assert form is not None
-    pieces, place = [], 0
-    for rows, mine in sorted(parts, key=lambda part: part[0].start):
-        pieces.append(form.tensor.narrow(form.axis, place, rows.start - place))
-        count = rows.stop - rows.start
-        new = form.tensor.narrow(form.axis, rows.start, count)
-        if new.numel() == mine.numel():
-            new = mine.reshape(new.shape)
-        else:  # with the padding that the block has not seen
-            new = new.clone()
-            without = rows._replace(start=0, stop=count)._mine(form._replace(tensor=new))
-            without.copy_(mine.reshape(without.shape))
-        pieces.append(new)
-        place = rows.stop
-    pieces.append(form.tensor.narrow(form.axis, place, form.tensor.shape[form.axis] - place))
-    return torch.cat(pieces, form.axis).reshape(whole.shape)
+    result = whole.clone()
+    for rows, new in parts:
+        mine = rows.part(result)
+        assert mine is not None
+        mine.copy_(new.reshape(mine.shape))
+    return result

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import get_ident
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nnatomy.blocks.joining import Joining
-from nnatomy.blocks.row_slot import Edit, RowSlot, merge
-from nnatomy.blocks.rows import Rows
-from nnatomy.blocks.shared_block import BatchShape, SharedBlock, Waiting
+from nnatomy.blocks.shared_block import Batch, SharedBlock, Waiting
 from nnatomy.core.block import Block
 from nnatomy.core.frames import user_line
 from nnatomy.core.open_blocks import OpenBlocks
-from nnatomy.core.points import Question, Slot
+from nnatomy.core.points import Question
 from nnatomy.core.run import Run
 from nnatomy.errors import OutOfOrderError, UsageError
 
@@ -32,25 +31,15 @@ class Schedule(SharedBlock):
 
     Attributes:
         invokes: the others, in their order.
-        without_body: those given with no function, whose `with` has not been entered yet.
-        given: how many rows and positions the model is given.
+        started: whether all blocks are known, and their inputs are joined.
     """
 
     def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining | None) -> None:
-        super().__init__(run)
+        super().__init__(run, Batch(run))
         self.blocks = blocks
         self._joining = joining
         self.invokes: list[Invoke] = []
-        self.without_body: list[Invoke] = []
-        self.given = BatchShape(run.root)
         self.started = False
-        #: The edits of the slot where the forward pass stands, which are made together.
-        self._edits: list[Edit] = []
-        self._edited: Slot | None = None
-
-    @property
-    def schedule(self) -> Schedule:  # type: ignore[override]
-        return self
 
     def block_here(self) -> SharedBlock:
         """The block at work in this thread."""
@@ -58,15 +47,10 @@ class Schedule(SharedBlock):
         return next((invoke for invoke in self.invokes if invoke.coroutine.thread == here), self)
 
     def wait(self, question: Question | None) -> None:
-        if self.invokes or self.without_body:
+        if self.invokes:
             super().wait(question)
-        else:
+        else:  # a block that is alone is always next: a read takes two thirds of the time
             Block.wait(self, question)
-
-    def view(self, slot: Slot) -> Slot:
-        if self._edits:
-            self.merge_edits()
-        return slot
 
     def _give_way(self) -> None:
         self.go_on(lambda: self.is_ready)
@@ -91,15 +75,14 @@ class Schedule(SharedBlock):
             raise
 
     def _let_the_model_go_on(self) -> bool:
-        """To the nearest point that a block waits for. False if none does."""
-        waiting = [block for block in (*self.invokes, self) if block.waits is not None]
-        waits = [block.waits for block in waiting if block.waits is not None]
+        """To the nearest point that a block waits for. False if none waits."""
+        waits = [block.waits for block in (*self.invokes, self) if block.waits is not None]
         if any(not one.others for one in waits):
-            self.merge_edits()
+            self.batch.merge_edits()
             self.run.wait(tuple(one.question for one in waits if one.question is not None))
         elif waits:
             others = "; ".join(one.others for one in waits)
-            waiting[0].failure = OutOfOrderError(
+            waits[0].failure = OutOfOrderError(
                 f"No order lets all blocks go on: {others}, which waits as well."
             )
         return bool(waits)
@@ -111,43 +94,22 @@ class Schedule(SharedBlock):
             UsageError: if an invoke has no block.
             InputError: if their inputs cannot be joined.
         """
-        for invoke in self.without_body:
-            raise UsageError(
-                f"tracer.invoke(...) at {invoke.line} has no block: write `with tracer.invoke(...):`, or give "
-                "a function, tracer.invoke(prompt, function)."
-            )
+        for invoke in self.invokes:
+            if invoke.function is None:
+                raise UsageError(
+                    f"tracer.invoke(...) at {invoke.line} has no block: write `with tracer.invoke(...):`, or give "
+                    "a function, tracer.invoke(prompt, function)."
+                )
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
             assert self._joining is not None
             call, rows = self._joining.join([invoke.inputs for invoke in with_inputs])
-            if not self.run.started:  # else it has been stopped, and never will run
+            if not self.run.started:  # a run that has been stopped needs no call any more
                 self.run.call = call
             for invoke, mine in zip(with_inputs, rows, strict=True):
                 invoke.rows = mine
-            self.run.replace(self.given)
+            self.run.replace(self.batch)
         self.started = True
-
-    # Edits.
-
-    def note_edits(self, view: RowSlot) -> None:
-        """What a block has edited of its rows is to be made before anybody sees the whole."""
-        self._edited = view.whole
-        self._edits += view.edits()
-
-    def has_edited(self, slot: Slot, rows: Rows) -> bool:
-        """Whether edits of those rows of the slot are still to be made."""
-        return self._edited is slot and any(edit.rows[:2] == rows[:2] for edit in self._edits)
-
-    def replaced(self, slot: Slot) -> set[int]:
-        """The leaves of the slot's value in which other rows are still to be put."""
-        return {edit.leaf for edit in self._edits if not edit.only_read} if self._edited is slot else set()
-
-    def merge_edits(self) -> None:
-        edits, self._edits = self._edits, []
-        if edits:
-            assert self._edited is not None
-            merge(self._edited, edits)
-        self._edited = None
 
     # Names.
 
@@ -156,40 +118,36 @@ class Schedule(SharedBlock):
         which is waited for; else what it meant in the frame when the block was captured."""
         body = invoke.body
         assert body is not None
-        place = self.invokes.index(invoke)
-        others = self.invokes[:place][::-1]
-        if name not in body.binds or name not in body.names:
-            others = others + self.invokes[place + 1 :]
+        index = self.invokes.index(invoke)
+        others = self.invokes[:index][::-1]
+        if name not in body.binds or name not in body.outer:
+            others += self.invokes[index + 1 :]
         for other in others:
-            if other.body is not None and other.body.frame is body.frame and name in other.body.binds:
-                if not other.done and name not in other.names:
-                    where = f"{name!r}, needed at {user_line()}, is bound by the block at {other.line}"
-                    self.block_here().let_others_go_on(
-                        Waiting(lambda: other.done or name in other.names, where)  # noqa: B023
-                    )
-                if name in other.names:
-                    return other.names[name]
-        if name in body.names:
-            return body.names[name]
-        return body.frame.f_globals[name]  # KeyError: a builtin, or nothing
+            if other.body is None or other.body.frame is not body.frame or name not in other.body.binds:
+                continue
+            if not other.done and name not in other.names:
+                where = f"{name!r}, needed at {user_line()}, is bound by the block at {other.line}"
+                self.block_here().let_others_go_on(
+                    Waiting(lambda: other.done or name in other.names, where)  # noqa: B023
+                )
+            if name in other.names:
+                return other.names[name]
+        return body.look_up(name)
 
     # The end.
 
     def complete(self) -> None:
         """Let the others come to their ends, and bind what they have bound."""
-        self.write_back()
         waited_for = [invoke for invoke in self.invokes if not invoke.lasting]
-        if self.without_body or waited_for:
+        if waited_for:
             self.go_on(lambda: all(invoke.done for invoke in waited_for))
         for invoke in self.invokes:
             lost = invoke.lasting and invoke.coroutine.lost
-            if (
-                error := invoke.coroutine.error
-            ) is not None and not lost:  # also one that the body has caught
-                raise error
+            if (error := invoke.coroutine.error) is not None and not lost:
+                raise error  # also one that was raised in the trace's own body before, and caught there
         for invoke in self.invokes:
-            if invoke.body is not None and (names := invoke.names.own()):
-                invoke.body.bind(names)
+            if invoke.body is not None:
+                invoke.body.bind(invoke.names.bound())
         super().complete()
 
     def dismiss(self) -> None:
@@ -201,21 +159,19 @@ class Schedule(SharedBlock):
                 invoke.coroutine.cancel()
 
     def forget(self) -> None:
-        """Drop what the blocks hold: they and this hold each other, and would keep it until Python looks for cycles."""
-        for invoke in self.invokes:
-            if invoke.body is not None and invoke.body.makes_functions:
-                invoke.names.look_up = self._look_up_after(invoke)
-        for invoke in self.invokes + self.without_body:
-            invoke.forget()
-        self.invokes, self.without_body = [], []
-        super().forget()
+        """Drop what the blocks hold: they and this hold each other, and would keep it until Python looks for cycles.
 
-    def _look_up_after(self, invoke: Invoke) -> Callable[[str], Any]:
-        """What names mean in a function that a block has defined, when the trace is over (see `look_up`)."""
-        body, place = invoke.body, self.invokes.index(invoke)
-        assert body is not None
-        names, global_names = dict(body.names), body.frame.f_globals
-        for other in self.invokes[:place:-1] + self.invokes[:place]:
-            if other.body is not None and other.body.frame is body.frame:
-                names |= other.names.own()
-        return lambda name: names[name] if name in names else global_names[name]
+        A function that a block has defined keeps its names: what the blocks have bound is what they mean from now on.
+        """
+        bound: dict[FrameType, dict[str, Any]] = {}
+        captured = [(invoke.body, invoke.names) for invoke in self.invokes if invoke.body is not None]
+        for body, names in captured:
+            bound.setdefault(body.frame, {}).update(names.bound())
+        for body, names in captured:
+            body.outer |= bound[body.frame]
+            body.forget()
+            names.look_up = body.look_up
+        for invoke in self.invokes:
+            invoke.forget()
+        self.invokes, self.batch.views = [], {}
+        super().forget()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import RowSlot, is_opaque
+from nnatomy.blocks.row_slot import RowSlot, flatten, merge
 from nnatomy.blocks.rows import FIRST, Rows
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
@@ -18,60 +18,88 @@ from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
 from nnatomy.errors import RowsError
 
-if TYPE_CHECKING:
-    from nnatomy.blocks.schedule import Schedule
 
-
-class Waiting(NamedTuple):
+@dataclass
+class Waiting:
     """What a block waits for.
 
     Attributes:
         until: whether it has come, or will not come.
         others: what it wants of other blocks, to say so; "" if it waits for the forward pass.
         question: for which point of it; None if for its end.
+        failure: why it waits in vain, if it does: raised when it goes on.
     """
 
     until: Callable[[], bool]
     others: str = ""
     question: Question | None = None
+    failure: BaseException | None = None
+
+
+class Batch(Collector):
+    """The joined batch of all blocks of a run, and what they make of the slot where the forward pass stands.
+
+    Attributes:
+        shape: how many rows and positions the root is given in the newest step (a generation may give more rows than prompts).
+        views: that slot as each block that has asked for it sees its rows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.modules = {run.root}
+        self.kinds = {"input": None}
+        self.shape: tuple[int, int] | None = None
+        self.views: dict[SharedBlock, RowSlot] = {}
+        self._run = run
+
+    def take(self, slot: Slot) -> None:
+        leaves, _ = flatten(slot.value)
+        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        self.shape = (shapes[0][0], shapes[0][1]) if shapes else None
+
+    def replaced(self) -> set[int]:
+        """The leaves of the slot's value in which blocks have put other rows, which are not made in it yet."""
+        return {edit.leaf for view in self.views.values() for edit in view.edits if not edit.only_read}
+
+    def merge_edits(self) -> None:
+        """Make what the blocks have edited in the slot. They see it anew from here on."""
+        views, self.views = self.views, {}
+        if self._run.slot is not None:  # it is None where the forward pass has been stopped
+            merge(self._run.slot, views.values())
 
 
 class SharedBlock(Block):
     """One of several blocks: the trace's own body (`Schedule`), or one of `invoke`.
 
     Attributes:
-        schedule: who decides whose turn it is.
-        rows: its rows of the joined batch; None for all of them.
+        batch: that of all of them.
+        rows: its rows of the batch; None for all of them.
         waits: what it waits for, while it does.
-        failure: what it is to raise when it goes on.
     """
 
-    schedule: Schedule
-
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, batch: Batch) -> None:
         super().__init__(run)
+        self.batch = batch
         self.rows: Rows | None = None
         self.waits: Waiting | None = None
-        self.failure: BaseException | None = None
-        self._view: RowSlot | None = None
 
     # Waiting.
 
     @property
     def is_ready(self) -> bool:
         """Whether it waits for nothing, or for what has come or will not come."""
-        return self.waits is None or self.failure is not None or self.waits.until()
+        return self.waits is None or self.waits.failure is not None or self.waits.until()
 
     def wait(self, question: Question | None) -> None:
         run = self.run
-        if question is None:
-            self.let_others_go_on(Waiting(lambda: run.ended))
-        else:
-            self.let_others_go_on(Waiting(lambda: run.place(question) is not Place.AHEAD, question=question))
+
+        def has_come() -> bool:
+            return run.ended if question is None else run.place(question) is not Place.AHEAD
+
+        self.let_others_go_on(Waiting(has_come, question=question))
 
     def let_others_go_on(self, waits: Waiting) -> None:
-        """Until that is so."""
-        self.write_back()
+        """Let the forward pass and the other blocks go on until what this one waits for has come."""
+        self.note_edits()
         self.waits = waits
         try:
             self._give_way()
@@ -79,9 +107,8 @@ class SharedBlock(Block):
             raise hide_our_frames(error)  # noqa: B904
         finally:
             self.waits = None
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        if waits.failure is not None:
+            raise waits.failure
 
     def _give_way(self) -> None:
         raise NotImplementedError
@@ -89,45 +116,45 @@ class SharedBlock(Block):
     # Rows.
 
     def view(self, slot: Slot) -> Slot:
-        if self._view is None or self._view.whole is not slot:
-            self.write_back()
-            if self.rows is None or self.schedule.has_edited(slot, self.rows):
-                self.schedule.merge_edits()
-            if self.rows is None:
-                return slot
-            self._view = self._rows_of(slot, self.schedule.replaced(slot))
-        return self._view
+        batch = self.batch
+        if self.rows is None:
+            batch.merge_edits()
+            return slot
+        if self not in batch.views:
+            batch.views[self] = RowSlot(slot, self._rows_at(slot), batch.replaced())
+        return batch.views[self]
+
+    def note_edits(self) -> None:
+        """Whoever is at work next has to know what the block has edited of the slot that it holds."""
+        view = self.batch.views.get(self)
+        if view is None:
+            return
+        view.note_edits()
+        if view.skipped:
+            view.skipped = False
+            # It comes before modules that are attached, and after what has been skipped before (the same call, perhaps).
+            index = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
+            self.run.replace(_ReplaceOutput(self, view.whole, view.instead), index)
 
     def peek(self, slot: Slot) -> Slot:
-        return slot if self.rows is None else self._rows_of(slot)
-
-    def write_back(self) -> None:
-        """The block is through with the slot that it has held: what it has edited is to go to the whole batch."""
-        if self._view is not None:
-            view, self._view = self._view, None
-            self.schedule.note_edits(view)
+        return slot if self.rows is None else RowSlot(slot, self._rows_at(slot))
 
     def own(self, result: Any) -> Any:
         if self.rows is None:
             return result
         rows = self.rows
-        first = next(
-            (leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim), None
-        )
-        if first is not None:
-            rows = rows.times(first.shape[0])
-        if (
-            isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
-        ):  # generated tokens
+        tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim]
+        if tensors:
+            rows = rows.times(tensors[0].shape[0])
+        is_tokens = isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
+        if is_tokens:  # that have been generated
             rows = rows._replace(seq=result.shape[1])
         return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows).value
 
-    def _rows_of(self, slot: Slot, replaced: Collection[int] = ()) -> RowSlot:
-        return RowSlot(slot, self._rows_at(slot), lambda value: self._replace_output(slot, value), replaced)
-
     def _rows_at(self, slot: Slot) -> Rows:
+        """Its rows as they are at that slot: how many there are, how many positions, and which axes those are."""
         assert self.rows is not None
-        batch, seq = self.schedule.given.shape or self.rows[2:4]
+        batch, seq = self.batch.shape or self.rows[2:4]
         rows = self.rows.times(batch)
         if not slot.step:
             return rows._replace(axes=slot.axes)
@@ -144,11 +171,6 @@ class SharedBlock(Block):
             )
         return rows._replace(seq=seq)
 
-    def _replace_output(self, slot: Slot, value: Any) -> None:
-        # Before modules that are attached, after what has been skipped before (the same call, perhaps).
-        place = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
-        self.run.replace(_ReplaceOutput(self, slot, value), place)
-
 
 class _ReplaceOutput(Collector):
     """Puts a value in the place of one block's rows of a module's output: what the block has skipped runs for the others."""
@@ -162,28 +184,13 @@ class _ReplaceOutput(Collector):
         if (slot.call, slot.step) == (self._at.call, self._at.step):
             mine = self._block.peek(slot)
             assert isinstance(mine, RowSlot)
-            now, structure = pytree.tree_flatten(mine.value, is_leaf=is_opaque)
-            new = pytree.tree_leaves(self._value, is_leaf=is_opaque)
-            # What a skipped layer gives beside its hidden states is nothing.
-            merged = [
-                there if isinstance(there, Tensor) else here for here, there in zip(now, new, strict=True)
-            ]
-            mine.value = pytree.tree_unflatten(merged, structure)
-            mine.merge()
+            old_leaves, structure = flatten(mine.value)
+            new_leaves, _ = flatten(self._value)
+            # Where the value has no tensor (a skipped layer gives nothing beside its hidden states), the module's own stays.
+            both = zip(old_leaves, new_leaves, strict=True)
+            leaves = [new if isinstance(new, Tensor) else old for old, new in both]
+            mine.value = pytree.tree_unflatten(leaves, structure)
+            merge(slot, [mine])
 
     def __str__(self) -> str:
         return f"skip of {type(self._at.module).__name__}"
-
-
-class BatchShape(Collector):
-    """How many rows and positions the root is given in the newest step (a generation may give more rows than prompts)."""
-
-    def __init__(self, root: Module) -> None:
-        self.modules = {root}
-        self.kinds = {"input": None}
-        self.shape: tuple[int, int] | None = None
-
-    def take(self, slot: Slot) -> None:
-        leaves = pytree.tree_leaves(slot.value, is_leaf=is_opaque)
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1]
-        self.shape = (shapes[0][0], shapes[0][1]) if shapes else None

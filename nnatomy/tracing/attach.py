@@ -36,6 +36,10 @@ class Point(NamedTuple):
     put: Callable[[Any, Tensor], Any]
     tap: Tap | None = None
 
+    def is_at(self, slot: Slot) -> bool:
+        """Whether that slot is the point, in some call and step."""
+        return slot.module is self.module and slot.kind == self.kind
+
 
 class Attachment(Collector):
     """A module at a point of another. One of a view's lasting edits.
@@ -55,7 +59,7 @@ class Attachment(Collector):
         self.point = point
         self.takes_point = takes
         self.how = how
-        self._taken: tuple[int, Tensor] | None = None  # in which step, what
+        self._taken: dict[int, Tensor] = {}  # what it is given in which step, until it is called
 
     def for_run(self) -> Attachment:
         """The same for one run, which it keeps a value of."""
@@ -63,14 +67,13 @@ class Attachment(Collector):
 
     def take(self, slot: Slot) -> None:
         point, takes = self.point, self.takes_point
-        if slot.module is takes.module and slot.kind == takes.kind:
-            self._taken = slot.step, self._tensor(takes, slot)
-        if slot.module is not point.module or slot.kind != point.kind:
+        if takes.is_at(slot):
+            self._taken = {slot.step: self._tensor(takes, slot)}
+        if not point.is_at(slot):
             return
-        taken, self._taken = self._taken, None
-        if taken is None or taken[0] != slot.step:
+        x, given = self._taken.pop(slot.step, None), self._tensor(point, slot)
+        if x is None:
             raise UsageError(f"{self}: the forward pass comes to {point.name} before {takes.name}.")
-        x, given = taken[1], self._tensor(point, slot)
         x = self._as_parameters(x)
         if self.how == "error":
             # With the same dropout as below.
@@ -94,8 +97,10 @@ class Attachment(Collector):
         """On the device of the module's parameters, and of their dtype, if it is none of theirs."""
         mine = [p for p in self.module.parameters() if p.is_floating_point()]
         dtypes = dict.fromkeys(p.dtype for p in mine)
-        if not mine or x.dtype in dtypes:
-            return x.to(mine[0].device) if mine else x
+        if not mine:
+            return x
+        if x.dtype in dtypes:
+            return x.to(mine[0].device)
         if len(dtypes) > 1:
             raise UsageError(
                 f"{self}: its parameters are of several dtypes ({', '.join(map(str, dtypes))}), and {self.takes_point.name} is "
@@ -121,5 +126,5 @@ def first_tensor(value: Any) -> Any:
 def with_first_tensor(value: Any, new: Tensor) -> Any:
     """The value with another first tensor."""
     leaves, structure = pytree.tree_flatten(value)
-    place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return pytree.tree_unflatten([*leaves[:place], new, *leaves[place + 1 :]], structure)
+    leaves[next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))] = new
+    return pytree.tree_unflatten(leaves, structure)

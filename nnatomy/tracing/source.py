@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import islice
@@ -27,15 +28,13 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.blocks.capture import parsed
 from nnatomy.core.frames import frames, is_ours
-from nnatomy.core.gates import is_call, is_gate, runs
+from nnatomy.core.gates import is_call, runs
 from nnatomy.core.points import Collector, Report, Slot
+from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
 
 if TYPE_CHECKING:
     from nnatomy.core.views import ModuleView
-
-#: What the kinds of these points begin with.
-SOURCE = "source "
 
 _LISTED = "listed"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -118,30 +117,29 @@ class Source(Values):
 
     def _list(self) -> list[SourceCall]:
         view = self._view
-        listing = _Listing(view.module, self._name)
+        listing = _Listing(view.module)
         with view._blocks.looking_at(view.path) as block:
             block.reach(view.module, "input", f"{view.path}.source", view._call)
             with block.run.collecting(listing):
                 block.reach(view.module, "output", f"{view.path}.source", view._call)
-        return listing.calls
+        under = f"{self._name}." if self._name else ""
+        return [call for call in listing.calls if f"{call.name}.".startswith(under)]
 
 
 class _Listing(Collector):
     """Every call that is made in the module."""
 
-    def __init__(self, module: Module, under: str) -> None:
+    def __init__(self, module: Module) -> None:
         self.modules = {module}
         self.kinds = {_LISTED: SourceMode}
         self.calls: list[SourceCall] = []
-        self._under = under
 
     def take(self, slot: Slot) -> None:
-        if f"{slot.value.name}.".startswith(f"{self._under}." if self._under else ""):
-            self.calls.append(slot.value)
+        self.calls.append(slot.value)
 
 
 def _kind(name: str, time: int | str, what: str) -> str:
-    return f"{SOURCE}{name}[{time}].{what}"
+    return f"source {name}[{time}].{what}"
 
 
 class SourceMode(TorchFunctionMode):
@@ -159,54 +157,46 @@ class SourceMode(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._report = report
-        self._times: dict[str, int] = {}
+        self._times: Counter[str] = Counter()
         self._forward = forward_code(module)
-        gate = next((frame for frame in frames() if is_gate(frame) or not is_ours(frame)), None)
-        self._from_the_start = gate is not None and gate.f_locals.get("self") is module
+        innermost, _, stage = report.run.progress.stack[-1]
+        self._from_the_start = innermost is module and stage == ENTERING
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         run = runs.get(get_ident())
-        if (
-            func.__name__ == "__get__"
-            or run is None
-            or not run.progress.stack
-            or run.progress.stack[-1][0] is not self._module
-        ):
+        is_inside = run is not None and run.progress.stack[-1][0] is self._module
+        sites = self._sites() if is_inside and func.__name__ != "__get__" else []
+        if not sites:
             return func(*args, **kwargs)
-        places = self._places()
-        if not places:
-            return func(*args, **kwargs)
-        name, time = ".".join(place.name for place in places), self._count(places)
+        name = ".".join(site.name for site in sites)
+        count = self._times[name]
+        self._times[name] += 1
+        # If the forward was at work before this mode was put on, the rounds of its loops have not been counted.
+        is_counted = self._from_the_start or not any(site.in_loop for site in sites)
+        time = count if is_counted else "?"
         args, kwargs = self._report((args, kwargs), _kind(name, time, "input")).value
         result = self._report(func(*args, **kwargs), _kind(name, time, "output")).value
         shapes = tuple(leaf.shape for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         if shapes:
-            last = places[-1]
+            last = sites[-1]
             full = torch.overrides.resolve_name(func) or func.__name__
             self._report(SourceCall(name, full, last.file, last.line, last.text, shapes), _LISTED)
         return result
 
-    def _places(self) -> list[Place]:
-        """Where the forward, the helper that it called there, and so on to the torch function, are."""
+    def _sites(self) -> list[Site]:
+        """Where the forward calls a helper, where that calls the next one, and so on to the torch function."""
         outer = frames_from(self._forward)
         if not outer or (self._forward is not None and outer[0].f_code is not self._forward):
             return []  # a hook's, a decorator's, or of a module that the model does not know
         inner = [*outer[1:], None]
         return [
-            _place(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
+            _site(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
             for frame, called in zip(outer, inner, strict=True)
             if called is None or called.f_code.co_name not in _COMPREHENSIONS
         ]
-
-    def _count(self, places: list[Place]) -> int | str:
-        name = ".".join(place.name for place in places)
-        time = self._times.get(name, 0)
-        self._times[name] = time + 1
-        unknown = not self._from_the_start and any(place.in_loop for place in places)
-        return "?" if unknown else time
 
 
 def forward_code(module: Module) -> CodeType | None:
@@ -230,7 +220,7 @@ def frames_from(forward: CodeType | None) -> list[FrameType]:
     return found[::-1]
 
 
-class Place(NamedTuple):
+class Site(NamedTuple):
     """Where a call stands in the source."""
 
     name: str
@@ -241,13 +231,12 @@ class Place(NamedTuple):
 
 
 @lru_cache(maxsize=10_000)
-def _place(file: str, code: CodeType, instruction: int) -> Place:
+def _site(file: str, code: CodeType, instruction: int) -> Site:
     line, end_line, column, end_column = next(islice(code.co_positions(), instruction // 2, None))
     calls = _calls("".join(linecache.getlines(file)))
     found = calls.get((line, column, end_line, end_column)) or calls.get((end_line, end_column))
     name, in_loop = found or (f"line{line}", True)  # there is no source, or no call in it (`for x in tensor`)
-    text = linecache.getline(file, line or 0).strip()
-    return Place(name, in_loop, file, line or 0, text)
+    return Site(name, in_loop, file, line or 0, linecache.getline(file, line or 0).strip())
 
 
 @lru_cache(maxsize=100)
@@ -259,22 +248,23 @@ def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
         return {}
     found: dict[tuple[int | None, ...], tuple[str, bool]] = {}
 
-    def walk(node: ast.AST, counts: dict[str, int], in_loop: bool) -> None:
+    def walk(node: ast.AST, counts: Counter[str], in_loop: bool) -> None:
         name, mine = _name(node), counts
         if isinstance(node, _FUNCTIONS):
-            mine, in_loop = {}, isinstance(node, ast.Lambda)
+            # How often a lambda is called, the text does not say.
+            mine, in_loop = Counter(), isinstance(node, ast.Lambda)
         for child in ast.iter_child_nodes(node):  # first: in the order of evaluation
             walk(child, mine, in_loop or isinstance(node, _LOOPS))
         if name is not None:
             assert isinstance(node, (ast.expr, ast.stmt))
-            number = counts.get(name, 0)
-            counts[name] = number + 1
+            number = counts[name]
+            counts[name] += 1
             entry = f"{name}_{number}" if number else name, in_loop
             found[node.lineno, node.col_offset, node.end_lineno, node.end_col_offset] = entry
             if isinstance(node, ast.Call):
                 found[node.end_lineno, node.end_col_offset] = entry
 
-    walk(tree, {}, False)
+    walk(tree, Counter(), False)
     return found
 
 
@@ -286,21 +276,18 @@ def _name(node: ast.AST) -> str | None:
             return "call"
         case ast.UnaryOp(operand=ast.Constant()) | ast.Subscript(value=ast.Attribute(attr="shape")):
             return None
-        case ast.BinOp(op=op) | ast.UnaryOp(op=op):
-            return _OPERATORS.get(type(op))
-        case ast.AugAssign(op=op):
-            return f"i{_OPERATORS[type(op)]}"
-        case ast.Compare(ops=[op]):
-            return type(op).__name__.lower()
+        case ast.BinOp(op=op) | ast.UnaryOp(op=op) | ast.Compare(ops=[op]) | ast.AugAssign(op=op):
+            operator = _OPERATORS.get(type(op).__name__, type(op).__name__.lower())
+            return f"i{operator}" if isinstance(node, ast.AugAssign) else operator
         case ast.Subscript(ctx=ctx):
             return "setitem" if isinstance(ctx, ast.Store) else "getitem"
     return None
 
 
 # fmt: off
-_OPERATORS: dict[type[ast.AST], str] = {
-    ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.MatMult: "matmul", ast.Div: "truediv", ast.FloorDiv: "floordiv",
-    ast.Mod: "mod", ast.Pow: "pow", ast.BitAnd: "and_", ast.BitOr: "or_", ast.BitXor: "xor", ast.LShift: "lshift",
-    ast.RShift: "rshift", ast.USub: "neg", ast.UAdd: "pos", ast.Invert: "invert",
+#: Those whose names in Python's module `operator` are others than in its module `ast`. (`not` is no operator of tensors.)
+_OPERATORS = {
+    "Mult": "mul", "MatMult": "matmul", "Div": "truediv", "USub": "neg", "UAdd": "pos", "Not": None,
+    "BitAnd": "and_", "BitOr": "or_", "BitXor": "xor",
 }
 # fmt: on

@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy import core
-from nnatomy.blocks.edits import EditBlock, with_edit
+from nnatomy.blocks.edits import EditBlock
 from nnatomy.blocks.joining import JoinTensors
 from nnatomy.errors import UsageError
 from nnatomy.tracing.attach import Attachment, Point, first_tensor, with_first_tensor
@@ -65,7 +65,13 @@ class Traceable(ModuleView, core.Traceable):
         """
         if edit is not None and not callable(edit):
             raise UsageError(f"An edit is a function without arguments; got {edit!r}.")
-        return EditBlock(self) if edit is None else with_edit(self, edit)
+        return EditBlock(self._with_edit) if edit is None else self._with_edit(edit)
+
+    def _with_edit(self, edit: Edit) -> Any:
+        """A view of the same module with one more edit."""
+        view = copy.copy(self)
+        view.edits = (*self.edits, edit)
+        return view
 
     def attach(
         self,
@@ -116,22 +122,21 @@ class Traceable(ModuleView, core.Traceable):
         where = self._point(point)
         name = self._free_name(name, module)
         attachment = Attachment(name, where, where if takes is None else self._point(takes), module, how)
-        return with_edit(self, attachment)
+        return self._with_edit(attachment)
 
     @property
     def _attached(self) -> dict[str, Attachment]:
         return {edit.name: edit for edit in self.edits if isinstance(edit, Attachment)}
 
     def _free_name(self, name: str | None, module: Module) -> str:
-        taken = dir(self)
-        if name is None:
-            base = type(module).__name__.lower()
-            return next(one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken)
+        taken, base = dir(self), type(module).__name__.lower()
         if name in taken:
             raise UsageError(
                 f"attach(..., name={name!r}): the view has something of that name: give another."
             )
-        return name
+        return name or next(
+            one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken
+        )
 
     def _point(self, point: str | ModuleView) -> Point:
         if isinstance(point, ModuleView):

@@ -936,3 +936,71 @@ def test_a_change_in_place_behind_another_blocks_assignment_is_of_the_tensor_ass
             both = tracer.invoke(lambda: tracer.result)
         expected = torch.cat([ONE + model.part(ONE), 3 * ONE + model.part(ONE * 3)])
         torch.testing.assert_close(both.value, expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_changed_in_place_after_others_have_gone_on_at_the_same_point_counts(grad: bool) -> None:
+    """The block has been given a copy, as another had put rows of its own there; it changes that one after a barrier."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    view = Traceable(model)
+
+    def assigns() -> None:
+        view[0].input = view[0].input * 0
+
+    def changes_late() -> None:
+        given = view[0].input
+        barrier()
+        given.mul_(3)
+
+    def comes_last() -> None:
+        view[0].input
+        barrier()
+
+    with torch.set_grad_enabled(grad):
+        with no_leaks(model), view.trace() as tracer:
+            barrier = tracer.barrier(2)
+            for block in (assigns, changes_late, comes_last):
+                tracer.invoke(ONE, block)
+            result = tracer.result
+        torch.testing.assert_close(result, model(torch.cat([ONE * 0, ONE * 3, ONE])))
+
+
+def test_a_function_that_a_block_defines_where_annotations_are_not_evaluated() -> None:
+    """As `from __future__ import annotations` at the head of this file says."""
+    view = Traceable(net())
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+
+            def halved(value: OnlyForTypeCheckers) -> OnlyForTypeCheckers:  # noqa: F821
+                return value / 2
+
+            half = halved(view.embed.output)
+    assert torch.equal(half, view.module.embed(ONE) / 2)
+    assert halved.__annotations__ == {"value": "OnlyForTypeCheckers", "return": "OnlyForTypeCheckers"}
+
+
+def test_a_block_that_is_entered_twice_or_never() -> None:
+    view = Traceable(net())
+    with pytest.raises(UsageError, match="any other is entered once"), view.trace() as tracer:
+        block = tracer.invoke(ONE)
+        for _ in range(2):
+            with block:
+                view.embed.output
+    with pytest.raises(UsageError, match="has no block"), view.trace() as tracer:
+        tracer.invoke(ONE)
+        view.embed.output
+
+
+def test_after_the_trace_a_function_has_the_names_that_blocks_have_bound_last() -> None:
+    """As a function that is defined in the frame itself would."""
+    view = Traceable(net())
+    found = []
+    with view.trace() as tracer:
+        with tracer.invoke(ONE):
+            name = "first"
+        with tracer.invoke(ONE):
+            ask = lambda: name  # noqa: E731
+            found.append(ask())
+        with tracer.invoke(ONE):
+            name = "last"
+    assert (found, ask(), name) == (["first"], "last", "last")
