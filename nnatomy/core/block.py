@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from nnatomy.core.frames import line_of, user_frames, user_line
+from nnatomy.core.frames import user_line
 from nnatomy.core.gates import is_seen
 from nnatomy.core.points import Question, Slot, Tap
 from nnatomy.core.progress import Place
@@ -68,8 +68,7 @@ class Block:
                 if run.error is not None:
                     raise run.error
                 raise self._not_reached(question)
-            frame = next(user_frames())
-            run.last = question, frame.f_code, frame.f_lasti  # its line is looked up when it is needed
+            run.last = question, user_line()
         elif place is Place.PASSED:
             if run.error is not None:
                 raise run.error
@@ -107,9 +106,7 @@ class Block:
 
     def _out_of_order(self, question: Question) -> OutOfOrderError:
         run, step = self.run, self.run.progress.step
-        last, line = "the start", "the trace's first line"
-        if run.last is not None:
-            last, line = str(run.last[0]), line_of(*run.last[1:])
+        last, line = run.last
         if run.cancelled:
             return OutOfOrderError(
                 f"{question} was asked for at {user_line()}, after the forward pass had been stopped (it stood at "

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from itertools import dropwhile
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 
 #: The packages whose frames are of no use to anybody who reads a traceback.
 _TRACING = ("nnatomy.core.", "nnatomy.blocks.", "nnatomy.tracing.")
@@ -48,12 +48,6 @@ def user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
     frame = next(user_frames())
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def line_of(code: CodeType, instruction: int) -> str:
-    """The file and line of an instruction."""
-    lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
-    return f"{code.co_filename}:{next(lines, None)}"
 
 
 def frame_of_with() -> FrameType:

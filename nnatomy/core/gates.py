@@ -25,7 +25,6 @@ from torch._C import _current_graph_task_id as current_graph_task_id
 from torch.compiler import is_compiling
 from torch.nn import Module
 
-from nnatomy.core.frames import frames
 from nnatomy.core.progress import INSIDE
 
 #: The run at work in a thread, by the thread's identifier.
@@ -123,16 +122,6 @@ def is_gate(frame: FrameType) -> bool:
 def is_call(frame: FrameType) -> bool:
     """Whether a frame is that of PyTorch's own call of a module, gated or not; its `self` is the module."""
     return frame.f_code is _CALL_CODE
-
-
-def gate_of(module: Module) -> FrameType | None:
-    """The frame of the gate that a call of `module`, in flight in this thread, has come through."""
-    return next((frame for frame in frames() if is_gate(frame) and frame.f_locals["self"] is module), None)
-
-
-def called_module() -> Module | None:
-    """The innermost module, gated or not, that a call is in flight of in this thread."""
-    return next((frame.f_locals["self"] for frame in frames() if is_call(frame)), None)
 
 
 def _in_child() -> None:

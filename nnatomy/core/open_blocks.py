@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
@@ -22,8 +22,8 @@ class OpenBlocks:
 
     def __init__(self) -> None:
         self._by_thread: dict[int, list[ref[Block]]] = {}
-        #: A trace of the model on some input, for questions about the model that need a run.
-        self.example: Callable[[OpenBlocks], Any] | None = None
+        #: A trace of the model on some input, where one is known, for questions about the model that need a run.
+        self.example: Callable[[OpenBlocks], AbstractContextManager[Any]] | None = None
 
     def add(self, block: Block) -> None:
         """Open a block whose `with` is being entered in this thread."""
@@ -68,12 +68,3 @@ class OpenBlocks:
                 if (block := opened()) in blocks:
                     return block
         return blocks[-1]
-
-    @contextmanager
-    def looking_at(self, name: str) -> Iterator[Block]:
-        """The block that the user's line stands in; outside of one, that of a trace of the example."""
-        if self.example is None or self.is_open_here:
-            yield self.current(name)
-        else:
-            with self.example(self) as tracer:
-                yield tracer.block

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import CodeType
 from typing import Any
 
 from torch._C import _functorch
@@ -43,7 +42,7 @@ class Run(Coroutine):
         progress: how far the forward pass has come.
         questions: the points that the blocks wait for, while they wait.
         slot: the point that the blocks have been given, while they hold it.
-        last: the question that was answered last, and the code and instruction that asked it.
+        last: the question that was answered last, and the line that asked it.
         collectors: told about points after the blocks.
         replacements: told about points before any block sees them, to put another value there.
         run_to_end: whether somebody still wants what comes after the block's end.
@@ -58,7 +57,7 @@ class Run(Coroutine):
         self.progress = Progress()
         self.questions: tuple[Question, ...] = ()
         self.slot: Slot | None = None
-        self.last: tuple[Question, CodeType, int] | None = None
+        self.last: tuple[Question | str, str] = "the start", "the trace's first line"
         self.collectors: list[Collector] = []
         self.replacements: list[Collector] = []
         self.watched_inputs: set[Module] = set()
@@ -127,7 +126,7 @@ class Run(Coroutine):
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
-        self.result, self.last = NO_RESULT, None
+        self.result = NO_RESULT
         super().forget()
         self.collectors, self.replacements = [], []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -14,7 +14,6 @@ from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.run import NO_RESULT, Run
-from nnatomy.core.steps import Steps
 from nnatomy.core.thread_state import ThreadState
 from nnatomy.core.views import ModuleView
 from nnatomy.errors import NotReachedError, OutsideTraceError, UsageError
@@ -127,22 +126,6 @@ class Trace:
         if block.run.result is NO_RESULT:
             raise NotReachedError("The forward pass was stopped, so there is no result.")
         return block.own(block.run.result)
-
-    @property
-    def iter(self) -> Steps:
-        """The steps of a generation: `for step in tracer.iter[:]:`, also `[2:5]`, `[0]`, `[[0, 3]]`.
-
-        In the loop's body, questions mean that step. The loop ends when the model does; what follows
-        it runs. Outside of such a loop, questions mean step 0.
-
-        Warns:
-            UserWarning: if a step that was named did not come. (The end of a slice may lie beyond the last step.)
-        """
-        return Steps(self.block)
-
-    def all(self) -> Iterator[int]:
-        """All steps of a generation: `tracer.iter[:]`."""
-        return self.iter[:]
 
     def stop(self) -> None:
         """Cancel the forward pass here; the block goes on, and can ask for nothing more."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.nn import Module
@@ -34,10 +33,6 @@ class Traceable(ModuleView):
         super().__init__(OpenBlocks(), module, "")
         #: The module whose calls are the steps: the whole, or one that it wraps.
         self.steps_of = module
-
-    def session(self) -> AbstractContextManager[Any]:
-        """`with model.session():` groups traces, as in nnsight. Values flow from one trace to the next without it."""
-        return nullcontext(self)
 
     def trace(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace `module(*args, **kwargs)`: `with net.trace(x) as tracer: ...`.

@@ -17,7 +17,8 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.gates import called_module, runs
+from nnatomy.core.frames import frames
+from nnatomy.core.gates import is_call, runs
 from nnatomy.tracing.source import forward_code, frames_from
 
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
@@ -42,11 +43,11 @@ Where = tuple[Module, tuple[tuple[CodeType, int], ...]]
 
 def where() -> Where | None:
     """Where the torch function that is being called stands."""
-    module = called_module()
+    module = next((frame.f_locals["self"] for frame in frames() if is_call(frame)), None)
     if module is None:
         return None
-    frames = frames_from(forward_code(module))
-    return module, tuple((frame.f_code, _instruction(frame.f_code, frame.f_lasti)) for frame in frames)
+    inside = frames_from(forward_code(module))
+    return module, tuple((frame.f_code, _instruction(frame.f_code, frame.f_lasti)) for frame in inside)
 
 
 @lru_cache(maxsize=10_000)

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.arch_configs import Anatomy
 from nnatomy.core import Collector, Slot
-from nnatomy.core.gates import gate_of
+from nnatomy.core.frames import frames
+from nnatomy.core.gates import is_gate
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Axes, Report
 from nnatomy.names import ATTENTIONS, CROSS_ATTENTIONS, MIXERS, NO_CROSS, ROWS, SUMS, TABLE
@@ -149,7 +150,8 @@ class ShowMode(TorchFunctionMode):
     def _show(self, name: str, tensor: Tensor) -> Tensor:
         if not self._report.awaited(name):
             return tensor
-        gate = gate_of(self._module) if tensor.ndim < 3 else None
+        gates = (frame for frame in frames() if is_gate(frame) and frame.f_locals["self"] is self._module)
+        gate = next(gates, None) if tensor.ndim < 3 else None
         if gate is None:
             return self._visited(name, tensor)
         # OPT's MLP, and routers, have all positions in one axis. The model goes on with what is shown, for its gradient.

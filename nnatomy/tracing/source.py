@@ -14,6 +14,7 @@ import inspect
 import linecache
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import islice
 from threading import get_ident
@@ -118,7 +119,10 @@ class Source(Values):
     def _list(self) -> list[SourceCall]:
         view = self._view
         listing = _Listing(view.module)
-        with view._blocks.looking_at(view.path) as block:
+        blocks = view._blocks
+        example = None if blocks.is_open_here else blocks.example
+        with example(blocks) if example else nullcontext():
+            block = blocks.current(view.path)
             block.reach(view.module, "input", f"{view.path}.source", view._call)
             with block.run.collecting(listing):
                 block.reach(view.module, "output", f"{view.path}.source", view._call)

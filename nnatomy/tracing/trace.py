@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from nnatomy.core.views import ModuleView
 from nnatomy.errors import UsageError
 from nnatomy.tracing.attach import Attachment
 from nnatomy.tracing.save import mount_save
+from nnatomy.tracing.steps import Steps
 
 
 class Trace(core.Trace):
@@ -67,6 +68,22 @@ class Trace(core.Trace):
         block = super().block
         assert isinstance(block, Schedule)
         return block
+
+    @property
+    def iter(self) -> Steps:
+        """The steps of a generation: `for step in tracer.iter[:]:`, also `[2:5]`, `[0]`, `[[0, 3]]`.
+
+        In the loop's body, questions mean that step. The loop ends when the model does; what follows
+        it runs. Outside of such a loop, questions mean step 0.
+
+        Warns:
+            UserWarning: if a step that was named did not come. (The end of a slice may lie beyond the last step.)
+        """
+        return Steps(self.block)
+
+    def all(self) -> Iterator[int]:
+        """All steps of a generation: `tracer.iter[:]`."""
+        return self.iter[:]
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
         """A block with inputs of its own: `with tracer.invoke(prompt): ...`.

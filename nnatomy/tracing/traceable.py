@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, count
 from typing import Any
 
@@ -43,6 +44,10 @@ class Traceable(ModuleView, core.Traceable):
         super().__init__(module)
         #: The lasting edits, in the order in which they are made.
         self.edits: tuple[Edit, ...] = ()
+
+    def session(self) -> AbstractContextManager[Any]:
+        """`with model.session():` groups traces, as in nnsight. Values flow from one trace to the next without it."""
+        return nullcontext(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, with the lasting edits, if there are any."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from nnatomy.core import Traceable
 from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.tracing.steps import Steps
 
 
 class Point(NamedTuple):
@@ -113,7 +114,7 @@ def test_in_two_steps(which: tuple[int, int]) -> None:
         for both in passes:
             answers = []
             with view.trace_call(generate, both) as tracer:
-                for step in tracer.iter[:2]:
+                for step in Steps(tracer.block)[:2]:
                     answers += [
                         answer(view, point) for point, its in zip(asked, which, strict=True) if its == step
                     ]
