@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from threading import get_ident
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ from nnatomy.core.gates import is_call, runs
 from nnatomy.core.points import Collector, Report, Slot, Tap
 from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
-
-if TYPE_CHECKING:
-    from nnatomy.core.views import ModuleView
+from nnatomy.core.views import ModuleView
 
 _LISTED = "listed"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
