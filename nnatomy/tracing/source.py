@@ -192,7 +192,7 @@ class SourceMode(TorchFunctionMode):
         """Where the forward calls a helper, where that calls the next one, and so on to the torch function."""
         outer = frames_from(self._forward)
         if not outer or (self._forward is not None and outer[0].f_code is not self._forward):
-            return []  # a hook's, a decorator's, or of a module that the model does not know
+            return []  # it was called by a hook, a decorator, or a module that the model does not know
         inner = [*outer[1:], None]
         return [
             _site(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
