@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any
 
 from nnatomy.blocks.capture import Body, Names
 from nnatomy.core.frames import frame_of_with
 
-View = TypeVar("View")
 
-
-class EditBlock(Generic[View]):
+class EditBlock:
     """A `with` whose body becomes an edit.
 
     Args:
         with_edit: makes the view that has the edit, a function without arguments; `with` gives it.
     """
 
-    def __init__(self, with_edit: Callable[[Callable[[], None]], View]) -> None:
+    def __init__(self, with_edit: Callable[[Callable[[], None]], Any]) -> None:
         self._with_edit = with_edit
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> Any:
         body = self._body = Body(frame_of_with())
         edited = self._with_edit(lambda: body.run(Names(body.look_up)))
         body.skip()

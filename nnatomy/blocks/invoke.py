@@ -95,8 +95,7 @@ class Barrier:
 
     def __call__(self) -> None:
         block = self._schedule.blocks.current("barrier")
-        if not isinstance(block, SharedBlock):
-            raise UsageError("A barrier holds blocks of tracer.invoke(...): call it inside of one.")
+        assert isinstance(block, SharedBlock)
         mine = self._waiting
         mine.append(block)
         if len(mine) == self._count:

@@ -46,17 +46,15 @@ class JoinTensors(Joining):
         return leaves, structure, tensors[0].shape
 
     def join(self, prepared: Sequence[Any]) -> tuple[Callable[[], Any], list[Rows]]:
-        structure = prepared[0][1]
-        if any(other != structure for _, other, _ in prepared):
+        leaves, structures, shapes = zip(*prepared, strict=True)
+        if any(structure != structures[0] for structure in structures):
             raise InputError(
                 "The blocks of one trace need inputs of the same form, to be joined to one batch."
             )
-        joined = [join_leaves(list(leaves)) for leaves in zip(*(one[0] for one in prepared), strict=True)]
-        args, kwargs = pytree.tree_unflatten(joined, structure)
-        shape = prepared[0][2]
-        return lambda: self._call(*args, **kwargs), rows_of(
-            [one[2][0] for one in prepared], shape[1] if len(shape) > 1 else 1
-        )
+        joined = [join_leaves(list(same)) for same in zip(*leaves, strict=True)]
+        args, kwargs = pytree.tree_unflatten(joined, structures[0])
+        seq = shapes[0][1] if len(shapes[0]) > 1 else 1
+        return lambda: self._call(*args, **kwargs), rows_of([shape[0] for shape in shapes], seq)
 
 
 def rows_of(counts: Sequence[int], seq: int, pads: Sequence[int] | None = None) -> list[Rows]:

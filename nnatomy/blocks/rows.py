@@ -33,8 +33,8 @@ FIRST = Axes(here=(1,))
 class Rows(NamedTuple):
     """The rows `start` to `stop` of a `batch` of prompts of `seq` positions, the first `pad` of them padding.
 
-    `axes`: those that are of positions; any of that size may be if None. One of all positions so far may have more places (a
-    static cache has them from the beginning) or fewer (a sliding window has let go of the first).
+    `axes`: which axes of the tensor are of positions; None: any of that size may be. An axis of all positions so far may have more
+    places than there are positions (a static cache has them from the beginning) or fewer (a sliding window has let go of the first).
     """
 
     start: int
@@ -96,7 +96,7 @@ class Rows(NamedTuple):
         for axis in others:
             size, pad = mine.shape[axis], self.pad
             if self.axes is not None and {axis, axis - mine.ndim} & {*self.axes.so_far}:
-                pad = max(pad - max(self.seq - size, 0), 0)  # less what a window has let go of
+                pad = max(pad - max(self.seq - size, 0), 0)  # a window has let go of padding first
             elif size != self.seq or (self.axes and not {axis, axis - mine.ndim} & {*self.axes.here}):
                 continue
             mine = mine.narrow(axis, pad, size - pad)

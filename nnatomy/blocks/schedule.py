@@ -49,7 +49,7 @@ class Schedule(SharedBlock):
     def wait(self, question: Question | None) -> None:
         if self.invokes:
             super().wait(question)
-        else:  # a block that is alone is always next: a read takes two thirds of the time
+        else:  # this block is alone, and always the next: without asking who is, a read takes two thirds of the time
             Block.wait(self, question)
 
     def _give_way(self) -> None:

@@ -1,4 +1,4 @@
-"""A block that shares its forward pass with others: it sees its own rows, and waits for its turn."""
+"""A block that shares its forward pass with others: it sees its own rows of the joined batch, and waits for its turn."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ class SharedBlock(Block):
 
 
 class _ReplaceOutput(Collector):
-    """Puts a value in the place of one block's rows of a module's output: what the block has skipped runs for the others."""
+    """Puts a value in the place of one block's rows of a module's output: the block has skipped the module, which runs for the
+    others."""
 
     def __init__(self, block: SharedBlock, at: Slot, value: Any) -> None:
         self.modules = {at.module}

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from threading import get_ident
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,7 @@ from nnatomy.core.gates import is_call, runs
 from nnatomy.core.points import Collector, Report, Slot
 from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
-
-if TYPE_CHECKING:
-    from nnatomy.core.views import ModuleView
+from nnatomy.core.views import ModuleView
 
 _LISTED = "listed"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -194,7 +192,7 @@ class SourceMode(TorchFunctionMode):
         """Where the forward calls a helper, where that calls the next one, and so on to the torch function."""
         outer = frames_from(self._forward)
         if not outer or (self._forward is not None and outer[0].f_code is not self._forward):
-            return []  # a hook's, a decorator's, or of a module that the model does not know
+            return []  # it was called by a hook, a decorator, or a module that the model does not know
         inner = [*outer[1:], None]
         return [
             _site(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
