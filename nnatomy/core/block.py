@@ -62,7 +62,7 @@ class Block:
         place = run.place(question)
         if place is Place.AHEAD:
             if run.started and module._compiled_call_impl is not None:
-                raise _unseen(question)
+                raise self._not_reached(question)
             self.wait(question)
             if run.place(question) is not Place.HERE:
                 if run.error is not None:
@@ -129,7 +129,11 @@ class Block:
         module, call = question.module, question.call
         seen = any(is_seen(module, root) for root in run.roots)
         if not seen or module._compiled_call_impl is not None:
-            return _unseen(question)
+            return NotReachedError(
+                f"{question} cannot be reached: the module is not among those of the traced model, or it is compiled "
+                "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without "
+                "compiling it."
+            )
         if progress.calls.get(module, 0) > call:
             hint = getattr(question.tap, "hint", lambda _: "")(question.name)
             return NotReachedError(
@@ -142,11 +146,3 @@ class Block:
             "the model does not call that module (or not that often, or not that many steps), or calls it in "
             "compiled code (torch.compile), where Python does not see it."
         )
-
-
-def _unseen(question: Question) -> NotReachedError:
-    return NotReachedError(
-        f"{question} cannot be reached: the module is not among those of the traced model, or it is compiled "
-        "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without "
-        "compiling it."
-    )

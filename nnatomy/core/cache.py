@@ -41,17 +41,17 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
     tell that they were changed: there every one is copied.)
 
     Args:
+        root: the module that they are of: one that is shared has further paths there.
         paths: the modules, with the path of each.
         kinds: "input" or "output" or both.
-        aliases: further paths of modules: a shared one has several.
         view: a slot as the block sees it.
     """
 
     def __init__(
         self,
+        root: Module,
         paths: dict[Module, str],
         kinds: Iterable[str],
-        aliases: Callable[[], Mapping[str, Module]],
         view: Callable[[Slot], Slot],
         *,
         device: torch.device | str | None = None,
@@ -61,7 +61,7 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
         self.modules = set(paths)
         self.kinds = dict.fromkeys(kinds)
         self._paths = paths
-        self._aliases = aliases
+        self._root = root
         self._view = view
         self._device = device
         self._dtype = dtype
@@ -104,7 +104,7 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
         if isinstance(module, ModuleView):
             return module.module
         mine = next((known for known, path in self._paths.items() if path == module), None)
-        return mine or self._aliases().get(module)  # type: ignore[call-overload]
+        return mine or dict(self._root.named_modules(remove_duplicate=False)).get(module)
 
     def __iter__(self) -> Iterator[str]:
         return (self._paths[module] for module in self._calls)

@@ -53,7 +53,7 @@ class Coroutine:
         self._error: tuple[BaseException, TracebackType | None] | None = None
         self.owner: ref[Any] | None = None
         self.thread = 0
-        self._job: tuple[Callable[[], None], ThreadState] | None = (work, state)
+        self._job: Any = (work, state)
         self._begin = Lock()  # taken by the thread when it begins, or else by `cancel`
         self._resumed, self._yielded = Lock(), Lock()
         self._resumed.acquire()  # released to let the suspended work go on
@@ -149,7 +149,6 @@ class Coroutine:
     def _main(self) -> tuple[bool, Callable[[], None]]:
         if not self._begin.acquire(blocking=False):
             return True, lambda: None
-        assert self._job is not None
         (work, state), self._job = self._job, None
         self.thread = get_ident()
         _at_work.add(self)

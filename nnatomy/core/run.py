@@ -82,11 +82,6 @@ class Run(Coroutine):
         finally:
             self.questions = ()
 
-    def cancel(self) -> None:
-        """End the forward pass where it stands and wait until it is gone."""
-        super().cancel()
-        self.slot = None
-
     @contextmanager
     def collecting(self, *collectors: Collector) -> Iterator[None]:
         """Within, those are told about their points."""
@@ -126,7 +121,7 @@ class Run(Coroutine):
 
     def forget(self) -> None:
         """Drop what the run holds, so that nothing but the user's names keeps a tensor alive."""
-        self.result = NO_RESULT
+        self.result, self.slot = NO_RESULT, None
         super().forget()
         self.collectors, self.replacements = [], []
 

@@ -154,16 +154,9 @@ class Trace:
             include_output: collect what the modules return.
             include_inputs: collect (args, kwargs).
         """
-        block, module = self.block, self._root.module
-        cache = Cache(
-            self._root.paths(modules),
-            ["input"] * include_inputs + ["output"] * include_output,
-            lambda: dict(module.named_modules(remove_duplicate=False)),
-            block.peek,
-            device=device,
-            dtype=dtype,
-            clone=clone,
-        )
+        block, paths = self.block, self._root.paths(modules)
+        kinds = ["input"] * include_inputs + ["output"] * include_output
+        cache = Cache(self._root.module, paths, kinds, block.peek, device=device, dtype=dtype, clone=clone)
         block.run.collect(cache)
         block.run.run_to_end = True
         return cache
