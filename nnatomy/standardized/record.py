@@ -6,7 +6,7 @@ import dis
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from threading import get_ident
 from types import CodeType
 from typing import Any, NamedTuple
@@ -85,11 +85,14 @@ class Value:
         self.function = function
         self.inputs = inputs
         self.stack = stack
-        self.modules = frozenset(stack)
         self.leaf = 0
         self.where: Where | None = None
         self.places: tuple[int, ...] = ()
         self.operands: tuple[Tensor, ...] = ()
+
+    @cached_property
+    def modules(self) -> frozenset[Module]:
+        return frozenset(self.stack)
 
     @property
     def same_as(self) -> Value | None:
@@ -119,7 +122,9 @@ class Record(TorchFunctionMode):
         self._calls: Counter[Where] = Counter()
 
     def value(self, tensor: Tensor) -> Value:
-        return self.values.setdefault(id(tensor), Value(tensor))
+        if id(tensor) not in self.values:
+            self.values[id(tensor)] = Value(tensor)
+        return self.values[id(tensor)]
 
     def is_once(self, where: Where) -> bool:
         """Whether what stands there is called once."""
