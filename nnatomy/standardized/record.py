@@ -60,7 +60,7 @@ def _instruction(code: CodeType, last: int) -> int:
 def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The leaves of what a function is given, as pytree has them, but quicker where none is in a container."""
     flat = [*args, *kwargs.values()]
-    return flat if all(type(one) in _NO_CONTAINERS for one in flat) else pytree.tree_leaves((args, kwargs))
+    return flat if _NO_CONTAINERS.issuperset(map(type, flat)) else pytree.tree_leaves((args, kwargs))
 
 
 class Value:
