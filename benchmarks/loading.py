@@ -23,11 +23,11 @@ from nnatomy import StandardizedTransformer
 ROUNDS = 9
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def timed(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     """Milliseconds, and the result."""
-    start = time.perf_counter()
+    start = clock()
     result = run()
-    return (time.perf_counter() - start) * 1e3, result
+    return (clock() - start) * 1e3, result
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from nnatomy.core.frames import is_ours
 from nnatomy.core.gates import is_gate
 from nnatomy.core.points import Axes, Report
 from nnatomy.names import TABLE
+from nnatomy.standardized.record import leaves_of
 from nnatomy.standardized.sdpa import (
     as_taken,
     aside_of,
@@ -143,9 +144,9 @@ class AttentionMode(TorchFunctionMode):
         return result
 
     def _follow(self, result: Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs) if self._scores or self._weights else ()
         for followed in (self._scores, self._weights):
-            if followed and any(id(leaf) in followed for leaf in leaves):
+            if any(id(leaf) in followed for leaf in leaves):
                 followed[id(result)] = result
         if func.__name__ in _ARRANGING and isinstance(args[0], Tensor) and args[0] is not result:
             self._arranged[id(result)] = _Arranged(result, args[0], func, args, kwargs)

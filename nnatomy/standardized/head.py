@@ -93,9 +93,9 @@ class Head:
         assert logits is not None
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
-    def caps(self, hidden: Float[Tensor, "one one hidden"]) -> bool:
-        """Whether logits are other than what the unembedding gives where that is large, as beyond a soft cap."""
-        enlarge = _Enlarge(self._anatomy.lm_head)
+    def caps(self, hidden: Float[Tensor, "one one hidden"], given: Float[Tensor, "one one vocab"]) -> bool:
+        """Whether logits are other than what the unembedding gives (here of `hidden`) where that is large, as beyond a soft cap."""
+        enlarge = _Enlarge(self._anatomy.lm_head, given)
         with self._trace(1) as tracer:
             tracer.block.run.collect(_SkipLayers(self._anatomy.layers, hidden, self.in_form), enlarge)
             logits = logits_of(tracer.result)
@@ -180,16 +180,15 @@ class _SkipLayers(Collector):
 
 
 class _Enlarge(Collector):
-    """Have the unembedding give numbers up to 10,000 (a cap of 30 is tanh(x / 30) * 30)."""
+    """Skip the unembedding, which gives numbers up to 10,000 (a cap of 30 is tanh(x / 30) * 30)."""
 
-    def __init__(self, lm_head: Any) -> None:
+    def __init__(self, lm_head: Any, given: Tensor) -> None:
         self.modules = {lm_head}
-        self.kinds = {"output": None}
-        self.given: Any = None
+        self.kinds = {"input": None}
+        self.given = given * (1e4 / given.abs().max().clamp(min=1e-4))
 
     def take(self, slot: Slot) -> None:
-        self.given = slot.value * (1e4 / slot.value.abs().max().clamp(min=1e-4))
-        slot.value = self.given
+        slot.skip(self.given)
 
 
 def _has_more(value: Any) -> bool:

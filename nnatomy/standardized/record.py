@@ -6,7 +6,7 @@ import dis
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from threading import get_ident
 from types import CodeType
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ def _instruction(code: CodeType, last: int) -> int:
 def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The leaves of what a function is given, as pytree has them, but quicker where none is in a container."""
     flat = [*args, *kwargs.values()]
-    return flat if all(type(one) in _NO_CONTAINERS for one in flat) else pytree.tree_leaves((args, kwargs))
+    return flat if _NO_CONTAINERS.issuperset(map(type, flat)) else pytree.tree_leaves((args, kwargs))
 
 
 class Value:
@@ -86,11 +86,14 @@ class Value:
         self.function = function
         self.inputs = inputs
         self.stack = stack
-        self.modules = frozenset(stack)
         self.leaf = 0
         self.where: Where | None = None
         self.places: tuple[int, ...] = ()
         self.operands: tuple[Tensor, ...] = ()
+
+    @cached_property
+    def modules(self) -> frozenset[Module]:
+        return frozenset(self.stack)
 
     @property
     def same_as(self) -> Value | None:
@@ -120,7 +123,9 @@ class Record(TorchFunctionMode):
         self._calls: Counter[Where] = Counter()
 
     def value(self, tensor: Tensor) -> Value:
-        return self.values.setdefault(id(tensor), Value(tensor))
+        if id(tensor) not in self.values:
+            self.values[id(tensor)] = Value(tensor)
+        return self.values[id(tensor)]
 
     def is_once(self, where: Where) -> bool:
         """Whether what stands there is called once."""

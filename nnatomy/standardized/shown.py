@@ -32,7 +32,7 @@ from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.contributions import find_contributions
 from nnatomy.standardized.hidden import input_of, output_of
 from nnatomy.standardized.neurons import find_neurons
-from nnatomy.standardized.record import LayerSums, Record, Result, where
+from nnatomy.standardized.record import LayerSums, Record, Result, leaves_of, where
 from nnatomy.standardized.routers import find_routers
 
 #: In this order where one call has several.
@@ -124,7 +124,7 @@ class ShowMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # which looks into this method, too
             return func(*args, **kwargs)
-        if self._replaced:
+        if self._replaced and any(id(leaf) in self._replaced for leaf in leaves_of(args, kwargs)):
             args, kwargs = pytree.tree_map(
                 lambda leaf: self._replaced.get(id(leaf), (leaf, leaf))[1], (args, kwargs)
             )

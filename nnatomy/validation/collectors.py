@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -26,7 +27,8 @@ class Seen(Collector):
 
     def take(self, slot: Slot) -> None:
         leaves, structure = tree_flatten(slot.value, is_leaf=_is_opaque)  # a KV cache is not looked into
-        kept = [_cloned(leaf) for leaf in leaves]  # whatever becomes of it
+        with torch._C.DisableTorchFunction():  # no call of the model's: taps need not look into it
+            kept = [_cloned(leaf) for leaf in leaves]  # whatever becomes of it
         self.calls.setdefault((slot.module, slot.kind), []).append(tree_unflatten(kept, structure))
         for tensor in tensors_in(leaves):
             version = -1 if tensor.is_inference() else tensor._version

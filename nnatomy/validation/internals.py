@@ -226,7 +226,8 @@ class Internals:
         new = clean.clone()
         ramp = torch.linspace(-1, 1, clean.shape[-1], device=clean.device, dtype=clean.dtype)
         if name in ("queries", "keys"):  # in another direction for each head
-            each = torch.stack([ramp.roll(3 * head) for head in range(clean.shape[1])])
+            width, heads = (torch.arange(clean.shape[axis], device=clean.device) for axis in (-1, 1))
+            each = ramp[(width - 3 * heads[:, None]) % len(ramp)]
             new[1, :, -1 if name == "queries" else 0] += each * clean.abs().max()
         elif name == "values":
             new[1, :, 0] += ramp * (1 + clean.abs().max())

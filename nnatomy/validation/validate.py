@@ -162,7 +162,7 @@ def _check_head(passes: Passes, reading: Reading) -> None:
     head.short = (
         head.runs_alone and len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
     )
-    head.short = head.short and not head.caps(last[:1, -1:])
+    head.short = head.short and not head.caps(last[:1, -1:], chain[4][:1, -1:])
     off = distance(model.project_on_vocab(last[:, -1:]), reading.logits[:, -1:])
     holds = off <= TOLERANCE.get(reading.logits.dtype, 1e-4)
     what = f"of layers_output[-1] is not the logits, off by {off:.1e} (relative)"
