@@ -56,6 +56,8 @@ OTHERWISE: dict[str, tuple[str, str]] = {
         "its embedding is not given the ids as they come",
     ),
     f"{_CLASSES}[SwitchTransformersForConditionalGeneration]": ("5.23", "its routers have their names"),
+    f"{_NAMES}[inkling2_text]": ("5.24", "its head and routers compute otherwise"),
+    f"{_CLASSES}[Inkling2ForConditionalGeneration]": ("5.24", "its head and routers compute otherwise"),
     f"{_CLASSES}[Llama4ForConditionalGeneration]": ("5.24", "it runs"),
     "tests/zoo/test_other_classes.py::test_what_is_refused_says_why[Llama4ForConditionalGeneration]": (
         "5.24",

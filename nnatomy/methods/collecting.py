@@ -15,7 +15,7 @@ from nnatomy.methods.activation_store import ActivationStore, StoreWriter, finge
 from nnatomy.methods.activations import Activations
 from nnatomy.methods.arguments import method, several
 from nnatomy.methods.points import accessor_of
-from nnatomy.methods.prompts import Prompt
+from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.methods.reading import Reader, Selection, Wanted
 from nnatomy.methods.tokens import tokens_of
 from nnatomy.names import TABLE
@@ -215,7 +215,7 @@ def _each(prompts: Iterable[Any]) -> Iterator[Any]:
             beside = ["decoder_input_ids", "decoder_attention_mask"]
             beside += ["attention_mask"] if names[0] == "input_ids" else []
             given = {name: prompt[name] for name in beside if name in prompt}
-            prompt = {"input_ids": prompt[names[0]], **given}
+            prompt = {"input_ids": plain(prompt[names[0]]), **given}
         yield prompt
 
 
