@@ -1,5 +1,6 @@
 """The naming of each architecture: from a Hugging Face model to its standard modules."""
 
+from nnatomy.arch_configs.cache_name import CACHE_NAMES as CACHE_NAMES
 from nnatomy.arch_configs.cache_name import cache_name as cache_name
 from nnatomy.arch_configs.cache_name import cached_positions as cached_positions
 from nnatomy.arch_configs.cache_name import given_cache as given_cache

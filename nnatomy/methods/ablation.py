@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
-from nnatomy.methods.points import accessor_of
+from nnatomy.methods.points import accessor_of, has, streams_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import is_finite
 
@@ -36,9 +36,9 @@ def ablate_direction(
     Args:
         direction: of any length.
         layers: one or several; all if None.
-        points: standard names of (batch, seq, hidden), in the order in which a layer has them. If None: what goes into
-            a layer, what its token mixers, cross-attention and MLP add (on layers that have these names) and what comes out, so
-            that no part of the layer reads or writes it.
+        points: standard names of (batch, seq, hidden), in the order in which a layer has them. (Of an encoder-decoder those of
+            its encoder, too: encoder_layers_output.) If None: what goes into a layer, what its token mixers, cross-attention and
+            MLP add (on layers that have these names) and what comes out, so that no part of the layer reads or writes it.
 
     Raises:
         InputError: if the direction is not as wide as the stream, or is zero.
@@ -66,25 +66,27 @@ def ablate_direction(
         raise InputError("The direction is zero.")
     unit = direction.detach().cpu().double()
     unit = unit / unit.norm()
-    every = range(model.num_layers)
     layers = [layers] if isinstance(layers, int) else layers
     points = [points] if isinstance(points, str) else points
-    for layer in (
-        sorted(every) if layers is None else sorted(every[model._checked(layer)] for layer in layers)
-    ):
-        for name in _POINTS if points is None else points:
-            accessor = accessor_of(model, name)
-            try:
-                accessor.module(layer)
-            except NotInThisModelError:
-                if points is None:
+    accessors = [accessor_of(model, name) for name in (_POINTS if points is None else points)]
+    for of_encoder in (True, False):  # which runs before the decoder
+        part = [accessor for accessor in accessors if accessor.of_encoder == of_encoder]
+        if not part:
+            continue
+        every = range(len(part[0]))
+        if layers is not None:
+            first, _ = streams_of(model, part[0])
+            for layer in layers:
+                first.module(layer)  # raises where there is none
+        for layer in every if layers is None else sorted(every[layer] for layer in layers):
+            for accessor in part:
+                if points is None and not has(accessor, layer):
                     continue
-                raise
-            value = accessor[layer]
-            if value.shape[-1:] != direction.shape or value.ndim != 3:
-                raise InputError(
-                    f"{name}[{layer}] is of {tuple(value.shape)}, and no point of (batch, seq, {model.hidden_size})."
-                )
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            along, wide = unit.to(value.device, dtype), value.to(dtype)
-            accessor[layer] = (wide - (wide @ along)[..., None] * along).to(value.dtype)
+                value = accessor[layer]
+                if value.shape[-1:] != direction.shape or value.ndim != 3:
+                    raise InputError(
+                        f"{accessor.name}[{layer}] is of {tuple(value.shape)}, and no point of (batch, seq, {model.hidden_size})."
+                    )
+                dtype = torch.promote_types(value.dtype, torch.float32)
+                along, wide = unit.to(value.device, dtype), value.to(dtype)
+                accessor[layer] = (wide - (wide @ along)[..., None] * along).to(value.dtype)

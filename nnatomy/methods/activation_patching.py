@@ -132,7 +132,10 @@ def activation_patching(
     Args:
         clean, corrupted: a prompt each, or lists of as many (pairs); the two of a pair have as many tokens.
         metric: see `nnatomy.methods.metrics`; it is given the logits at the last position, a row for each pair.
-        point: an accessor's name: "layers_output", "mlps_contribution", "heads_output", "queries", ...
+        point: an accessor's name: "layers_output", "mlps_contribution", "heads_output", "queries", ... Of an
+            encoder-decoder those of its decoder, which begins with its start token unless prompts are mappings with
+            `input_ids` and `decoder_input_ids`; or those of its encoder ("encoder_layers_output"). Positions are of what that
+            part reads.
         layers: one or several; by default those that have such a value.
         positions: "each" by itself, "all" at once, or each of these. By default "each", and "all" where there are
             heads. (Of `attention_scores` and `attention_probabilities` it is the queries' positions.) Pairs of several
@@ -165,7 +168,7 @@ def activation_patching(
         >>> found.normalized.argmax(-1).tolist()  # the position that matters, by layer: first the country, then the last
         [3, 3, 4, 4, 4, 4]
     """
-    pairs = Pairs.of(model, clean, corrupted).refuse_same()
+    pairs = Pairs.of(model, clean, corrupted, point).refuse_same()
     where = layers_of(accessor_of(model, point), layers)
     base, source = pairs.of_mode(mode)
     runs = PatchedRuns(model, base, source, point, where)

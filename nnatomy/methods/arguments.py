@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
@@ -127,7 +127,7 @@ def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
                 if name in CHECKS and not optional:
                     CHECKS[name](name, value)
             return function(*args, **kwargs)
-        except InputError as error:
+        except (InputError, LayerIndexError, NotInThisModelError) as error:
             raise error.with_traceback(None)  # noqa: B904
 
     return wrapped

@@ -21,7 +21,7 @@ from nnatomy.methods.gradients import (
     gradients,
     values,
 )
-from nnatomy.methods.points import accessor_of, layers_of
+from nnatomy.methods.points import accessor_of, layers_of, streams_of
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -50,7 +50,8 @@ def attribution_patching(
     Args:
         clean, corrupted: what `model.trace` takes, `Prompt`s too; each pair with the same number of tokens.
         metric: from the logits at the last token, (prompt, vocab), one number for each prompt.
-        point: the accessor whose values are patched: "layers_output", "heads_output", "mlps_contribution", ...
+        point: the accessor whose values are patched: "layers_output", "heads_output", "mlps_contribution", ... Of an
+            encoder-decoder those of its decoder, or of its encoder ("encoder_layers_output"); positions are of what it reads.
         layers: which layers; all that have it by default.
         qk_fix: of queries and keys, the attention pattern with the clean one is computed by the model itself, and its
             change multiplied with the gradient at the pattern: a softmax that is saturated has no gradient, though
@@ -58,7 +59,7 @@ def attribution_patching(
         grad_drop: the mean of the absolute effects over backward passes, in each of which no gradient goes through one of
             the layers, so that a direct effect and one by way of a layer do not cancel out. The result has no sign. (The
             sum is divided by the number of layers less one: what is in a layer has no effect where that one is dropped.
-            For the stream itself, by the number of layers.)
+            For the stream itself, by the number of layers. Of an encoder's points the layers are the encoder's.)
         progress: show a progress bar over the passes.
 
     Raises:
@@ -82,13 +83,13 @@ def attribution_patching(
     accessor = accessor_of(model, point)
     if qk_fix and point not in ("queries", "keys"):
         raise InputError(f"qk_fix is for point='queries' and 'keys', not for {point!r}.")
-    pairs = Pairs.of(model, clean, corrupted)
+    pairs = Pairs.of(model, clean, corrupted, point)
     chosen = tuple(sorted({*layers_of(accessor, layers)}))
     new, clean_value = values(model, pairs.clean, point, chosen, metric)
     old, corrupted_value = values(model, pairs.corrupted, point, chosen, metric)
     where = "attention_probabilities" if qk_fix else point
     before = values(model, pairs.corrupted, where, chosen, metric)[0] if qk_fix else old
-    drops = list(range(model.num_layers)) if grad_drop else [None]
+    drops = list(range(len(accessor))) if grad_drop else [None]
     slopes = [
         gradients(model, pairs.corrupted, where, chosen, metric, drop)
         for drop in tqdm(drops, desc="backward passes", disable=not progress)
@@ -112,7 +113,8 @@ def attribution_patching(
         shared = torch.stack(each, 3)
         effects = shared.unflatten(-1, (old[0].shape[1], -1)).sum(-1)  # query heads may share a key
     if grad_drop:
-        others = model.num_layers if point.startswith("layers_") else max(1, model.num_layers - 1)
+        of_stream = accessor in streams_of(model, accessor)
+        others = len(accessor) if of_stream else max(1, len(accessor) - 1)
         effects = effects.abs().sum(0, keepdim=True) / others
     return AttributionMap(point, chosen, effects[0], clean_value.cpu(), corrupted_value.cpu(), pairs.tokens)
 

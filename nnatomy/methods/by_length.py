@@ -55,7 +55,8 @@ def by_length(inputs: Mapping[str, Any], size: int | None) -> Iterator[Part]:
     """
     mask = inputs.get("attention_mask")
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    if mask is None or mask.ndim != 2 or any(one.shape[:2] != mask.shape for one in tensors):
+    of_decoder = inputs.get("decoder_input_ids") is not None  # whose positions are not those of the mask
+    if of_decoder or mask is None or mask.ndim != 2 or any(one.shape[:2] != mask.shape for one in tensors):
         count, seq = mask_of(inputs).shape
         yield Part([*range(count)], dict(inputs), [*range(count)], [seq] * count)
         return

@@ -17,6 +17,7 @@ from nnatomy.methods.pairs import Pairs, Positions
 from nnatomy.methods.patched_runs import PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of, layers_with
 from nnatomy.methods.prompts import plain
+from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
@@ -66,6 +67,7 @@ def causal_tracing(
 
     Raises:
         InputError: for several prompts, a subject that is not in it, or what `activation_patching` raises it for.
+        NotInThisModelError: for an encoder-decoder.
 
     Example:
         >>> from nnatomy import StandardizedTransformer
@@ -75,10 +77,16 @@ def causal_tracing(
         >>> bool(found.clean > 0.9), bool(found.corrupted < 0.5), found.effect.shape
         (True, True, torch.Size([8, 5]))
     """
-    pairs = Pairs.of(model, prompt, prompt)
+    refuse_encoder_decoder(
+        model,
+        "causal_tracing adds noise to the token embeddings of a prompt, and those of {} that have a name are its decoder's, while "
+        "its encoder reads the prompt. Patch from another prompt: activation_patching(model, clean=..., corrupted=..., "
+        "point='encoder_layers_output', metric=...).",
+    )
+    pairs = Pairs.of(model, prompt, prompt, point)
     if len(pairs.clean) != 1:
         raise InputError(f"Causal tracing takes one prompt; {len(pairs.clean)} were given.")
-    ids = pairs.clean[0]
+    tokens, ids = pairs.clean[0], pairs.clean[0].ids
     at = subject_positions(model, prompt, subject, len(ids))
     added = torch.zeros(samples, len(ids), model.hidden_size)
     draws = torch.randn(samples, len(at), model.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -90,13 +98,13 @@ def causal_tracing(
         for layer in where
     ]
     restored = sorted({one for window_of in windows for one in window_of})
-    runs = PatchedRuns(model, [ids] * samples, [ids] * samples, point, restored, added.to(model.device))
+    runs = PatchedRuns(model, [tokens] * samples, [tokens] * samples, point, restored, added.to(model.device))
     clean_logits = runs.logits(runs.source_end)
     if metric is None:
         metric = probability(int(clean_logits[0].argmax()))
     grid = Grid(runs, None, positions, pairs.columns(positions))
     effect = grid.effects(metric, windows, batch_size, progress).mean(0)
-    tokens = tuple(text + "*" * (i in at) for i, text in enumerate(pairs.texts(model)[0]))
+    marked = tuple(text + "*" * (i in at) for i, text in enumerate(pairs.texts(model)[0]))
     return Patching(
         point,
         effect,
@@ -105,7 +113,7 @@ def causal_tracing(
         tuple(where),
         None,
         grid.positions,
-        (tokens,),
+        (marked,),
         runs.shortcut,
     )
 

@@ -14,8 +14,10 @@ from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import ActivationStore, StoreWriter, fingerprint
 from nnatomy.methods.activations import Activations
 from nnatomy.methods.arguments import method, several
+from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import Prompt, plain
-from nnatomy.methods.reading import Reader, Tokens, Wanted
+from nnatomy.methods.reading import Reader, Selection, Wanted
+from nnatomy.methods.tokens import tokens_of
 from nnatomy.names import TABLE
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
@@ -84,11 +86,13 @@ def collect_activations(
 
     Args:
         prompts: anything that can be gone through, of strings, `Prompt`s, chats, token ids, or mappings with
-            `input_ids` (and perhaps `attention_mask`) or `text`. Into memory, their token ids are all held at once;
-            into a folder, those of one shard.
-        points: names (all their layers), or by name the layers: `{"layers_output": [6], "mlps_output": None}`.
-        positions: "last", "all", an index or several into each prompt's own tokens (negative: from its end), or a
-            function from a prompt's token ids to such indices.
+            `input_ids` (and perhaps `attention_mask`) or `text`, and of an encoder-decoder, whose encoder reads these, perhaps
+            with `decoder_input_ids` (by default the token that the decoder begins with). Into memory, their token ids are all
+            held at once; into a folder, those of one shard.
+        points: names (all their layers), or by name the layers: `{"layers_output": [6], "mlps_output": None}`. Of an
+            encoder-decoder those of its decoder, or those of its encoder (`encoder_layers_output`).
+        positions: "last", "all", an index or several into each prompt's own tokens (negative: from its end; of a decoder's names
+            those that the decoder reads), or a function from a prompt's token ids to such indices.
         batch_size: how many prompts a forward pass has; by default as many as have 1024 tokens, 40 of them padding,
             but one at least.
         dtype: convert to this; the model's own if None.
@@ -100,7 +104,8 @@ def collect_activations(
 
     Raises:
         InputError: if there are no prompts, one of them cannot be run, a position is none of a prompt's, a name has no
-            values by position, or the folder was written by another model, with other settings or of other prompts.
+            values by position, names of a decoder and of its encoder are asked for together, or the folder was written by another
+            model, with other settings or of other prompts.
         LayerIndexError, NotInThisModelError: for a point that the model does not have.
         OSError: if the folder cannot be written (a full disk); what was done stays, and the text says how much.
 
@@ -131,11 +136,15 @@ def collect_activations(
             "prompts is a mapping: give a list of prompts; one of them may be {'input_ids': ids}."
         )
     total = len(prompts) if isinstance(prompts, Sized) else None
-    tokens = (_tokens(model, prompt, positions, f"prompts[{i}]") for i, prompt in enumerate(_each(prompts)))
+    of_encoder = wanted[0][0].of_encoder
+    selections = (
+        _selection(model, prompt, positions, of_encoder, f"prompts[{i}]")
+        for i, prompt in enumerate(_each(prompts))
+    )
     reader = Reader(model, wanted, batch_size, dtype, device)
     with tqdm(total=total, unit="prompt", disable=not progress) as bar:
         if folder is None:
-            window = list(tokens)
+            window = list(selections)
             if not window:
                 raise InputError("There are no prompts to collect activations of.")
             return reader.read(window, bar.update)
@@ -148,8 +157,8 @@ def collect_activations(
         writer = StoreWriter(
             Path(folder), settings, one_row_each=positions == "last" or isinstance(positions, int)
         )
-        while window := list(islice(tokens, prompts_per_shard)):
-            contents = [(one.ids, one.positions) for one in window]
+        while window := list(islice(selections, prompts_per_shard)):
+            contents = [(one.tokens.key, one.positions) for one in window]
             if writer.has_next(contents):
                 bar.update(len(window))
             else:
@@ -163,10 +172,19 @@ def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
     names = [points] if isinstance(points, str) else list(points)
     wanted = []
     for name in names:
-        if name not in NAMES:
-            raise InputError(f"{name!r} is no name with values by position; there are {', '.join(NAMES)}.")
-        accessor = getattr(model, name)
+        if (
+            not isinstance(name, str)
+            or name.removeprefix("encoder_") not in NAMES
+            or not hasattr(model, name)
+        ):
+            raise InputError(
+                f"{name!r} is no name with values by position; there are {', '.join(NAMES)}, and of an encoder "
+                "encoder_layers_output and its like."
+            )
+        accessor = accessor_of(model, name)
         layers = points[name] if isinstance(points, Mapping) else None
+        if not len(accessor):
+            accessor.module(0)  # raises
         if layers is None:
             layers = range(len(accessor))
         elif isinstance(layers, int):
@@ -174,6 +192,11 @@ def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
         for layer in layers:
             accessor.module(layer)  # raises
         wanted.append((accessor, [range(len(accessor))[layer] for layer in layers]))
+    if len({accessor.of_encoder for accessor, _ in wanted}) > 1:
+        raise InputError(
+            f"points={points!r}: positions are those of what the encoder reads, or of what the decoder reads. Collect names of "
+            "the one and of the other in two calls."
+        )
     if not any(layers for _, layers in wanted):
         raise InputError(f"points={points!r} names no layer.")
     return wanted
@@ -189,30 +212,35 @@ def _each(prompts: Iterable[Any]) -> Iterator[Any]:
             names = [name for name in ("input_ids", "text") if name in prompt]
             if not names:
                 raise InputError(f"prompts[{i}] has neither input_ids nor text; it has {', '.join(prompt)}.")
-            ids = {name: prompt[name] for name in ("input_ids", "attention_mask") if name in prompt}
-            prompt = ids if "input_ids" in ids else prompt["text"]
+            beside = ["decoder_input_ids", "decoder_attention_mask"]
+            beside += ["attention_mask"] if names[0] == "input_ids" else []
+            given = {name: prompt[name] for name in beside if name in prompt}
+            prompt = {"input_ids": plain(prompt[names[0]]), **given}
         yield prompt
 
 
-def _tokens(model: StandardizedTransformer, prompt: Any, positions: Positions, name: str) -> Tokens:
+def _selection(
+    model: StandardizedTransformer, prompt: Any, positions: Positions, of_encoder: bool, name: str
+) -> Selection:
     try:
-        inputs = model.prepare(plain(prompt))
+        each = tokens_of(model, prompt, of_encoder) or []
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    if len(inputs["input_ids"]) != 1:
+    if len(each) != 1:
         raise InputError(f"{name} is several prompts: give each by itself.")
-    ids = inputs["input_ids"][0][inputs["attention_mask"].reshape(-1).bool()].tolist()
-    chosen = positions(ids) if callable(positions) else positions
+    tokens, read = each[0], each[0].read
+    chosen = positions(read) if callable(positions) else positions
     if isinstance(chosen, str):
         if chosen not in ("last", "all"):
             raise InputError(
                 f"positions={chosen!r}: give 'last', 'all', indices, or a function from ids to indices."
             )
-        chosen = range(len(ids)) if chosen == "all" else -1
+        chosen = range(len(read)) if chosen == "all" else -1
     if hasattr(chosen, "__len__") and not len(chosen):
         raise InputError(f"positions: none of {name} was chosen; leave such prompts out.")
     chosen = numbers("positions", chosen)
     for at in chosen:
-        if not -len(ids) <= at < len(ids):
-            raise InputError(f"{name} has {len(ids)} tokens: there is no position {at}.")
-    return Tokens(ids, [range(len(ids))[at] for at in chosen])
+        if not -len(read) <= at < len(read):
+            where = " in the decoder" if read is tokens.decoder else ""
+            raise InputError(f"{name} has {len(read)} tokens{where}: there is no position {at}.")
+    return Selection(tokens, [range(len(read))[at] for at in chosen])

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.pairs import gap, refuse_same
-from nnatomy.methods.points import accessor_of, axes_of
+from nnatomy.methods.points import accessor_of, attends_to_encoder, axes_of, streams_of
 from nnatomy.methods.prompts import prepared, token_texts
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.positions import mask_of
+from nnatomy.standardized.positions import ids_of, mask_of
 
 #: From the logits of the next token, one number for each prompt.
 Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
@@ -81,26 +81,34 @@ class Pairs:
     clean: dict[str, Any]
     corrupted: dict[str, Any]
     tokens: tuple[str, ...]
+    of_encoder: bool
 
     @classmethod
-    def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any) -> Pairs:
-        """Raises InputError unless each clean prompt has as many tokens as its corrupted one."""
+    def of(
+        cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output"
+    ) -> Pairs:
+        """The positions are those of what the layers at `point` read: an encoder-decoder's decoder, or its encoder.
+
+        Raises InputError unless each clean prompt has as many tokens as its corrupted one.
+        """
+        of_encoder = accessor_of(model, point).of_encoder
         one, other = (prepared(model, prompts) for prompts in (clean, corrupted))
-        lengths = [mask_of(inputs).sum(-1).tolist() for inputs in (one, other)]
-        if lengths[0] != lengths[1]:
-            raise InputError(
-                f"Clean and corrupted prompts are compared token by token, but have {lengths[0]} and {lengths[1]} tokens."
-            )
+        for part in (of_encoder, True) if attends_to_encoder(point) else (of_encoder,):
+            lengths = [mask_of(inputs, part).sum(-1).tolist() for inputs in (one, other)]
+            if lengths[0] != lengths[1]:
+                raise InputError(
+                    f"Clean and corrupted prompts are compared token by token, but have {lengths[0]} and {lengths[1]} tokens."
+                )
         if other.get("input_ids") is None:
             raise InputError("Attribution takes prompts as texts or token ids, not as embeddings.")
         refuse_same(enumerate(zip(_tokens(one), _tokens(other), strict=True)))
-        first = other.get("decoder_input_ids", other["input_ids"])[0]
-        return cls(one, other, tuple(token_texts(model, first)))
+        read = ids_of(other, of_encoder)
+        return cls(one, other, tuple(token_texts(model, () if read is None else read[0])), of_encoder)
 
     @property
     def mask(self) -> Int[Tensor, "prompt seq"]:
         """1 for tokens, 0 for padding."""
-        return mask_of(self.clean)
+        return mask_of(self.clean, self.of_encoder)
 
 
 def _tokens(inputs: Mapping[str, Any]) -> list[list[int]]:
@@ -139,22 +147,25 @@ def gradients(
         drop: no gradient goes through what this layer computes, only past it, along the stream.
     """
     accessor = accessor_of(model, point)
+    before_layers, behind_layers = streams_of(model, accessor)
     found = []
     with torch.enable_grad(), model.trace(**inputs, use_cache=False):
-        start = model.token_embeddings.detach().requires_grad_()  # weights may need no gradients
-        model.token_embeddings = start.clone()
-        for i in range(model.num_layers):
-            before = model.layers_input[i] if i == drop else None
+        if accessor.of_encoder:  # weights may need no gradients
+            before_layers[0] = before_layers[0].detach().requires_grad_().clone()
+        else:
+            model.token_embeddings = model.token_embeddings.detach().requires_grad_().clone()
+        for i in range(len(accessor)):
+            before = before_layers[i] if i == drop else None
             if i in layers and accessor.row.is_shared:  # what it is in other modules' gradients is not meant
                 found.append(accessor[i].clone())
                 accessor[i] = found[-1]
-            elif i in layers and point != "layers_output":
+            elif i in layers and accessor is not behind_layers:
                 found.append(accessor[i])
                 found[-1].retain_grad()  # so that a pattern under SDPA is what the model goes on with
             if before is not None:
-                after = model.layers_output[i]
-                model.layers_output[i] = after.detach() + (before - before.detach()).to(after.device)
-            if i in layers and point == "layers_output":
+                after = behind_layers[i]
+                behind_layers[i] = after.detach() + (before - before.detach()).to(after.device)
+            if i in layers and accessor is behind_layers:
                 found.append(accessor[i])
         value = measured(metric, model.logits[:, -1])
     got = torch.autograd.grad(value, found, torch.ones_like(value), allow_unused=True)

@@ -66,7 +66,7 @@ def integrated_gradients(
         True
     """
     accessor = accessor_of(model, point)
-    pairs = Pairs.of(model, clean, corrupted)
+    pairs = Pairs.of(model, clean, corrupted, point)
     chosen = tuple(sorted({*layers_of(accessor, layers)}))
     new, clean_value = values(model, pairs.clean, point, chosen, metric)
     old, corrupted_value = values(model, pairs.corrupted, point, chosen, metric)

@@ -16,7 +16,7 @@ from nnatomy.methods.logit_lens import Lens
 from nnatomy.methods.metrics import Spelling, token_ids
 from nnatomy.methods.prompts import get_first_tokens, plain, token_texts
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.positions import positions_from_end
+from nnatomy.standardized.positions import ids_of, positions_from_end
 
 _PLOTTED = ("probability", "kl", "entropy", "target_probability", "target_rank")
 
@@ -110,7 +110,7 @@ def lens_statistics(
     The head is applied to a few positions at a time, so that logits of `chunk_size` rows are all that is ever there.
 
     Args:
-        prompts: what `model.trace` takes, or `Prompt`s.
+        prompts: what `model.trace` takes, or `Prompt`s. Of an encoder-decoder the positions are those that the decoder reads.
         targets: the token that is followed: an id or a text (of which the first token counts), one for all
             prompts or one each. By default what the model itself finds most probable at each position.
         next_tokens: follow the token that comes next in the prompt; at the last position, there is none.
@@ -131,14 +131,15 @@ def lens_statistics(
         (torch.Size([1, 8, 5]), 0, ' Paris')
     """
     inputs = model.prepare(plain(prompts))
-    if inputs.get("input_ids") is None:
+    ids = ids_of(inputs)
+    if ids is None:
         raise InputError(
             "lens_statistics names the tokens of its prompts: give texts or token ids, not inputs_embeds."
         )
     if top_k > model.vocab_size:
         raise InputError(f"top_k={top_k}: the model has {model.vocab_size} tokens.")
     where = positions_from_end(inputs, "all")
-    ids = inputs["input_ids"].cpu()
+    ids = ids.cpu()
     length = max(map(len, where))
     given, spellings = _targets(model, targets, next_tokens, ids, where)
     with model.trace(**inputs, use_cache=False):

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.prompts import Prompt, plain, token_texts
+from nnatomy.methods.points import accessor_of, attends_to_encoder
+from nnatomy.methods.prompts import Prompt, token_texts
+from nnatomy.methods.tokens import Tokens, tokens_of
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.positions import mask_of, numbers
+from nnatomy.standardized.positions import numbers
 
 #: Which positions are patched: "each" by itself, "all" together, or each of these.
 Positions = str | int | Sequence[int]
@@ -21,31 +23,48 @@ Positions = str | int | Sequence[int]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The token ids of both prompts of each pair; padded on the left, all have `seq` positions.
+    """The tokens of both prompts of each pair; padded on the left, all have `seq` positions.
 
     Attributes:
         single: whether they were given as one prompt each, and not as lists.
     """
 
-    clean: list[list[int]]
-    corrupted: list[list[int]]
+    clean: list[Tokens]
+    corrupted: list[Tokens]
     single: bool
 
     @classmethod
-    def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any) -> Pairs:
-        """Raises InputError unless there are as many of both, and the two of each pair have as many tokens."""
-        ids, others = prompt_ids(model, clean), prompt_ids(model, corrupted)
+    def of(
+        cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output"
+    ) -> Pairs:
+        """The positions are those of what the layers at `point` read: an encoder-decoder's decoder, or its encoder.
+
+        Raises InputError unless there are as many of both, and the two of each pair have as many tokens.
+        """
+        of_encoder = accessor_of(model, point).of_encoder
+        ids, others = _tokens(model, clean, of_encoder), _tokens(model, corrupted, of_encoder)
         if len(ids) != len(others):
             raise InputError(f"{len(ids)} clean and {len(others)} corrupted prompts: give pairs.")
-        for i, (one, other) in enumerate(zip(ids, others, strict=True)):
-            if len(one) != len(other):
-                raise InputError(
-                    f"Patching needs prompts of equal length, position by position; pair {i} has {len(one)} and "
-                    f"{len(other)} tokens:\n  clean:     {token_texts(model, one)}\n  corrupted: {token_texts(model, other)}"
-                )
-        return cls(ids, others, is_single(clean) and is_single(corrupted))
+        for i, (first, second) in enumerate(zip(ids, others, strict=True)):
+            read = [(first.read, second.read)]
+            if attends_to_encoder(point):
+                read.append((first.ids, second.ids))
+            for one, other in read:
+                if len(one) != len(other):
+                    raise InputError(
+                        f"Patching needs prompts of equal length, position by position; pair {i} has {len(one)} and "
+                        f"{len(other)} tokens:\n  clean:     {token_texts(model, one)}\n"
+                        f"  corrupted: {token_texts(model, other)}"
+                    )
+        found = cls(ids, others, is_single(clean) and is_single(corrupted))
+        if of_encoder and len(set(found.lengths)) > 1:
+            raise InputError(
+                f"The pairs have {found.lengths} tokens in the encoder, which reads them padded on the right, so that positions "
+                "from the end are none of all: give pairs of one length, or each pair by itself."
+            )
+        return found
 
-    def of_mode(self, mode: str) -> tuple[list[list[int]], list[list[int]]]:
+    def of_mode(self, mode: str) -> tuple[list[Tokens], list[Tokens]]:
         """What is patched, and where from: "denoising" patches the corrupted prompts, "noising" the clean ones."""
         if mode not in ("denoising", "noising"):
             raise InputError(f"mode={mode!r}: give 'denoising' or 'noising'.")
@@ -59,7 +78,7 @@ class Pairs:
     @property
     def lengths(self) -> list[int]:
         """How many tokens each pair has."""
-        return [len(ids) for ids in self.clean]
+        return [len(one.read) for one in self.clean]
 
     @property
     def seq(self) -> int:
@@ -95,10 +114,10 @@ class Pairs:
     def texts(self, model: StandardizedTransformer) -> tuple[tuple[str, ...], ...]:
         """Each pair's tokens, padded on the left with ""; "clean|corrupted" where the two differ."""
         return tuple(
-            ("",) * (self.seq - len(one))
+            ("",) * (self.seq - len(one.read))
             + tuple(
                 a if a == b else f"{a}|{b}"
-                for a, b in zip(token_texts(model, one), token_texts(model, other), strict=True)
+                for a, b in zip(token_texts(model, one.read), token_texts(model, other.read), strict=True)
             )
             for one, other in zip(self.clean, self.corrupted, strict=True)
         )
@@ -144,14 +163,11 @@ def gap(clean: Float[Tensor, "*pair"], corrupted: Float[Tensor, "*pair"]) -> Flo
     return clean - corrupted
 
 
-def prompt_ids(model: StandardizedTransformer, prompts: Any) -> list[list[int]]:
-    """The token ids of each prompt, without padding; of an encoder-decoder, what its encoder reads."""
-    inputs = model.prepare(plain(prompts))
-    if inputs.get("input_ids") is None:
+def _tokens(model: StandardizedTransformer, prompts: Any, of_encoder: bool) -> list[Tokens]:
+    found = tokens_of(model, prompts, of_encoder)
+    if found is None:
         raise InputError("Patching takes prompts as texts or token ids, not as embeddings.")
-    inputs.pop("decoder_input_ids", None)
-    masks = mask_of(inputs).bool()
-    return [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+    return found
 
 
 def is_single(prompts: Any) -> bool:

@@ -9,7 +9,6 @@ has left beside the stream) the layers are run from the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,7 +17,9 @@ from torch import Tensor
 from nnatomy.errors import NotInThisModelError, NotReachedError
 from nnatomy.methods.ends import end_logits, ends
 from nnatomy.methods.points import accessor_of, axes_of, layers_with
+from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.positions import ids_of
 
 #: What is put in: by row, head (one, where all are meant) and position.
 Cells = Bool[Tensor, "cell head seq"]
@@ -34,7 +35,7 @@ class PatchedRuns:
     """Runs of the `base` prompts with values of the `source` prompts put in at one point of a layer, or of several.
 
     Args:
-        base, source: token ids, as many of both, of one length pair by pair.
+        base, source: their tokens, as many of both, of one length pair by pair.
         point: the accessor's name.
         layers: those whose values may be put in.
         noise: what is added to the base prompts' token embeddings: (batch, seq, hidden).
@@ -48,8 +49,8 @@ class PatchedRuns:
     def __init__(
         self,
         model: StandardizedTransformer,
-        base: Sequence[Any],
-        source: Sequence[Any],
+        base: Sequence[Tokens],
+        source: Sequence[Tokens],
         point: str,
         layers: Sequence[int],
         noise: Float[Tensor, "batch seq hidden"] | None = None,
@@ -58,9 +59,9 @@ class PatchedRuns:
         self.accessor = accessor_of(model, point)
         self.axes = axes_of(point)
         self.batch = len(base)
-        self.shortcut = set(layers) <= set(layers_with(model.layers_input))
+        self.shortcut = not self.accessor.of_encoder and set(layers) <= set(layers_with(model.layers_input))
         self._noise = noise
-        both = model.prepare([*source, *base], padding_side="left")
+        both = model.prepare(arguments_of([*source, *base]), padding_side="left")
         self._inputs = {name: value[self.batch :] for name, value in both.items()}
         self.values: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
@@ -69,6 +70,8 @@ class PatchedRuns:
 
     def _record(self, both: dict[str, Tensor], layers: Sequence[int]) -> None:
         model, n = self.model, self.batch
+        read = ids_of(both, self.accessor.of_encoder)
+        assert read is not None
         with model.trace(both, use_cache=False):
             if self._noise is not None:
                 self._add_noise(torch.cat([torch.zeros_like(self._noise), self._noise]))
@@ -76,7 +79,7 @@ class PatchedRuns:
                 if self.shortcut:
                     self._streams[layer] = model.layers_input[layer][n:]
                 value = self.accessor[layer]
-                self._check_axes(layer, value, both["input_ids"].shape)
+                self._check_axes(layer, value, read.shape)
                 self.values[layer] = value[:n]
                 if self._after:
                     self._outputs[layer] = value[n:]

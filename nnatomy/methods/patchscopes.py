@@ -15,6 +15,7 @@ from nnatomy.methods.arguments import method
 from nnatomy.methods.patched_rows import PatchedRows, of_rows
 from nnatomy.methods.prompts import plain, prepared
 from nnatomy.methods.target_prompts import TargetPrompt, TargetPromptBatch, repeat_prompt
+from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.positions import from_end, positions_from_end
@@ -77,6 +78,7 @@ def patchscope_lens(
         >>> model.tokenizer.decode(probs[0, 0].argmax())
         ' Tokyo'
     """
+    _refuse_target(nn_model, "patchscope_lens")
     if (latents is None) == (source_prompts is None):
         raise InputError("Give source_prompts or latents: one of the two.")
     source = source_model or nn_model
@@ -149,6 +151,7 @@ def patchscope_generate(
         >>> model.tokenizer.decode(found[0][0])
         'The capital of Spain is Tokyo'
     """
+    _refuse_target(nn_model, "patchscope_generate")
     source = source_model or nn_model
     chosen = _indices(source, layers)
     names = [layers] if isinstance(layers, int) else chosen if layers is None else list(layers)
@@ -191,7 +194,8 @@ def patch_object_attn_lens(
     Args:
         source_prompts: what `trace` takes: one for all target prompts, or one each.
         target_prompts: what `trace` takes.
-        attn_idx_patch: the position, counted in each target prompt: 0 is its first token, -1 its last.
+        attn_idx_patch: the position, counted in each target prompt: 0 is its first token, -1 its last. (Of an
+            encoder-decoder in what its decoder reads, whose attention to itself it is.)
         num_patches: in how many layers, from each on.
         batch_size: how many patched prompts run at once.
         progress: show the progress.
@@ -228,6 +232,14 @@ def patch_object_attn_lens(
 
     probs = PatchedRows(nn_model, inputs, columns, put).probs(rows, batch_size, progress)
     return probs.unflatten(0, (nn_model.num_layers, count)).transpose(0, 1)
+
+
+def _refuse_target(model: StandardizedTransformer, name: str) -> None:
+    refuse_encoder_decoder(
+        model,
+        f"{name} puts hidden states into a target prompt, which the encoder of {{}} reads, while layers_output is its decoder's. "
+        "Take a target model without an encoder; this one may be the source (source_model=...).",
+    )
 
 
 def _stacked(latents: Any) -> Float[Tensor, "layer source _"]:

@@ -24,6 +24,7 @@ from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs, check_pair, gap
 from nnatomy.methods.patched_runs import is_close, repeated
 from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
+from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")
@@ -175,15 +176,15 @@ class _Paths:
     def __init__(
         self,
         model: StandardizedTransformer,
-        base: list[list[int]],
-        source: list[list[int]],
+        base: list[Tokens],
+        source: list[Tokens],
         senders: list[Part],
         receivers: list[Part],
         to_logits: bool,
     ) -> None:
         self.model, self.senders, self.receivers, self.to_logits = model, senders, receivers, to_logits
         self.batch = len(base)
-        both = model.prepare([*source, *base], padding_side="left")
+        both = model.prepare(arguments_of([*source, *base]), padding_side="left")
         self._inputs = {name: value[self.batch :] for name, value in both.items()}
         self._mixed = layers_with(model.mixers_contribution)
         self._streams: dict[int, Tensor] = {}

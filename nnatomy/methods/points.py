@@ -25,6 +25,12 @@ def axes_of(point: str) -> Axes:
     return Axes(row.seq, row.head)
 
 
+def attends_to_encoder(point: str) -> bool:
+    """Whether its values have an axis of what an encoder reads, beside that of what the decoder reads."""
+    row = row_of(point)
+    return row.part == "cross_attentions" and "key" in row.axes
+
+
 def accessor_of(model: StandardizedTransformer, point: str) -> LayerAccessor:
     """The accessor of that name. Raises InputError if there is none."""
     accessor = vars(model).get(point) if isinstance(point, str) else None
@@ -32,6 +38,14 @@ def accessor_of(model: StandardizedTransformer, point: str) -> LayerAccessor:
         names = ", ".join(name for name, one in vars(model).items() if isinstance(one, LayerAccessor))
         raise InputError(f"{point!r} is no standard name of layers: give one of {names}.")
     return accessor
+
+
+def streams_of(
+    model: StandardizedTransformer, accessor: LayerAccessor
+) -> tuple[LayerAccessor, LayerAccessor]:
+    """`layers_input` and `layers_output` of the layers that have the accessor's values: the model's, or its encoder's."""
+    part = "encoder_" * accessor.of_encoder
+    return getattr(model, f"{part}layers_input"), getattr(model, f"{part}layers_output")
 
 
 def has(accessor: LayerAccessor, layer: int) -> bool:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import write_whole
+from nnatomy.methods.activations import Activations
 from nnatomy.methods.arguments import method as checked
 from nnatomy.methods.arguments import number, several
 from nnatomy.methods.collecting import Positions, collect_activations
 from nnatomy.methods.directions import METHODS, mean_difference
 from nnatomy.methods.points import accessor_of
-from nnatomy.methods.prompts import plain, token_texts
+from nnatomy.methods.prompts import token_texts
+from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.chats import is_chat
-from nnatomy.standardized.positions import Where, is_fake, mask_of, own_positions
+from nnatomy.standardized.positions import Where, is_fake, own_positions
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,13 @@ class SteeringVector:
         )
         directions = {}
         for key in with_it:
-            if with_it[key].shape[1:] != (model.hidden_size,):
+            width = model.hidden_size
+            if accessor_of(model, point).of_encoder and row_of(point).axes[2:] == ("hidden",):
+                width = with_it[key].shape[1]  # an encoder's is its own
+            if with_it[key].shape[1:] != (width,):
                 raise InputError(
                     f"{point} is of {tuple(with_it[key].shape[1:])} at each position, the residual stream of "
-                    f"({model.hidden_size}): steer at another point."
+                    f"({width}): steer at another point."
                 )
             direction = mean_difference(with_it[key], without[key])
             if not direction.norm() > 1e-6 * with_it[key].norm(dim=-1).mean():
@@ -223,21 +228,26 @@ class SteeringVector:
         """
         if not self.directions:
             raise InputError("This vector has no direction for any layer.")
-        if self.width != model.hidden_size:
-            raise InputError(
-                f"The vector is of width {self.width} (from a {self.model_type}), the model's residual stream of width "
-                f"{model.hidden_size} ({_type_of(model)})."
-            )
+        accessor = accessor_of(model, self.point)
+        if not accessor.of_encoder:
+            self._check_width(model, model.hidden_size)
         if model._blocks.current("steering").step < from_step:
             return
-        accessor = accessor_of(model, self.point)
         for layer in sorted(self.directions):
             value = accessor[layer]
+            self._check_width(model, value.shape[-1])
             added = factor * self.directions[layer].to(value)
             if positions is not None and not is_fake(value):
-                own = own_positions(model, "SteeringVector.apply", value.shape[:2])
+                own = own_positions(model, "SteeringVector.apply", value.shape[:2], accessor.of_encoder)
                 added = added * own.chosen(positions)[..., None].to(value)
             accessor[layer] = value + added
+
+    def _check_width(self, model: StandardizedTransformer, width: int) -> None:
+        if self.width != width:
+            raise InputError(
+                f"The vector is of width {self.width} (from a {self.model_type}), the model's residual stream of width "
+                f"{width} ({_type_of(model)})."
+            )
 
     @checked
     @torch.no_grad()
@@ -245,9 +255,13 @@ class SteeringVector:
         """How far each token of a prompt lies along each unit direction, in the stream's own units.
 
         Args:
-            prompt: one prompt, as `model.trace` takes it.
+            prompt: one prompt, as `collect_activations` takes it. Its tokens are those that the decoder of an
+                encoder-decoder reads, or its encoder if the vector's point is one of the encoder's.
         """
-        acts = collect_activations(
+        return self._along(self._collected(model, prompt))
+
+    def _collected(self, model: StandardizedTransformer, prompt: Any) -> Activations:
+        return collect_activations(
             model,
             [prompt],
             {self.point: list(self.directions)},
@@ -255,20 +269,22 @@ class SteeringVector:
             dtype=torch.float32,
             progress=False,
         )
+
+    def _along(self, acts: Activations) -> Float[Tensor, "layer seq"]:
         return torch.stack(
             [acts[self.point, layer] @ (one / one.norm()) for layer, one in self.directions.items()]
         )
 
+    @checked
     def plot(self, model: StandardizedTransformer, prompt: Any) -> Any:
         """The projections of a prompt's tokens on each layer's direction, as a plotly figure."""
         from nnatomy.plots import heat_map
 
-        inputs = model.prepare(plain(prompt))
-        tokens = inputs["input_ids"][0][mask_of(inputs)[0].bool()]
+        acts = self._collected(model, prompt)
         return heat_map(
-            self.projections(model, prompt),
+            self._along(acts),
             rows=[str(layer) for layer in self.directions],
-            columns=token_texts(model, tokens),
+            columns=token_texts(model, acts.token_ids),
             title=f"{self.point} along the direction of each layer ({self.method})",
             diverging=True,
             value_name="projection",

@@ -13,7 +13,7 @@ from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
 from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.positions import is_fake, numbers, own_positions
+from nnatomy.standardized.positions import OwnPositions, is_fake, numbers, own_positions
 
 #: From the model and a layer, inside a trace, to a value of (batch, seq, hidden).
 GetActivations = Callable[[StandardizedTransformer, int], Tensor]
@@ -85,12 +85,32 @@ def _read(
         if is_fake(value):
             found[layer] = value[:, -1]
             continue
-        own = own_positions(model, "get_token_activations", value.shape[:2])
+        own = _own_positions(model, get, value.shape[:2])
         rows = torch.arange(len(value))
         column, _ = own.columns(torch.full_like(rows, at), rows)
         found[layer] = value[rows.to(value.device), column.to(value.device)]
     device = found[min(found)].device
     return torch.stack([found[layer].to(device) for layer in wanted])
+
+
+def _own_positions(model: StandardizedTransformer, get: GetActivations, shape: torch.Size) -> OwnPositions:
+    """Those of what a decoder reads, or where the user reads a value of an encoder, of what that reads."""
+    may_be_of_encoder = model._prompts.decoder_start is not None and get is not _layer_output
+    found, errors = [], []
+    for of_encoder in (False, True)[: 1 + may_be_of_encoder]:
+        try:
+            found.append(own_positions(model, "get_token_activations", shape, of_encoder))
+        except InputError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    if not torch.equal(found[0].own, found[-1].own):
+        raise InputError(
+            f"get_token_activations: what the encoder reads and what the decoder reads are both of {tuple(shape)} prompts and "
+            "positions, and not padded alike, so that nothing says which of them get_activations gave values of. Give prompts of "
+            "one length, or take collect_activations(model, prompts, 'encoder_layers_output')."
+        )
+    return found[0]
 
 
 @method

@@ -127,6 +127,11 @@ class LayerAccessor(NotPickled):
             put = lambda value, new: self.put(value, new.clone())  # noqa: E731
         return Point(f"{self.name}[{layer}]", module, self.kind, self.get, put, self.tap)
 
+    @property
+    def of_encoder(self) -> bool:
+        """Whether its values are of what an encoder-decoder's encoder reads."""
+        return self._extent.of_encoder
+
     def of_part(self, name: str, blocks: OpenBlocks) -> LayerAccessor:
         """The same points under another name, in the traces of a model of which this one's is a part."""
         part = copy.copy(self)

@@ -158,6 +158,8 @@ class Prompts:
             if are_tensor:
                 self._warn_of_no_mask(ids)
         mask = torch.as_tensor(given["attention_mask"])
+        if mask.ndim == 1 and len(ids) == 1:  # a tokenizer's of one text
+            mask = mask[None]
         given["attention_mask"] = mask
         placed = given.get("position_ids") is not None
         if mask.shape == (len(ids), past + ids.shape[1]) and not placed:

@@ -33,15 +33,26 @@ Where = int | slice | Sequence[int] | Int[Tensor, "*position"] | None
 # In the arguments of a forward.
 
 
-def mask_of(inputs: Mapping[str, Any]) -> Num[Tensor, "prompt seq"]:
-    """1 for the positions of the prompts that the layers have (an encoder-decoder's decoder), 0 for padding.
+def ids_of(inputs: Mapping[str, Any], of_encoder: bool = False) -> Int[Tensor, "prompt seq"] | None:
+    """The token ids that the layers read (an encoder-decoder's decoder, or its encoder), if they read any."""
+    name = "decoder_input_ids" if _of_decoder(inputs, of_encoder) else "input_ids"
+    ids: Tensor | None = inputs.get(name)
+    return ids
+
+
+def _of_decoder(inputs: Mapping[str, Any], of_encoder: bool) -> bool:
+    return inputs.get("decoder_input_ids") is not None and not of_encoder
+
+
+def mask_of(inputs: Mapping[str, Any], of_encoder: bool = False) -> Num[Tensor, "prompt seq"]:
+    """1 for the positions of the prompts that the layers have (an encoder-decoder's decoder, or its encoder), 0 for padding.
 
     Raises:
         InputError: if the arguments do not say which tokens are padding.
     """
-    if reason := untold(inputs):
+    if reason := untold(inputs, of_encoder):
         raise InputError(reason)
-    decoder = inputs.get("decoder_input_ids") is not None
+    decoder = _of_decoder(inputs, of_encoder)
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
     if mask is None:
         read = tokens_of(inputs, decoder)
@@ -51,9 +62,9 @@ def mask_of(inputs: Mapping[str, Any]) -> Num[Tensor, "prompt seq"]:
     return mask
 
 
-def untold(inputs: Mapping[str, Any]) -> str:
+def untold(inputs: Mapping[str, Any], of_encoder: bool = False) -> str:
     """Why these arguments of a forward do not say where each prompt begins and ends; "" if they do."""
-    decoder = inputs.get("decoder_input_ids") is not None
+    decoder = _of_decoder(inputs, of_encoder)
     mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
     if isinstance(mask, Tensor) and mask.ndim != 2:
         return (
@@ -195,18 +206,23 @@ class OwnPositions:
         return self.own if at >= 0 else self._to_end
 
 
-def own_positions(model: Any, name: str, shape: Sequence[int | None]) -> OwnPositions:
+def own_positions(
+    model: Any, name: str, shape: Sequence[int | None], of_encoder: bool = False
+) -> OwnPositions:
     """In a trace: of a value of (batch, seq, ...), or of what the step computes where seq is None.
 
     Args:
         model: a StandardizedTransformer.
         name: of what is asked for.
+        of_encoder: whether it is a value of an encoder-decoder's encoder.
 
     Raises:
         InputError: if it cannot be told.
     """
     block = model._blocks.current(name)
     recorded = next((one for one in block.run.collectors if isinstance(one, RootInputs)), None)
+    if of_encoder:  # which runs before the model's forward, in a generation
+        return _of_encoder(name, shape, None if recorded is None else recorded.given.mask)
     arguments, total = model._root_inputs(name)
     step = block.step or 0
     decoder = model._prompts.decoder_start is not None
@@ -251,6 +267,19 @@ def own_positions(model: Any, name: str, shape: Sequence[int | None]) -> OwnPosi
         )
     in_chunks = prompt is not None and mask.shape[1] < prompt + before
     return OwnPositions(own[:, own.shape[1] - seq :], step, step == 0 and not in_chunks)
+
+
+def _of_encoder(name: str, shape: Sequence[int | None], mask: Any) -> OwnPositions:
+    """`own_positions` of what an encoder reads, by the attention mask that the model was given."""
+    if mask is None:
+        mask = torch.ones([size or 1 for size in shape])
+    if not isinstance(mask, Tensor) or mask.shape != tuple(shape):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"{name}: the encoder's values are of {tuple(shape)} prompts and positions and the attention mask of {got}, so that "
+            "nothing says which position is which token."
+        )
+    return OwnPositions(torch.where(mask != 0, (mask != 0).long().cumsum(-1) - 1, -1), 0, True)
 
 
 def _extended(mask: Tensor | None, batch: int | None, total: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch.nn import Module
 from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
-from nnatomy.arch_configs import cached_positions, given_cache, has_decoder
+from nnatomy.arch_configs import CACHE_NAMES, cached_positions, given_cache, has_decoder
 from nnatomy.blocks.invoke import Invoke
 from nnatomy.blocks.row_slot import UnknownRows
 from nnatomy.blocks.schedule import Schedule
@@ -59,6 +59,7 @@ class RootInputs(Collector):
     Args:
         needed: the names of those that the first step has to have.
         look: is shown them.
+        opened: the file and line that the trace was opened at.
 
     Attributes:
         given: what the prompts were before a wrapper or `generate` had them.
@@ -67,7 +68,12 @@ class RootInputs(Collector):
     """
 
     def __init__(
-        self, run: Run, given: Given, needed: Iterable[str], look: Callable[[Mapping[str, Any]], None]
+        self,
+        run: Run,
+        given: Given,
+        needed: Iterable[str],
+        look: Callable[[Mapping[str, Any]], None],
+        opened: tuple[str, int],
     ) -> None:
         self.modules = {run.root}
         self.kinds = {"input": None, "output": None}
@@ -81,6 +87,7 @@ class RootInputs(Collector):
         self._decodes = has_decoder(root)
         self._needed = tuple(needed)
         self._look = look
+        self._opened = opened
 
     def take(self, slot: Slot) -> None:
         if slot.kind == "output":
@@ -88,6 +95,8 @@ class RootInputs(Collector):
             self.once.clear()
             return
         self._check_soft_prompt(slot.value[1])
+        if slot.step == 0:
+            self._warn_of_two_caches(slot.value[1])
         self.slot = slot
         self._look(slot.value[1])
         self.length = self.length or positions_in(slot.value[1])
@@ -111,6 +120,21 @@ class RootInputs(Collector):
                 f"The wrapper of {type(self._root).__name__} puts its soft prompt, of {soft} positions, before every token that is "
                 "generated, and not before the prompt alone: it does not find the KV cache. Generate without one: "
                 "use_cache=False."
+            )
+
+    def _warn_of_two_caches(self, arguments: Mapping[str, Any]) -> None:
+        """Warn of a prefix that the model passes over.
+
+        PEFT gives it by the name that a cache has before Transformers 5.24, beside the cache that `generate` has made.
+        """
+        given = [name for name in CACHE_NAMES if arguments.get(name) is not None]
+        if len(given) > 1:
+            warnings.warn_explicit(
+                f"{type(self._root).__name__} is given two KV caches, as {given[0]} and as {given[1]}, and makes no use of the "
+                "second: a prefix (PEFT's prefix tuning) is in that and has no effect in what is generated, as without nnatomy. "
+                "Generate by forward passes of the whole prompts, model(ids).logits, which have the prefix.",
+                UserWarning,
+                *self._opened,
             )
 
     def check_calls(self) -> None:
@@ -194,7 +218,7 @@ class PromptTrace(Trace):
         run = self.block.run
         recorded = Recorded(run, self._root)
         recorded.look(dict.fromkeys(self.names, True))  # an encoder comes before the first step
-        run.collect(RootInputs(run, self._given, needed, recorded.look))
+        run.collect(RootInputs(run, self._given, needed, recorded.look, self._opened))
         return self
 
     def _block_of(self, run: Run) -> Schedule:

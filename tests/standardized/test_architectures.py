@@ -63,8 +63,9 @@ def in_order(model: StandardizedTransformer, model_type: str) -> list[tuple[str,
 
 
 def test_loads_from_a_saved_folder_and_validates(model_type: str, tmp_path: Any) -> None:
-    shared(model_type).save_pretrained(tmp_path)
-    model = StandardizedTransformer(tmp_path)
+    hf = shared(model_type)
+    hf.save_pretrained(tmp_path)
+    model = StandardizedTransformer(tmp_path, attn_implementation=hf.config._attn_implementation)
     config = model.config.get_text_config()
     assert (model.num_layers, model.hidden_size) == (config.num_hidden_layers, 32)
     assert model._head.short == (model_type not in LONG_HEAD)

@@ -267,7 +267,8 @@ def as_for_training(hf: Any) -> None:
     hf.config.use_cache = False
     hf.config.pad_token_id = 3
     hf.train()
-    hf.activation_checkpointing_enable()
+    name = "activation_checkpointing_enable"  # in older releases of Transformers by another name
+    getattr(hf, name if hasattr(hf, name) else "gradient_checkpointing_enable")()
     hf.requires_grad_(False)
     hf.eval()
 

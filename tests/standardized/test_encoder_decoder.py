@@ -230,6 +230,7 @@ def test_it_is_loaded_from_a_folder_as_what_it_is(tmp_path: Path) -> None:
         ("FSMTForConditionalGeneration", r"its hidden states are \(seq, batch, hidden\)", 0),
         ("ProphetNetForConditionalGeneration", "behind the prompt's stream", 4),
     ],
+    ids=["FSMT", "ProphetNet"],
 )
 def test_a_decoder_of_another_layout_has_the_names_of_no_layer(name: str, why: str, encoder: int) -> None:
     hf = build(name)

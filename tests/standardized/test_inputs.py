@@ -37,7 +37,13 @@ def test_every_kind_of_prompt_gives_the_same_ids(demo: StandardizedTransformer) 
     encoding = demo.tokenizer(PROMPT, return_tensors="pt")
     assert isinstance(encoding, BatchEncoding)
     kinds: list[Any] = [PROMPT, [PROMPT], ids, [ids], torch.tensor(ids), expected, [torch.tensor(ids)]]
-    kinds += [encoding, dict(encoding), {"input_ids": ids}]
+    kinds += [
+        encoding,
+        dict(encoding),
+        {"input_ids": ids},
+        demo.tokenizer(PROMPT),
+        dict(demo.tokenizer([PROMPT])),
+    ]
     for prompt in kinds:
         prepared = demo.prepare(prompt)
         assert torch.equal(prepared["input_ids"], expected), prompt

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from architectures import PLACES, build, prompt_ids
+from encoder_decoders import build as encoder_decoder
 from reference import edited, hooked, reads_what_hooks_see
 from torch import Tensor
 
@@ -343,6 +344,55 @@ old_name = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 
 
 @old_name
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_a_prefix_that_is_lost_in_a_generation_is_warned_of(model_type: str) -> None:
+    """PEFT gives it beside the KV cache that Transformers makes from 5.24 on, which is the one that the model takes."""
+    wrapped, ids = prefix_tuned(model_type), prompt_ids()
+    model = StandardizedTransformer(wrapped)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        plain, expected = wrapped.generate(**given, **GREEDY), by_hand(wrapped, ids)
+        if cache_name(wrapped.get_base_model()) == "past_key_values":
+            assert torch.equal(plain, expected)
+            assert torch.equal(model.generate(ids, **GREEDY).run(), expected)
+            return
+        assert not torch.equal(plain, expected)
+        text = "is given two KV caches, as cache and as past_key_values, and makes no use of the second: a prefix .* has no effect"
+        with pytest.warns(UserWarning, match=text) as caught:
+            tokens = model.generate(ids, **GREEDY).run()
+        assert torch.equal(tokens, plain)
+        assert [one.filename for one in caught if "two KV caches" in str(one.message)] == [__file__]
+        model(ids)  # a forward pass has it, and no warning
+
+
+@old_name
+def test_a_prefix_of_an_encoder_decoder_is_as_wide_as_its_heads() -> None:
+    """PEFT takes a head to be hidden_size / num_heads wide, which those of T5 need not be: the model's own error."""
+    given = {"input_ids": torch.tensor([[20, 21, 22]]), "decoder_input_ids": torch.tensor([[23, 24]])}
+    for changes, width, error in (({}, None, RuntimeError), ({}, 64, None), ({"d_kv": 8}, None, None)):
+        torch.manual_seed(0)
+        hf = encoder_decoder("T5ForConditionalGeneration", **changes)
+        config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, token_dim=width)
+        wrapped = peft.get_peft_model(hf, config).eval()
+        if error is not None:
+            for call in (lambda: wrapped(**given), lambda: StandardizedTransformer(wrapped)):  # noqa: B023
+                with pytest.raises(error, match="Sizes of tensors must match"):
+                    call()
+            continue
+        torch.nn.init.normal_(wrapped.prompt_encoder["default"].embedding.weight)
+        model = StandardizedTransformer(wrapped)
+        with torch.no_grad():
+            plain = wrapped(**given).logits
+            assert not torch.allclose(plain, hf(**given).logits, atol=0.1)
+            with model.trace(**given):
+                hidden, logits = model.layers_output[1], model.logits
+            assert torch.equal(logits, plain)
+            seen = hooked(wrapped, lambda: wrapped(**given), {0: (hf.decoder.block[1], "output")})[0]  # noqa: B023
+            assert torch.equal(hidden, seen)
+
+
+@old_name
+@pytest.mark.filterwarnings("ignore:.*is given two KV caches:UserWarning")
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma2"])
 def test_a_prefix_is_keys_and_values_before_the_prompts(model_type: str) -> None:
     wrapped, ids = prefix_tuned(model_type), prompt_ids()

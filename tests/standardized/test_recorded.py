@@ -14,6 +14,7 @@ import torch
 import zoo
 from architectures import build, prompt_ids
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
@@ -184,3 +185,45 @@ def test_a_skipped_layer_is_refused(name: str, by: str) -> None:
             tracer.result
     with torch.no_grad(), model.trace(ids, **{name: False}):
         model.skip_layer(LAYER)
+
+
+def test_a_pattern_that_is_recorded_as_another_tensor_is_not_assigned() -> None:
+    """Where a module returns a copy of the pattern that it goes on with, the record would stay what it was."""
+    hf = build("llama")
+    hf.set_attn_implementation("eager")
+    hf.model.layers[LAYER].self_attn.__class__ = _ReturnsACopy
+    model, ids = StandardizedTransformer(hf), prompt_ids()
+    with torch.no_grad():
+        plain = hf(ids, output_attentions=True)
+    new = torch.full_like(plain.attentions[LAYER], 1 / ids.shape[1])
+    text = (
+        r"^output_attentions=True: what was assigned inside of a _ReturnsACopy would not be in what the model records of it, "
+        r"which is another tensor than the one that was read\. Leave output_attentions out, and read what you need by its name\.$"
+    )
+    with pytest.raises(InputError, match=text), torch.no_grad():
+        with model.trace(ids, output_attentions=True) as tracer:
+            model.attention_probabilities[LAYER] = new
+            tracer.result
+    with torch.no_grad(), model.trace(ids):  # without the argument it is an edit like any other
+        model.attention_probabilities[LAYER] = new
+        logits = model.logits
+    assert not torch.allclose(logits, plain.logits, atol=1e-2)
+    with (
+        torch.no_grad(),
+        model.trace(ids, output_attentions=True) as tracer,
+    ):  # the copy is of what it has become
+        model.attention_probabilities[LAYER].copy_(new)
+        result = tracer.result
+    assert torch.equal(result.attentions[LAYER], new)
+    assert torch.equal(result.logits, logits)
+    with torch.no_grad(), model.trace(ids, output_attentions=True) as tracer:
+        read = model.attention_probabilities[LAYER]
+        result = tracer.result
+    assert torch.equal(read, plain.attentions[LAYER])
+    assert all(map(torch.equal, result.attentions, plain.attentions))
+
+
+class _ReturnsACopy(LlamaAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, pattern = super().forward(*args, **kwargs)
+        return output, pattern.clone()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from releases import need
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,11 +28,13 @@ FIRST_ID = 16  # special ids are below
 
 def build(model_type: str, **changes: Any) -> nn.Module:
     """A new random model of that type, in eval mode and float32; `changes` go to its config."""
+    need(model_type, TYPES)
     return build_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], model_type, **changes)
 
 
 def build_class(class_name: str, model_type: str, **changes: Any) -> nn.Module:
     """As `build`, of another class of transformers."""
+    need(class_name, dir(transformers))
     model_class = getattr(transformers, class_name)
     whole = config(model_type, **changes)
     parts = [whole, *(getattr(whole, name) for name in whole.sub_configs)]
