@@ -41,8 +41,8 @@ class Coroutine:
     Attributes:
         state: see `State`.
         cancelled: whether it has been told to end.
-        owner: what is gone when nobody will resume it any more: an interrupt may come where the owner cannot cancel.
-            None: that does not happen.
+        owner: a weak reference to something that lives as long as somebody may resume the work. When it is gone (an
+            interrupt can come where nobody is able to cancel any more), suspended work ends by itself. None: it waits.
         thread: the identifier of its thread, while it has one.
         lost: whether this process is a fork of the one that it is at work in.
     """

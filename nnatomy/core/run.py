@@ -109,14 +109,16 @@ class Run(Coroutine):
         waited += [(one.modules, one.kinds) for one in (*self.replacements, *self.collectors)]
         inputs: set[Module] = set()
         outputs: set[Module] = set()
-        taps = self.taps.waiting = []
+        taps = self.taps.waiting = {}
         for modules, kinds in waited:
             if kinds.keys() != {"output"}:
                 inputs |= modules
             if kinds.keys() != {"input"}:
                 outputs |= modules
             for kind, tap in kinds.items():
-                taps += [(module, kind, tap) for module in modules if tap is not None]
+                if tap is not None:
+                    for module in modules:
+                        taps.setdefault(module, []).append((kind, tap))
         self.watched_inputs, self.watched_outputs = inputs, outputs
 
     def forget(self) -> None:

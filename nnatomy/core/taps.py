@@ -18,12 +18,12 @@ class Taps:
     """The taps of one run.
 
     Attributes:
-        waiting: those that somebody waits for: (module, kind, tap).
+        waiting: those that somebody waits for, by module: (kind, tap).
         modes: the modes of those that are on, outermost call first: (depth in the stack of calls, tap, mode).
     """
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Module, str, Tap]] = []
+        self.waiting: dict[Module, list[tuple[str, Tap]]] = {}
         self.modes: list[tuple[int, Tap, TorchFunctionMode]] = []
 
     def enter(self, run: Run) -> None:
@@ -34,14 +34,14 @@ class Taps:
         pops ours instead, and the point comes as not reached.
         """
         for depth, (entered, call, stage) in enumerate(run.progress.stack):
-            for module, kind, tap in self.waiting if stage != RETURNING else ():
-                if entered is module and not any(mode[:2] == (depth, tap) for mode in self.modes):
+            for kind, tap in self.waiting.get(entered, ()) if stage != RETURNING else ():
+                if not any(mode[:2] == (depth, tap) for mode in self.modes):
                     # Below those of deeper calls, which are left first. (One that is at work is off the stack, and
                     # comes back on top of it.)
                     deeper = [mode for mode in self.modes if mode[0] > depth]
                     on_stack = _get_current_function_mode_stack()
                     above = [_pop_mode() for mode in deeper if any(mode[2] is one for one in on_stack)]
-                    mode = tap(module, Report(run, module, call, kind))
+                    mode = tap(entered, Report(run, entered, call, kind))
                     mode.__enter__()
                     for one in reversed(above):
                         _push_mode(one)
