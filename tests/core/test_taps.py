@@ -48,7 +48,7 @@ X = torch.linspace(0.1, 1, 4)
 
 
 def reach(view: Traceable, path: str, kind: str, tap: Tap, call: int = 0) -> Slot:
-    return view._block().reach(view[path].module, kind, f"{path}.{kind}", call, tap)
+    return view._blocks.current(view.path).reach(view[path].module, kind, f"{path}.{kind}", call, tap)
 
 
 def test_a_value_inside_a_call_is_read_and_replaced() -> None:
