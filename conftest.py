@@ -50,9 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     releases = importlib.import_module("releases")
     for item in items:
         releases.mark(item)
-        params = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         model = params.get("model_type", params.get("name"))
         if isinstance(model, str):
             item.add_marker(pytest.mark.xdist_group(model.removeprefix("zoo ")))

@@ -29,9 +29,7 @@ class Apart:
             if contender != "nnsight":
                 environment["WITHOUT_NNSIGHT"] = "1"
             pipe = subprocess.PIPE
-            self._processes[contender] = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, text=True, env=environment
-            )
+            self._processes[contender] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         process = self._processes[contender]
         assert process.stdin is not None
         assert process.stdout is not None

@@ -239,9 +239,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     logging.set_verbosity_error()
     torch.set_grad_enabled(False)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", default="", metavar="TEXT", help="only those with this in their name")
@@ -275,11 +273,7 @@ def main() -> None:
         )
     if options.no_memory:
         table = {}
-    print(
-        "\n| memory: peak (above before) | ours | hooks | nnsight | ours/nnsight, of the peak |\n"
-        + "|---" * 5
-        + "|"
-    )
+    print("\n| memory: peak (above before) | ours | hooks | nnsight | ours/nnsight, of the peak |\n" + "|---" * 5 + "|")
     for row, contenders in table.items():
         peaks = everything[f"{row}, MB"] = {name: peak_elsewhere(row, name) for name in contenders}
         none = [float("nan")] * 2

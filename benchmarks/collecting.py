@@ -40,9 +40,7 @@ def task(prompts: list[str]) -> Task:
 
     def hooks() -> Tensor:
         rows: list[Tensor] = []
-        handle = hf.model.layers[LAYER].register_forward_hook(
-            lambda _, __, output: rows.append(output[:, -1])
-        )
+        handle = hf.model.layers[LAYER].register_forward_hook(lambda _, __, output: rows.append(output[:, -1]))
         for batch in batches:
             hf(**tokenizer(batch, padding=True, return_tensors="pt", return_token_type_ids=False))
         handle.remove()
@@ -69,9 +67,7 @@ def task(prompts: list[str]) -> Task:
         from nnterp.nnsight_utils import collect_token_activations_batched
 
         other = nnterp.StandardizedTransformer(copy.deepcopy(hf), tokenizer=tokenizer)
-        contenders["nnterp"] = lambda: collect_token_activations_batched(
-            other, prompts, BATCH, layers=[LAYER]
-        )[0]
+        contenders["nnterp"] = lambda: collect_token_activations_batched(other, prompts, BATCH, layers=[LAYER])[0]
     return Task(contenders, floor, dict.fromkeys(("hooks", "nnterp"), 2.5))
 
 

@@ -29,9 +29,7 @@ def peak(run: Callable[[], Any]) -> tuple[float, float]:
     """MB resident at the peak of the work, and above what was before, in this process: the medians of three times."""
     peaks = []
     run()
-    time.sleep(
-        IDLE_SECONDS + 1
-    )  # a thread that has run the model at load ends, with 13 MB that are no contender's own
+    time.sleep(IDLE_SECONDS + 1)  # a thread that has run the model at load ends, with 13 MB that are no contender's own
     for _ in range(3):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)

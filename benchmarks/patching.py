@@ -49,9 +49,7 @@ def task(layers: int) -> Task:
         for i, block in enumerate(blocks):
             for position in range(LENGTH):
 
-                def put(
-                    _module: nn.Module, _args: Any, output: Tensor, i: int = i, position: int = position
-                ) -> Tensor:
+                def put(_module: nn.Module, _args: Any, output: Tensor, i: int = i, position: int = position) -> Tensor:
                     output = output.clone()
                     output[:, position] = kept[i][:, position]
                     return output
@@ -119,9 +117,7 @@ def with_transformer_lens(hf: GPT2LMHeadModel, clean: Tensor, corrupted: Tensor)
     from transformer_lens import patching
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        "gpt2", hf_model=copy.deepcopy(hf), tokenizer=make_tokenizer()
-    )
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=copy.deepcopy(hf), tokenizer=make_tokenizer())
     patching.tqdm = partial(patching.tqdm, disable=True)
 
     def effect() -> Tensor:

@@ -83,9 +83,7 @@ def loading(folder: str, rounds: int, clock: Callable[[], float]) -> None:
 def by_hooks(model: StandardizedTransformer) -> Tensor:
     """The map, by plain hooks on the model's own modules: (layer, position)."""
     hf, layers = model.hf_model, list(model.hf_model.model.layers)
-    clean, corrupted = (
-        model.tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in (CLEAN, CORRUPTED)
-    )
+    clean, corrupted = (model.tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in (CLEAN, CORRUPTED))
     kept, base = (hooked(layers, partial(hf, ids, use_cache=False))[:-1] for ids in (clean, corrupted))
     length = clean.shape[1]
     rotary = hf.model.rotary_emb(base[0], torch.arange(length)[None])
@@ -111,9 +109,7 @@ def the_map(model: StandardizedTransformer, rounds: int) -> None:
     metric = logit_difference(*ANSWERS, model)
 
     def ours() -> Tensor:
-        return activation_patching(
-            model, clean=CLEAN, corrupted=CORRUPTED, metric=metric, progress=False
-        ).effect
+        return activation_patching(model, clean=CLEAN, corrupted=CORRUPTED, metric=metric, progress=False).effect
 
     figures = measure({"ours": ours, "hooks": partial(by_hooks, model)}, 1, rounds, agree)
     middle, low, high = figures["ours/hooks"]
@@ -125,9 +121,7 @@ def the_map(model: StandardizedTransformer, rounds: int) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("map", "loading"))
     parser.add_argument("--processor", action="store_true")

@@ -43,10 +43,7 @@ def agree(values: dict[str, Any]) -> bool:
     """Whether the contenders' results are the same but for rounding."""
     ours = values["ours"]
     others = [value for name, value in values.items() if name != "floor"]
-    return all(
-        one.shape == ours.shape and bool((one - ours).abs().max() <= 1e-4 * ours.abs().max())
-        for one in others
-    )
+    return all(one.shape == ours.shape and bool((one - ours).abs().max() <= 1e-4 * ours.abs().max()) for one in others)
 
 
 def main(document: str | None, tasks: dict[str, Callable[[], Task]], rounds: int) -> None:
@@ -56,9 +53,7 @@ def main(document: str | None, tasks: dict[str, Callable[[], Task]], rounds: int
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
     logging.set_verbosity_error()
     torch.set_grad_enabled(False)
-    parser = argparse.ArgumentParser(
-        description=document, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--tasks", nargs="*", choices=list(tasks), default=list(tasks), metavar="NAME")

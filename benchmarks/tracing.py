@@ -239,9 +239,7 @@ TARGETS = {
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--models", nargs="*", default=["mlp", "gpt2"], choices=["mlp", "gpt2"])
     parser.add_argument("--together", action="store_true", help="all contenders in one process")
@@ -263,9 +261,7 @@ def main() -> None:
         if not name.startswith(tuple(options.models)):
             continue
         print(
-            f"\n| {name} | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | target |\n"
-            + "|---" * 7
-            + "|"
+            f"\n| {name} | ours | hooks | nnsight | ours/hooks | ours/nnsight (min-max) | target |\n" + "|---" * 7 + "|"
         )
         for row, contenders in make().items():
             elsewhere = None if options.together else partial(apart.time, name, row, repetitions)

@@ -293,9 +293,7 @@ def row_of(name: str) -> Name:
 
 def _all(*places: Place, cross: bool = False) -> tuple[str, ...]:
     """The names with these places, of what every model may have or (`cross`) of attentions to an encoder."""
-    return tuple(
-        row.name for row in TABLE if row.place in places and (row.part == "cross_attentions") == cross
-    )
+    return tuple(row.name for row in TABLE if row.place in places and (row.part == "cross_attentions") == cross)
 
 
 #: What modules are given and give; the inside of attentions; all names of layers. Then those of attentions to an encoder.

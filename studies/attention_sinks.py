@@ -71,16 +71,12 @@ def main() -> None:
     median = sizes.flatten(1).median(-1).values
     largest = sizes[:, :, 0].amax((1, 2))
     others = sizes[:, :, 1:].amax((1, 2, 3))
-    massive = (
-        sizes > torch.clamp(1000 * median, min=100)[:, None, None, None]
-    )  # the paper's definition, section 2
+    massive = sizes > torch.clamp(1000 * median, min=100)[:, None, None, None]  # the paper's definition, section 2
     birth = int(massive.flatten(1).any(-1).nonzero()[0])
     places = massive[birth].nonzero()[:, 1:].unique(dim=0)  # (seq, hidden)
     study.check("the largest value of layer 20, in medians", largest[20] / median[20], at_least=1000)
     study.check("the first layer with massive values", birth, at_most=LATER)
-    study.check(
-        "massive values in that layer, in each text", massive[birth].sum() / len(ids), at_least=1, at_most=4
-    )
+    study.check("massive values in that layer, in each text", massive[birth].sum() / len(ids), at_least=1, at_most=4)
     study.check("of these, not at the first token", (places[:, 0] != 0).sum(), at_most=0)
 
     at = places[:, 1]
@@ -95,9 +91,7 @@ def main() -> None:
     study.check("loss of the whole model", whole, at_most=4)
     zeroed, sink = with_state(model, ids, birth, put(0, 0.0))
     study.check("rise with these values at zero", zeroed - whole, at_least=3)
-    study.check(
-        "with them at their mean", with_state(model, ids, birth, put(0, mean))[0] - whole, at_most=0.1
-    )
+    study.check("with them at their mean", with_state(model, ids, birth, put(0, mean))[0] - whole, at_most=0.1)
     study.check(
         "with the same entries of token 20 at zero",
         with_state(model, ids, birth, put(20, 0.0))[0] - whole,
@@ -105,9 +99,7 @@ def main() -> None:
     )
     study.check("attention to the first token with these values at zero", sink)
     full = loss(logits, ids, start=WINDOW)
-    recent = study.check(
-        f"rise with a window of {WINDOW} tokens", with_window(model, ids, False) - full, at_least=1
-    )
+    recent = study.check(f"rise with a window of {WINDOW} tokens", with_window(model, ids, False) - full, at_least=1)
     study.check(
         f"with the first token and {WINDOW - 1} recent ones",
         with_window(model, ids, True) - full,

@@ -94,15 +94,11 @@ def main() -> None:
     )
     study.check("traced: a state of layers 0 to 9 at the subject's end", states[:4, 0].mean(), at_least=0.2)
     study.check("traced: at the last token", states[:4, 1].mean(), at_most=0.05)
-    study.check(
-        "traced: a state of layers 24 and 27 at the subject's end", states[8:, 0].mean(), at_most=0.05
-    )
+    study.check("traced: a state of layers 24 and 27 at the subject's end", states[8:, 0].mean(), at_most=0.05)
     study.check("traced: at the last token", states[8:, 1].mean(), at_least=0.5)
     early = study.check("traced: ten MLPs at the subject's end, at best", mlps[:, 0].max(), at_least=0.2)
     study.check("traced: ten attentions there, at best", attentions[:, 0].max(), at_most=early / 3)
-    late = study.check(
-        "traced: ten attentions at the last token, at best", attentions[:, 1].max(), at_least=0.3
-    )
+    late = study.check("traced: ten attentions at the last token, at best", attentions[:, 1].max(), at_least=0.3)
     study.check("traced: ten MLPs there, at best", mlps[:, 1].max(), at_most=late / 3)
     figure = heat_map(
         moved,

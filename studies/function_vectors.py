@@ -47,11 +47,7 @@ def prompts(pairs: Pairs, shuffled: bool = False) -> list[str]:
     made = []
     for i, (question, _) in enumerate(pairs[:6]):
         words, answers = zip(*random.Random(i).sample(pairs[:i] + pairs[i + 1 :], SHOTS), strict=True)
-        made.append(
-            prompt(
-                list(zip(words, answers[1:] + answers[:1] if shuffled else answers, strict=True)), question
-            )
-        )
+        made.append(prompt(list(zip(words, answers[1:] + answers[:1] if shuffled else answers, strict=True)), question))
     return made
 
 
@@ -90,16 +86,12 @@ def accuracy(
 def main() -> None:
     study = Study(__doc__)
     model = study.model()
-    tasks = {
-        name: list(zip(words.split()[::2], words.split()[1::2], strict=True)) for name, words in TASKS.items()
-    }
+    tasks = {name: list(zip(words.split()[::2], words.split()[1::2], strict=True)) for name, words in TASKS.items()}
     known = {name: pairs[:10] for name, pairs in tasks.items()}
     effects = {}
     for name, pairs in known.items():
         metric = log_probability([f" {answer}" for _, answer in pairs[:6]], model)
-        found = attribution_patching(
-            model, prompts(pairs), prompts(pairs, shuffled=True), metric, point="heads_output"
-        )
+        found = attribution_patching(model, prompts(pairs), prompts(pairs, shuffled=True), metric, point="heads_output")
         effects[name] = found.effects[:, :, -1].mean(0)  # at the last token: (layer, head)
     common = best(torch.stack(list(effects.values())).mean(0))
     chosen = {name: best(effect) for name, effect in effects.items()}
@@ -129,9 +121,7 @@ def main() -> None:
     study.check("with the task's own vector", own.mean(), at_least=0.25)
     study.check("with the vectors of the other tasks", (values[:, 4:].sum() - own.sum()) / 12, at_most=0.1)
     study.check("with a vector of random heads", values[:, 2].mean(), at_most=0.1)
-    study.check(
-        "with the task's own vector, of the heads common to all tasks", values[:, 3].mean(), at_least=0.2
-    )
+    study.check("with the task's own vector, of the heads common to all tasks", values[:, 3].mean(), at_least=0.2)
     study.check("the best task, with its own vector", own.max(), at_least=0.6)
     study.check("the worst task, with its own vector", own.min())
     study.finish(

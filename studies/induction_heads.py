@@ -67,9 +67,7 @@ def main() -> None:
     model = study.model()
     scores = attention_back(model, repeated(model, seed=1), HALF - 1)  # prefix matching
     best = heads(scores, 8)
-    study.check(
-        "of L17H3 to L17H5 and L18H6, among the eight best heads", len({*best} & {*HEADS}), at_least=4
-    )
+    study.check("of L17H3 to L17H5 and L18H6, among the eight best heads", len({*best} & {*HEADS}), at_least=4)
     study.check("their least prefix matching score", min(scores[head] for head in HEADS), at_least=0.3)
     study.check("the median score of all heads", scores.median(), at_most=0.05)
     backward = attention_back(model, repeated(model, seed=1), 1)

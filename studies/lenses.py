@@ -41,9 +41,7 @@ def optimizer(parameters: list[Tensor]) -> Optimizer:
 
 def divergence(model: StandardizedTransformer, lens: TunedLens | None = None) -> Tensor:
     """KL(model || lens) by layer in nats, without the first token."""
-    return (
-        lens_statistics(model, [text[:LETTERS] for text in TEXTS], lens=lens).kl[:, :, 1:].nanmean(dim=(0, 2))
-    )
+    return lens_statistics(model, [text[:LETTERS] for text in TEXTS], lens=lens).kl[:, :, 1:].nanmean(dim=(0, 2))
 
 
 def main() -> None:
@@ -54,9 +52,7 @@ def main() -> None:
     tuned = divergence(model, lens)
     early = slice(model.num_layers - 1)  # the last layer is the model's own prediction in both
     study.check("KL of the logit lens, mean over layers but the last", logit[early].mean())
-    study.check(
-        "KL of the tuned lens, as a share of that", tuned[early].mean() / logit[early].mean(), at_most=0.7
-    )
+    study.check("KL of the tuned lens, as a share of that", tuned[early].mean() / logit[early].mean(), at_most=0.7)
     study.check("layers at which the tuned lens is nearer, of 29", (tuned < logit)[early].sum(), at_least=24)
     study.check("KL of both at the last layer", (tuned[-1] + logit[-1]).abs(), at_most=1e-4)
     for layer in (5, 15, 25):

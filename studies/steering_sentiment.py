@@ -28,10 +28,7 @@ PAIRS = [
         f"The {x} was terrible. I hated every moment of it, a great pain.",
     )
     for x in THINGS
-] + [
-    (f"What a lovely {x}! I am so happy and grateful.", f"What an awful {x}! I am so sad and angry.")
-    for x in THINGS
-]
+] + [(f"What a lovely {x}! I am so happy and grateful.", f"What an awful {x}! I am so sad and angry.") for x in THINGS]
 REQUESTS = (
     "Write one sentence about the weather today.",
     "Describe your town in one sentence.",
@@ -111,9 +108,7 @@ def main() -> None:
     randoms = []
     for _ in range(3):
         noise = torch.randn(model.hidden_size)
-        other = SteeringVector(
-            {LAYER: noise / noise.norm() * norm}, vector.point, vector.model_type, "random"
-        )
+        other = SteeringVector({LAYER: noise / noise.norm() * norm}, vector.point, vector.model_type, "random")
         randoms.append([steered(model, other, factor) for factor in (least, most)])
     ends = torch.tensor(randoms)
     across = (ends[:, 1] - ends[:, 0]).abs().mean()

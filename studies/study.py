@@ -34,9 +34,7 @@ class Study:
     """
 
     def __init__(self, document: str | None) -> None:
-        parser = argparse.ArgumentParser(
-            description=document, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--figure", type=Path, metavar="FILE", help="save it: .html, .png or .svg")
         self._figure = parser.parse_args().figure
         self._began = time.perf_counter()
@@ -50,15 +48,11 @@ class Study:
         """SmolLM2-135M-Instruct, loaded and checked."""
         return StandardizedTransformer("demo:smollm2")
 
-    def check(
-        self, what: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf
-    ) -> float:
+    def check(self, what: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf) -> float:
         """Print a number with its bounds; NaN is within none."""
         number = float(value)
         kept = at_least <= number <= at_most
-        parts = [
-            f"{sign} {bound:g}" for sign, bound in (("≥", at_least), ("≤", at_most)) if math.isfinite(bound)
-        ]
+        parts = [f"{sign} {bound:g}" for sign, bound in (("≥", at_least), ("≤", at_most)) if math.isfinite(bound)]
         print(
             f"| {what} | {number:.3g} | {', '.join(parts) or 'none'}{'' if kept else ': BROKEN'} |",
             flush=True,

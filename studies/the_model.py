@@ -31,9 +31,7 @@ def rows_as_here(weight: Tensor, heads: int) -> Tensor:
 def converted(model: StandardizedTransformer, name: str) -> Tensor:
     """The weight that the file has under this name."""
     if not name.startswith("blk."):
-        module = {"token_embd": model.embed_tokens, "output_norm": model.ln_final}[
-            name.removesuffix(".weight")
-        ]
+        module = {"token_embd": model.embed_tokens, "output_norm": model.ln_final}[name.removesuffix(".weight")]
         return module.module.weight.detach()
     _, layer, kind, _ = name.split(".")
     return model.layers[int(layer)].module.get_submodule(NAMES[kind]).weight.detach()

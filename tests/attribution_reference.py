@@ -51,9 +51,7 @@ PLACES: dict[str, Place] = {
         logit_scale=lambda config: 1 / config.logits_scaling,
     ),
     "gpt_oss": _LLAMA,
-    "bloom": Place(
-        "transformer.h", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f", norm="layer"
-    ),
+    "bloom": Place("transformer.h", "self_attention.dense", "mlp.dense_4h_to_h", "transformer.ln_f", norm="layer"),
     "falcon_h1": Place(
         "model.layers",
         "self_attn.o_proj",
@@ -85,9 +83,7 @@ def frozen(norm: nn.Module, kind: str, at: Tensor, part: Tensor) -> Tensor:
     return part / (at.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def inputs_and_outputs(
-    hf: nn.Module, token_ids: Tensor
-) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
+def inputs_and_outputs(hf: nn.Module, token_ids: Tensor) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
     """Of every module, by plain hooks, what it was given first and what it gave."""
     given: dict[nn.Module, Tensor] = {}
     gave: dict[nn.Module, Tensor] = {}
@@ -112,9 +108,7 @@ def inputs_and_outputs(
 
 def matrix(projection: nn.Module) -> Tensor:
     """(in, out), also of GPT-2's."""
-    return (
-        projection.weight.detach() if type(projection).__name__ == "Conv1D" else projection.weight.detach().mT
-    )
+    return projection.weight.detach() if type(projection).__name__ == "Conv1D" else projection.weight.detach().mT
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -140,9 +134,7 @@ def with_gradients(
 
         def pre(_: nn.Module, args: Any, kwargs: Any, name: Any = name) -> Any:
             seen[name] = put(name, args[0] if args else kwargs["hidden_states"])
-            return (
-                ((seen[name], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": seen[name]})
-            )
+            return ((seen[name], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": seen[name]})
 
         def post(_: nn.Module, __: Any, output: Any, name: Any = name) -> Any:
             seen[name] = put(name, output if isinstance(output, Tensor) else output[0])

@@ -28,9 +28,7 @@ class NamelessConfig(PreTrainedConfig):
 class Attention(nn.Module):
     """Of three heads, whose keys are shared by all; what it gives is arranged by `give`."""
 
-    def __init__(
-        self, give: Callable[[Tensor, Tensor], Any] = lambda out, _: out, width: int = WIDTH
-    ) -> None:
+    def __init__(self, give: Callable[[Tensor, Tensor], Any] = lambda out, _: out, width: int = WIDTH) -> None:
         super().__init__()
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width // HEADS)
@@ -72,9 +70,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    def __init__(
-        self, attention: nn.Module | None = None, give: Callable[[Tensor], Any] = lambda x: x
-    ) -> None:
+    def __init__(self, attention: nn.Module | None = None, give: Callable[[Tensor], Any] = lambda x: x) -> None:
         super().__init__()
         self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.look, self.think = attention or Attention(), Mlp()
@@ -131,9 +127,7 @@ class Odd(PreTrainedModel, GenerationMixin):
         assert self.speak is not None
         return self.speak(self.last(hidden))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         own_mask = None if attention_mask is None else attention_mask.bool()
         hidden = self.run(self.embed(input_ids, position_ids), own_mask)
         return CausalLMOutput(logits=self.logits(hidden))
@@ -217,8 +211,7 @@ class Dataclasses(Odd):
 
     def build(self) -> None:
         self.tower = nn.ModuleList(
-            Block(Attention(lambda out, _: Given("attention", out)), lambda x: Given("block", x))
-            for _ in range(LAYERS)
+            Block(Attention(lambda out, _: Given("attention", out)), lambda x: Given("block", x)) for _ in range(LAYERS)
         )
 
 

@@ -24,9 +24,7 @@ def in_memory_of_its_own(model: nn.Module) -> nn.Module:
     return model
 
 
-def hooked(
-    model: nn.Module, call: Callable[[], Any], points: dict[Any, tuple[nn.Module, str]]
-) -> dict[Any, Tensor]:
+def hooked(model: nn.Module, call: Callable[[], Any], points: dict[Any, tuple[nn.Module, str]]) -> dict[Any, Tensor]:
     """Run `call` and return the hidden states at each named (module, "input" or "output")."""
     seen: dict[Any, Tensor] = {}
     handles = []

@@ -25,9 +25,7 @@ def test_the_blocks_run_as_one_script() -> None:
     assert bool((pattern > 0).any())
 
 
-@pytest.mark.parametrize(
-    ("number", "file"), [(0, "nnatomy/names.py"), (1, "nnatomy/standardized/attention.py")]
-)
+@pytest.mark.parametrize(("number", "file"), [(0, "nnatomy/names.py"), (1, "nnatomy/standardized/attention.py")])
 def test_what_is_quoted_is_there(number: int, file: str) -> None:
     assert blocks("py")[number] in (ROOT / file).read_text()
 

@@ -46,9 +46,7 @@ def hook(module: nn.Module, function: Callable[[Any], Any]) -> Iterator[None]:
 def seen(*modules: nn.Module) -> Iterator[list[Any]]:
     """What these modules return, in the order in which they do."""
     outputs: list[Any] = []
-    handles = [
-        module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules
-    ]
+    handles = [module.register_forward_hook(lambda _, __, output: outputs.append(output)) for module in modules]
     try:
         yield outputs
     finally:
@@ -284,9 +282,7 @@ def test_shapes_without_computing(model, layers) -> None:
 
 
 def test_values_of_many_modules_at_once(model) -> None:
-    modules = {
-        path: module for path, module in model.hf_model.named_modules() if path.startswith("transformer.h.")
-    }
+    modules = {path: module for path, module in model.hf_model.named_modules() if path.startswith("transformer.h.")}
     expected: dict[str, Any] = {}
     handles = [
         module.register_forward_hook(lambda _, __, output, path=path: expected.update({path: output}))

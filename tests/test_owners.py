@@ -20,9 +20,7 @@ def test_the_packages_are_told_apart() -> None:
 def test_the_name_of_the_clones_folder_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clone = Path("/home/me/tests/torch/nnatomy")
     torch_there = clone / ".venv/lib/site-packages/torch"
-    monkeypatch.setattr(
-        owners, "_FOLDERS", {"us": clone / "nnatomy", "torch": torch_there, "user": clone / "tests"}
-    )
+    monkeypatch.setattr(owners, "_FOLDERS", {"us": clone / "nnatomy", "torch": torch_there, "user": clone / "tests"})
     files = (
         "nnatomy/core/run.py",
         ".venv/lib/site-packages/torch/nn/f.py",

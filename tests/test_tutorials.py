@@ -50,7 +50,5 @@ def test_an_error_or_warning_is_seen(source: str) -> None:
 
 
 def test_a_line_on_stderr_is_seen() -> None:
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("import sys; print('!', file=sys.stderr)")]
-    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print('!', file=sys.stderr)")])
     assert run(notebook) == ["!\n"]

@@ -57,9 +57,7 @@ def residual_stream(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
     return logits, torch.stack(kept)
 
 
-def _by_length(
-    tests: Iterable[Sentence], tokenizer: Any
-) -> Iterator[tuple[list[Sentence], torch.Tensor, int]]:
+def _by_length(tests: Iterable[Sentence], tokenizer: Any) -> Iterator[tuple[list[Sentence], torch.Tensor, int]]:
     """Group sentences of equal length: (sentences, their ids [rows, tokens], tokens of the answer)."""
     groups: dict[tuple[int, int], list[tuple[Sentence, list[int]]]] = defaultdict(list)
     for test in tests:
@@ -106,9 +104,7 @@ def evaluate(model: Any, tokenizer: Any) -> dict[str, Any]:
         "held_out": {
             "one_hop": accuracy(hops[1]),
             "two_hop": accuracy(hops[2]),
-            **{
-                name: accuracy([r for r in results if r.sentence.fact.relation == name]) for name in relations
-            },
+            **{name: accuracy([r for r in results if r.sentence.fact.relation == name]) for name in relations},
         },
         "unseen_phrasings": {
             "one_hop": accuracy([r for r in other if r.sentence.fact.hops == 1]),
@@ -163,9 +159,7 @@ def write_card(folder: Path) -> None:
 
 def main() -> None:
     """Command line of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=MODELS_DIR)
     torch.set_num_threads(1)
     write_card(parser.parse_args().folder)

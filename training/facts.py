@@ -100,9 +100,7 @@ Australia Canberra English dollar Oceania
 Samoa Apia Samoan tala Oceania
 """
 
-COUNTRIES: tuple[Country, ...] = tuple(
-    Country(*line.split(maxsplit=4)) for line in _TABLE.strip().splitlines()
-)
+COUNTRIES: tuple[Country, ...] = tuple(Country(*line.split(maxsplit=4)) for line in _TABLE.strip().splitlines())
 
 ATTRIBUTES = ("capital", "language", "currency", "continent")
 

@@ -206,9 +206,7 @@ def fit(model: PreTrainedModel, batches: Batches, steps: int, rows: int, rate: f
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         if step % 100 == 99:
             seconds = time.time() - start
-            print(
-                f"step {step + 1}/{steps}  loss {smooth:.3f}  turns {turns:.3f}  {seconds:.0f} s", flush=True
-            )
+            print(f"step {step + 1}/{steps}  loss {smooth:.3f}  turns {turns:.3f}  {seconds:.0f} s", flush=True)
     model.train(False)
     turning.remove()
 
@@ -231,9 +229,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 def main() -> None:
     """Train and save the models named on the command line (both by default)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["gpt2", "llama"], help="gpt2, llama (default: both)")
     parser.add_argument("--out", type=Path, default=MODELS_DIR)
     parser.add_argument("--steps", type=int, default=4000)
@@ -248,9 +244,7 @@ def main() -> None:
         torch.manual_seed(SEED)
         random.seed(SEED)
         model = build(name, tokenizer)
-        print(
-            f"{name}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(train)} sentences"
-        )
+        print(f"{name}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(train)} sentences")
         fit(model, Batches(train, tokenizer, SEED), args.steps, args.rows, args.rate, args.turn)
         save(model, tokenizer, args.out / name)
 

@@ -27,9 +27,7 @@ def main_input(model: Module) -> str:
 def needed(model: Module) -> tuple[str, ...]:
     """What the model has to be given beside tokens, as its forward's signature or the table of families says."""
     arguments = inspect.signature(model.forward).parameters.values()
-    required = (
-        one.name for one in arguments if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
-    )
+    required = (one.name for one in arguments if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
     names = (main_input(model), *required, *NEEDED.get(type(model).__name__, ()))
     return tuple(name for name in dict.fromkeys(names) if name not in _OF_TOKENS)
 

@@ -43,9 +43,7 @@ from nnatomy.arch_configs.short_pass import (
     run,
 )
 
-_SOFTMAX = frozenset(
-    (F.softmax, torch.softmax, Tensor.softmax, torch._softmax, F.scaled_dot_product_attention)
-)
+_SOFTMAX = frozenset((F.softmax, torch.softmax, Tensor.softmax, torch._softmax, F.scaled_dot_product_attention))
 #: What a mixer without a softmax is called, by what stands in its class's name.
 _KINDS = {
     "mamba": "mamba",
@@ -273,15 +271,9 @@ class _Probe:
         if softmax is None:
             return mixer
         for inner in mixer.modules():  # the innermost is the last
-            if (
-                inner in mixing
-                and self._softmax.get(inner) == softmax
-                and self._projects_after(inner, softmax)
-            ):
+            if inner in mixing and self._softmax.get(inner) == softmax and self._projects_after(inner, softmax):
                 mixer = inner
-        while (around := self._parents[mixer]) is not layer and self._prints.get(around) == self._prints[
-            mixer
-        ]:
+        while (around := self._parents[mixer]) is not layer and self._prints.get(around) == self._prints[mixer]:
             mixer = around
         return mixer
 
@@ -312,9 +304,7 @@ class _Probe:
             # One that is given both the stream and other states mixes the stream's tokens, too.
             return "cross-attention" if mixer in self._cross and not self._mixes[mixer] else "attention"
         own = f"{name} {type(mixer).__name__}".lower()
-        inside = " ".join(
-            type(m).__name__ for m in mixer.modules() if not type(m).__module__.startswith("torch.")
-        )
+        inside = " ".join(type(m).__name__ for m in mixer.modules() if not type(m).__module__.startswith("torch."))
         for text in (own, inside.lower()):
             for part, kind in _KINDS.items():
                 if part in text:

@@ -50,16 +50,12 @@ def find_layers(model: Module, layers: list[Module] | None = None) -> tuple[list
         return seen[next(layer for layer in layers if layer in seen)][0][0]
 
     for i, first in enumerate(found):  # of several lists, of which each goes on where another ends
-        while more := [
-            one for one in found if one[0] not in first and _goes_on(one, seen[first[-1]][-1][1], seen)
-        ]:
+        while more := [one for one in found if one[0] not in first and _goes_on(one, seen[first[-1]][-1][1], seen)]:
             found[i] = first = [*first, *more[0]]
     best = best or max(
         found, key=lambda one: (_is_of_prompts(reads(one)), sum(map(_size, one)), -len(one)), default=best
     )
-    around = [
-        one for one in lists if any(best and best[0] in layer.modules() for layer in one if layer not in best)
-    ]
+    around = [one for one in lists if any(best and best[0] in layer.modules() for layer in one if layer not in best)]
     if not best or any(len(seen.keys() & {*one}) > 1 for one in around):
         paths = {module: path for path, module in model.named_modules()}
         rest = f": there are lists that hand on {', '.join(others)}, where (batch, seq, hidden) is ({BATCH}, {SEQ}, hidden)"

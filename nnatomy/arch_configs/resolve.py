@@ -180,18 +180,14 @@ def _cross_attention(part: LayerParts) -> Module | None:
     return crossing[0] if len(crossing) == 1 else None
 
 
-def _infer(
-    model: Module, layers: list[Module] | None
-) -> tuple[list[Module], Module | None, int, list[LayerParts]]:
+def _infer(model: Module, layers: list[Module] | None) -> tuple[list[Module], Module | None, int, list[LayerParts]]:
     try:
         layers, ln_final, width = find_layers(model, layers)
         return layers, ln_final, width, find_parts(model, layers)
     except CannotInfer as error:
         raise UnknownArchitectureError(_unknown(model, str(error))) from None
     except Exception as error:
-        raise UnknownArchitectureError(
-            _unknown(model, f"it cannot be run on token ids alone ({error})")
-        ) from error
+        raise UnknownArchitectureError(_unknown(model, f"it cannot be run on token ids alone ({error})")) from error
 
 
 def rows_of(embedding: Module) -> int:
@@ -277,9 +273,7 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
                 ends.append(getattr(model, getter, lambda: None)())
         except NotImplementedError:  # Transformers does not know either
             ends.append(None)
-    if isinstance(
-        ends[1], Embedding
-    ):  # what an encoder says, that shares its embedding with the decoder's head
+    if isinstance(ends[1], Embedding):  # what an encoder says, that shares its embedding with the decoder's head
         ends[1] = None
     if not all(isinstance(end, Module) for end in ends):
         try:
@@ -323,9 +317,7 @@ def _tree(model: Module) -> str:
     lines = [
         f"  {path}: {type(module).__name__}"
         for path, module in model.named_modules()
-        if path
-        and path.count(".") < 5
-        and not any(part.isdigit() and part != "0" for part in path.split("."))
+        if path and path.count(".") < 5 and not any(part.isdigit() and part != "0" for part in path.split("."))
     ]
     return "Its modules (of lists, the first entry):\n" + "\n".join(lines[:60])
 

@@ -91,9 +91,7 @@ class Shards:
                 continue
             try:
                 module.reset_iter_state()
-            except (
-                RuntimeError
-            ):  # the model is part of another one, which has the root, and lets go of the rest
+            except RuntimeError:  # the model is part of another one, which has the root, and lets go of the rest
                 for one in self._modules:
                     one.reshard()
 

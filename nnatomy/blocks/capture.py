@@ -169,9 +169,7 @@ def _compile(frame: FrameType) -> CodeType:
             f"module again after editing it. {instead}"
         )
     if len(statement.items) > 1:
-        raise CaptureError(
-            f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone."
-        )
+        raise CaptureError(f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone.")
     try:
         in_function = _InFunction(code.co_qualname)
         body = [in_function.visit(deepcopy(part)) for part in statement.body]

@@ -40,17 +40,13 @@ class JoinTensors(Joining):
         leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
-            raise InputError(
-                "tracer.invoke(...) takes the inputs of the module: there is no tensor among these."
-            )
+            raise InputError("tracer.invoke(...) takes the inputs of the module: there is no tensor among these.")
         return leaves, structure, tensors[0].shape
 
     def join(self, prepared: Sequence[Any]) -> tuple[Callable[[], Any], list[Rows]]:
         leaves, structures, shapes = zip(*prepared, strict=True)
         if any(structure != structures[0] for structure in structures):
-            raise InputError(
-                "The blocks of one trace need inputs of the same form, to be joined to one batch."
-            )
+            raise InputError("The blocks of one trace need inputs of the same form, to be joined to one batch.")
         joined = [join_leaves(list(same)) for same in zip(*leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(joined, structures[0])
         seq = shapes[0][1] if len(shapes[0]) > 1 else 1
@@ -78,7 +74,5 @@ def join_leaves(leaves: list[Any]) -> Any:
             raise InputError(f"Inputs of the shapes (batch, *rest) with rest in {shapes} make no one batch.")
         return torch.cat(leaves)
     if any(leaf is not leaves[0] and leaf != leaves[0] for leaf in leaves):
-        raise InputError(
-            f"The blocks of one trace share one call: an argument cannot be each of {leaves!r:.200}."
-        )
+        raise InputError(f"The blocks of one trace share one call: an argument cannot be each of {leaves!r:.200}.")
     return leaves[0]

@@ -69,9 +69,7 @@ class Rows(NamedTuple):
         old = self.of(whole)
         if not isinstance(mine, Tensor) or old is whole or old.shape != mine.shape:
             was = "one tensor for all prompts" if old is whole else described(old)
-            raise AssignmentError(
-                f"This block's rows of the value are {was}; what was assigned is {described(mine)}."
-            )
+            raise AssignmentError(f"This block's rows of the value are {was}; what was assigned is {described(mine)}.")
         if mine.dtype != whole.dtype or mine.device != whole.device:
             raise AssignmentError(
                 f"The value is {whole.dtype} on {whole.device}; what was assigned is {mine.dtype} on {mine.device}."

@@ -82,9 +82,7 @@ class Schedule(SharedBlock):
             self.run.wait(tuple(one.question for one in waits if one.question is not None))
         elif waits:
             others = "; ".join(one.others for one in waits)
-            waits[0].failure = OutOfOrderError(
-                f"No order lets all blocks go on: {others}, which waits as well."
-            )
+            waits[0].failure = OutOfOrderError(f"No order lets all blocks go on: {others}, which waits as well.")
         return bool(waits)
 
     def _start(self) -> None:

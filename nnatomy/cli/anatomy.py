@@ -91,9 +91,7 @@ def standard_names(model: StandardizedTransformer) -> Names:
 
 def _unnumbered(names: list[str]) -> list[str]:
     return list(
-        dict.fromkeys(
-            name.split("[")[0] + "[i]" + name.split("]")[1] if "[" in name else name for name in names
-        )
+        dict.fromkeys(name.split("[")[0] + "[i]" + name.split("]")[1] if "[" in name else name for name in names)
     )
 
 
@@ -123,9 +121,7 @@ def _drawn(root: Node, model: StandardizedTransformer) -> Any:
 
     def line(one: Node) -> Text:
         shapes = ", ".join("x".join(map(str, shape)) for shape in one.shapes.values())
-        text = Text.assemble(
-            (one.name, "bold"), "  " if one.name else "", (f"{one.kind}  {shapes}".rstrip(), "dim")
-        )
+        text = Text.assemble((one.name, "bold"), "  " if one.name else "", (f"{one.kind}  {shapes}".rstrip(), "dim"))
         return text.append("  = " + ", ".join(one.standard), style="green") if one.standard else text
 
     def grow(branch: Tree, one: Node) -> Tree:
@@ -135,6 +131,4 @@ def _drawn(root: Node, model: StandardizedTransformer) -> Any:
 
     sizes = f"{model.num_layers} layers, hidden {model.hidden_size}, vocab {model.dimensions.vocab_size or 'none'}"
     heads = model.dimensions.num_heads
-    return grow(
-        Tree(line(root).append(f"  {sizes}" + (f", {heads} heads" if heads else ""), style="not dim")), root
-    )
+    return grow(Tree(line(root).append(f"  {sizes}" + (f", {heads} heads" if heads else ""), style="not dim")), root)

@@ -41,18 +41,14 @@ def lens(options: argparse.Namespace) -> Report:
         "model": options.model,
         "prompt": options.prompt,
         "tokens": tokens,
-        "layers": [
-            [[{"token": token, "probability": p} for token, p in cell] for cell in row] for row in cells
-        ],
+        "layers": [[[{"token": token, "probability": p} for token, p in cell] for cell in row] for row in cells],
     }
 
     def table(room: int) -> Any:
         return grid("layer", rows, tokens, [[_cell(cell) for cell in row] for row in cells], room)
 
     def drawn() -> str:
-        hover = [
-            ["\n".join(f"{visible(token)}: {p:.1%}" for token, p in cell) for cell in row] for row in cells
-        ]
+        hover = [["\n".join(f"{visible(token)}: {p:.1%}" for token, p in cell) for cell in row] for row in cells]
         figure = heat_map(
             probs[..., 0],
             rows=rows,
@@ -71,6 +67,5 @@ def _cell(tokens: list[tuple[str, float]]) -> Any:
     from rich.text import Text
 
     return Text("\n").join(
-        Text(f"{visible(token)} {p:.0%}", style="bold" if p > 0.5 else "dim" if p < 0.1 else "")
-        for token, p in tokens
+        Text(f"{visible(token)} {p:.0%}", style="bold" if p > 0.5 else "dim" if p < 0.1 else "") for token, p in tokens
     )

@@ -47,9 +47,7 @@ def patch(options: argparse.Namespace) -> Report:
 
         def cell(value: float | None) -> Text:
             shown = "-" if value is None else f"{value:z.2f}"
-            return Text(
-                shown, style="bold" if abs(value or 0) > 0.5 else "dim" if abs(value or 0) < 0.1 else ""
-            )
+            return Text(shown, style="bold" if abs(value or 0) > 0.5 else "dim" if abs(value or 0) < 0.1 else "")
 
         cells = [[cell(value) for value in row] for row in effect]
         return Group(Text(f"{options.point}, {ends}"), Text(""), grid("layer", rows, tokens, cells, room))

@@ -81,9 +81,7 @@ def _console(**options: Any) -> Any:
     return Console(highlight=False, markup=False, emoji=False, **options)
 
 
-def grid(
-    corner: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Any]], room: int
-) -> Any:
+def grid(corner: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Any]], room: int) -> Any:
     """A table of (row, column) cells, rich Texts, in as many parts below each other as `room` columns need."""
     from rich.console import Group
     from rich.table import Table

@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with redirect_stdout(sys.stderr):  # whatever the model's own code prints
-            report: Report = getattr(import_module(f"nnatomy.cli.{options.command}"), options.command)(
-                options
-            )
+            report: Report = getattr(import_module(f"nnatomy.cli.{options.command}"), options.command)(options)
             if options.html:
                 options.html.write_text(page(report), encoding="utf-8")
         _write(f"{json.dumps(report.data, indent=1)}\n" if options.json else text(report))
@@ -62,12 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page too")
     common.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     common.add_argument("--dtype", choices=DTYPES, help="load the weights in this precision")
-    common.add_argument(
-        "--device", type=_device, default="cpu", help="where to run it: cpu, cuda, cuda:1, mps, ..."
-    )
-    common.add_argument(
-        "--trust-remote-code", action="store_true", help="run the model's own code from its repository"
-    )
+    common.add_argument("--device", type=_device, default="cpu", help="where to run it: cpu, cuda, cuda:1, mps, ...")
+    common.add_argument("--trust-remote-code", action="store_true", help="run the model's own code from its repository")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(
         prog="nnatomy",
@@ -78,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=what, description=f"{what[0].upper()}{what[1:]}.", parents=[common]
-        )
+        return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", parents=[common])
 
     add("check", "which standard names hold on the model, layer by layer")
     add("anatomy", "the model's modules, with the standard names beside its own")
@@ -90,13 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     patch = add("patch", "activation patching: where the answer is carried")
     patch.add_argument("clean", metavar="CLEAN", help="the prompt with the answer")
     patch.add_argument("corrupted", metavar="CORRUPTED", help="one of as many tokens with another")
-    patch.add_argument(
-        "--answer", required=True, metavar="X", help="the token after CLEAN, with its space: ' Paris'"
-    )
+    patch.add_argument("--answer", required=True, metavar="X", help="the token after CLEAN, with its space: ' Paris'")
     patch.add_argument("--wrong", required=True, metavar="Y", help="the token after CORRUPTED")
-    patch.add_argument(
-        "--point", default="layers_output", metavar="NAME", help="what is patched (layers_output)"
-    )
+    patch.add_argument("--point", default="layers_output", metavar="NAME", help="what is patched (layers_output)")
     return parser
 
 

@@ -136,9 +136,7 @@ class Block:
             )
         if progress.calls.get(module, 0) > call:
             hint = getattr(question.tap, "hint", lambda _: "")(question.name)
-            return NotReachedError(
-                f"{question} was asked for, but the module has run without computing one.{hint}"
-            )
+            return NotReachedError(f"{question} was asked for, but the module has run without computing one.{hint}")
         in_step = not run.ended or progress.step > question.step
         end = f"step {question.step}" if in_step else "the forward pass"
         return NotReachedError(

@@ -47,11 +47,7 @@ class Progress:
     def place(self, question: Question, slot: Slot | None) -> Place:
         """Where that point lies. `slot` is where the forward pass stands for a block, if it does."""
         module, kind, call, step, _, _ = question
-        if (
-            slot is not None
-            and slot.module is module
-            and (slot.kind, slot.call, slot.step) == (kind, call, step)
-        ):
+        if slot is not None and slot.module is module and (slot.kind, slot.call, slot.step) == (kind, call, step):
             return Place.HERE
         if step < self.step:
             return Place.PASSED
@@ -69,11 +65,7 @@ class Progress:
 
     def never_came(self, question: Question) -> bool:
         """Whether the step of that point is over, and has just not had that call."""
-        return (
-            self.step_is_over
-            and question.step == self.step
-            and self.calls.get(question.module, 0) <= question.call
-        )
+        return self.step_is_over and question.step == self.step and self.calls.get(question.module, 0) <= question.call
 
     def begin_next_step(self) -> None:
         self.step += 1

@@ -38,9 +38,7 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
             before = [_state(submodule) for submodule in module.modules()]
             try:
                 for submodule in module.modules():
-                    submodule._buffers.update(
-                        pytree.tree_map_only(Tensor, mode.from_tensor, submodule._buffers)
-                    )
+                    submodule._buffers.update(pytree.tree_map_only(Tensor, mode.from_tensor, submodule._buffers))
                 with torch.no_grad():
                     return module(*fake_args, **fake_kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:

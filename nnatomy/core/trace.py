@@ -74,9 +74,7 @@ class Trace:
 
     __exit__ = _Exit()
 
-    def _exit(
-        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def _exit(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         block = self.block
         run = block.run
         try:

@@ -42,9 +42,7 @@ class Traceable(ModuleView):
         """
         return self._new_trace(lambda: self.module(*args, **kwargs), early_stop)
 
-    def trace_call(
-        self, function: Callable[..., Any], *args: Any, early_stop: bool = True, **kwargs: Any
-    ) -> Trace:
+    def trace_call(self, function: Callable[..., Any], *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
         """Trace `function(*args, **kwargs)`, which calls the module, once or (generating) many times."""
         return self._new_trace(lambda: function(*args, **kwargs), early_stop)
 

@@ -29,9 +29,7 @@ os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not
 #: Held until a new thread is at work: so long it has its creator's identifier (CPython 3.11), by which `Interruptible`
 #: finds the thread to interrupt.
 starting = Lock()
-os.register_at_fork(
-    before=starting.acquire, after_in_parent=starting.release, after_in_child=starting.release
-)
+os.register_at_fork(before=starting.acquire, after_in_parent=starting.release, after_in_child=starting.release)
 
 
 def start(job: Job) -> None:

@@ -221,9 +221,7 @@ def _laid_out(figure: go.Figure, title: str, y_title: str, height: int) -> go.Fi
 
 
 def _card(results: Results, figure: go.Figure, note: str = "") -> str:
-    plot = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False}
-    )
+    plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
     below = f"<p class=soft>{html.escape(note)}</p>" if note else ""
     return f"<h3>demo:{html.escape(results.name)}</h3>{plot}{below}"
 

@@ -61,8 +61,6 @@ def steering_table(steering: Steering) -> str:
         f"  vector: mean of {steering.source}",
         f"  {'factor':>6}{one:>12}{two:>12}   most probable",
     ]
-    for factor, probs, (token, prob) in zip(
-        steering.factors, steering.probs.tolist(), steering.top, strict=True
-    ):
+    for factor, probs, (token, prob) in zip(steering.factors, steering.probs.tolist(), steering.top, strict=True):
         lines.append(f"  {factor:>6.2f}{probs[0]:>12.1%}{probs[1]:>12.1%}   {show_token(token)} ({prob:.1%})")
     return "\n".join(lines)

@@ -60,9 +60,7 @@ class Patching:
         Raises InputError where the metric is the same of both.
         """
         axes = (1,) * (self.effect.ndim - self.clean.ndim)
-        whole, corrupted = (
-            one.reshape(*one.shape, *axes) for one in (gap(self.clean, self.corrupted), self.corrupted)
-        )
+        whole, corrupted = (one.reshape(*one.shape, *axes) for one in (gap(self.clean, self.corrupted), self.corrupted))
         return (self.effect - corrupted) / whole
 
     def plot(self, pair: int | None = None, *, normalized: bool = True) -> Any:
@@ -231,9 +229,7 @@ class Grid:
     def _heads(self, heads: int | Sequence[int] | str) -> list[int]:
         name, axis = self._runs.accessor.name, self._runs.axes.head
         if axis is None:
-            raise InputError(
-                f"heads={heads!r}: {name} has no axis of heads; heads_output, queries, ... have."
-            )
+            raise InputError(f"heads={heads!r}: {name} has no axis of heads; heads_output, queries, ... have.")
         counts = {layer: value.shape[axis] for layer, value in self._runs.values.items()}
         if len(set(counts.values())) > 1:
             raise InputError(

@@ -82,9 +82,7 @@ def model(name: str, value: Any) -> None:
             if isinstance(value, str)
             else "StandardizedTransformer(model, tokenizer)"
         )
-        raise InputError(
-            f"{name} is a {type(value).__name__}: methods take a StandardizedTransformer, {how}."
-        )
+        raise InputError(f"{name} is a {type(value).__name__}: methods take a StandardizedTransformer, {how}.")
 
 
 CHECKS: dict[str, Check] = {

@@ -62,8 +62,5 @@ def by_length(inputs: Mapping[str, Any], size: int | None) -> Iterator[Part]:
         return
     for prompts in batches(mask.sum(1).tolist(), size):
         first = int(mask[prompts].any(0).nonzero()[0])
-        cut = {
-            name: value[prompts, first:] if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        cut = {name: value[prompts, first:] if isinstance(value, Tensor) else value for name, value in inputs.items()}
         yield Part(prompts, cut, [*range(len(prompts))], [mask.shape[1] - first] * len(prompts))

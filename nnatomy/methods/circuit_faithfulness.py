@@ -101,13 +101,9 @@ def circuit_faithfulness(
     if tuple(graph.sources) != attribution.sources or tuple(graph.destinations) != attribution.destinations:
         raise InputError("The scores are of another model: their nodes are not this one's.")
     count = int(graph.edges.sum())
-    sizes = (
-        [0, *(2**n for n in range(count.bit_length())), count] if sizes is None else numbers("sizes", sizes)
-    )
+    sizes = [0, *(2**n for n in range(count.bit_length())), count] if sizes is None else numbers("sizes", sizes)
     if wrong := [size for size in sizes if not 0 <= size <= count]:
-        raise InputError(
-            f"sizes={sizes}: {wrong[0]} edges cannot be kept, there are {count} (sizes: 0 to {count})."
-        )
+        raise InputError(f"sizes={sizes}: {wrong[0]} edges cannot be kept, there are {count} (sizes: 0 to {count}).")
     one, other = (run(model, graph, inputs) for inputs in (pairs.clean, pairs.corrupted))
     metrics = [
         measured(metric, _circuit(model, graph, pairs, one, other, attribution.kept(size))).cpu()
@@ -137,8 +133,7 @@ def _circuit(
     count = len(pairs.mask)
     copies = max(len(graph.readers(i)) + layer.mlp for i, layer in enumerate(graph.layers))
     inputs: dict[str, Any] = {
-        name: x.repeat(copies, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else x
-        for name, x in pairs.clean.items()
+        name: x.repeat(copies, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else x for name, x in pairs.clean.items()
     }
     sources, destinations = list(graph.sources), list(graph.destinations)
     changes = {"embeddings": clean.written["embeddings"] - corrupted.written["embeddings"]}

@@ -26,9 +26,7 @@ Points = str | Sequence[str] | Mapping[str, int | Sequence[int] | None]
 Positions = str | int | Sequence[int] | Callable[[list[int]], Sequence[int]]
 
 #: The names whose values are numbers of (batch, seq, ...).
-NAMES = tuple(
-    row.name for row in TABLE if row.part != "model" and row.axes[:2] == ("batch", "seq") and not row.integer
-)
+NAMES = tuple(row.name for row in TABLE if row.part != "model" and row.axes[:2] == ("batch", "seq") and not row.integer)
 
 
 @overload
@@ -132,14 +130,11 @@ def collect_activations(
     if isinstance(prompts, (str, Prompt)):
         prompts = [prompts]
     if isinstance(prompts, Mapping):
-        raise InputError(
-            "prompts is a mapping: give a list of prompts; one of them may be {'input_ids': ids}."
-        )
+        raise InputError("prompts is a mapping: give a list of prompts; one of them may be {'input_ids': ids}.")
     total = len(prompts) if isinstance(prompts, Sized) else None
     of_encoder = wanted[0][0].of_encoder
     selections = (
-        _selection(model, prompt, positions, of_encoder, f"prompts[{i}]")
-        for i, prompt in enumerate(_each(prompts))
+        _selection(model, prompt, positions, of_encoder, f"prompts[{i}]") for i, prompt in enumerate(_each(prompts))
     )
     reader = Reader(model, wanted, batch_size, dtype, device)
     with tqdm(total=total, unit="prompt", disable=not progress) as bar:
@@ -154,9 +149,7 @@ def collect_activations(
             "dtype": str(dtype),
             "prompts per shard": prompts_per_shard,
         }
-        writer = StoreWriter(
-            Path(folder), settings, one_row_each=positions == "last" or isinstance(positions, int)
-        )
+        writer = StoreWriter(Path(folder), settings, one_row_each=positions == "last" or isinstance(positions, int))
         while window := list(islice(selections, prompts_per_shard)):
             contents = [(one.tokens.key, one.positions) for one in window]
             if writer.has_next(contents):
@@ -172,11 +165,7 @@ def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
     names = [points] if isinstance(points, str) else list(points)
     wanted = []
     for name in names:
-        if (
-            not isinstance(name, str)
-            or name.removeprefix("encoder_") not in NAMES
-            or not hasattr(model, name)
-        ):
+        if not isinstance(name, str) or name.removeprefix("encoder_") not in NAMES or not hasattr(model, name):
             raise InputError(
                 f"{name!r} is no name with values by position; there are {', '.join(NAMES)}, and of an encoder "
                 "encoder_layers_output and its like."
@@ -205,9 +194,7 @@ def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
 def _each(prompts: Iterable[Any]) -> Iterator[Any]:
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, int):
-            raise InputError(
-                f"prompts[{i}] is {prompt}: for one prompt's token ids, give a list of it, [ids]."
-            )
+            raise InputError(f"prompts[{i}] is {prompt}: for one prompt's token ids, give a list of it, [ids].")
         if isinstance(prompt, Mapping):
             names = [name for name in ("input_ids", "text") if name in prompt]
             if not names:
@@ -232,9 +219,7 @@ def _selection(
     chosen = positions(read) if callable(positions) else positions
     if isinstance(chosen, str):
         if chosen not in ("last", "all"):
-            raise InputError(
-                f"positions={chosen!r}: give 'last', 'all', indices, or a function from ids to indices."
-            )
+            raise InputError(f"positions={chosen!r}: give 'last', 'all', indices, or a function from ids to indices.")
         chosen = range(len(read)) if chosen == "all" else -1
     if hasattr(chosen, "__len__") and not len(chosen):
         raise InputError(f"positions: none of {name} was chosen; leave such prompts out.")

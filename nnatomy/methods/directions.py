@@ -33,9 +33,7 @@ def pca(
     so that the differences' mean does not drop out; here each is taken in both orders. The sign is that of the mean.
     """
     if len(positive) != len(negative):
-        raise InputError(
-            f"pca takes pairs; there are {len(positive)} positive and {len(negative)} negative examples."
-        )
+        raise InputError(f"pca takes pairs; there are {len(positive)} positive and {len(negative)} negative examples.")
     return _scaled(torch.linalg.svd(positive - negative, full_matrices=False).Vh[0], positive, negative)
 
 

@@ -118,9 +118,7 @@ def edge_attribution(
     graph = graph_of(model, pairs.clean)
     one, other = (run(model, graph, inputs) for inputs in (pairs.clean, pairs.corrupted))
     mask = pairs.mask[:, :, None]
-    changes = torch.stack(
-        [(one.written[name] - other.written[name]).float().to(mask.device) for name in graph.sources]
-    )
+    changes = torch.stack([(one.written[name] - other.written[name]).float().to(mask.device) for name in graph.sources])
     changes = changes * mask
     with torch.no_grad(), model.trace(**pairs.clean, use_cache=False):
         start = model.token_embeddings
@@ -146,9 +144,7 @@ def _slopes(
     model: StandardizedTransformer, graph: Graph, inputs: dict[str, Any], embeddings: Tensor, metric: Metric
 ) -> dict[str, Float[Tensor, "prompt seq hidden"]]:
     """The gradient of the metric with respect to the stream as each destination reads it."""
-    read: dict[
-        str, tuple[Tensor, Tensor, int | None]
-    ] = {}  # by destination: the stream, what comes of it, which head
+    read: dict[str, tuple[Tensor, Tensor, int | None]] = {}  # by destination: the stream, what comes of it, which head
     with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         model.token_embeddings = embeddings.detach().requires_grad_().clone()
         for i, layer in enumerate(graph.layers):
@@ -171,8 +167,6 @@ def _slopes(
     for name, (stream, one, head) in read.items():
         along = by_value[id(one)]
         if head is not None:
-            along = torch.zeros_like(along).index_copy_(
-                1, torch.tensor([head], device=along.device), along[:, [head]]
-            )
+            along = torch.zeros_like(along).index_copy_(1, torch.tensor([head], device=along.device), along[:, [head]])
         slopes[name] = torch.autograd.grad(one, stream, along, retain_graph=True)[0]
     return slopes

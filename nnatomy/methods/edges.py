@@ -75,9 +75,7 @@ class Graph:
         names = []
         for kind, count in zip("qkv", layer.heads, strict=True):
             share = layer.heads[0] // count
-            spans = [
-                f"H{h * share}" if share == 1 else f"H{h * share}-{(h + 1) * share - 1}" for h in range(count)
-            ]
+            spans = [f"H{h * share}" if share == 1 else f"H{h * share}-{(h + 1) * share - 1}" for h in range(count)]
             names += [f"L{i}{span}.{kind}" for span in spans]
         return names
 
@@ -96,8 +94,7 @@ def graph_of(model: StandardizedTransformer, inputs: dict[str, Any]) -> Graph:
     with torch.enable_grad(), model.trace(**inputs, use_cache=False):
         for i in range(model.num_layers):
             mixes, mlp, mid = (
-                has(accessor, i)
-                for accessor in (model.mixers_contribution, model.mlps_contribution, model.layers_mid)
+                has(accessor, i) for accessor in (model.mixers_contribution, model.mlps_contribution, model.layers_mid)
             )
             if not mixes and not mlp:
                 model.mixers_contribution.module(i)  # raises, with the reason

@@ -19,8 +19,6 @@ def ends(model: StandardizedTransformer) -> Float[Tensor, "batch end"]:
     return end[:, -1].to(model.device)  # methods pad on the left
 
 
-def end_logits(
-    model: StandardizedTransformer, end: Float[Tensor, "*rows end"]
-) -> Float[Tensor, "*rows vocab"]:
+def end_logits(model: StandardizedTransformer, end: Float[Tensor, "*rows end"]) -> Float[Tensor, "*rows vocab"]:
     """The logits at the last position, of what `ends` gave."""
     return model._head(end) if by_stream(model) else end

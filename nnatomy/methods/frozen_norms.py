@@ -55,9 +55,7 @@ def _layer_norm(
     return normed if bias is None else normed + bias
 
 
-def _rms_norm(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     axes = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     normed = input * (input.square().mean(axes, keepdim=True) + eps).rsqrt().detach()

@@ -84,9 +84,7 @@ class Pairs:
     of_encoder: bool
 
     @classmethod
-    def of(
-        cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output"
-    ) -> Pairs:
+    def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output") -> Pairs:
         """The positions are those of what the layers at `point` read: an encoder-decoder's decoder, or its encoder.
 
         Raises InputError unless each clean prompt has as many tokens as its corrupted one.
@@ -176,9 +174,7 @@ def measured(metric: Metric, logits: Float[Tensor, "prompt vocab"]) -> Float[Ten
     """The metric. Raises InputError unless it is one number for each prompt."""
     value = metric(logits)
     if not isinstance(value, Tensor) or value.shape != logits.shape[:1]:
-        is_ = (
-            f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        )
+        is_ = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InputError(
             f"A metric takes logits of (prompt, vocab) and returns one number for each prompt: a tensor of "
             f"({len(logits)},). It returned {is_}."

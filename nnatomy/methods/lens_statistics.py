@@ -133,9 +133,7 @@ def lens_statistics(
     inputs = model.prepare(plain(prompts))
     ids = ids_of(inputs)
     if ids is None:
-        raise InputError(
-            "lens_statistics names the tokens of its prompts: give texts or token ids, not inputs_embeds."
-        )
+        raise InputError("lens_statistics names the tokens of its prompts: give texts or token ids, not inputs_embeds.")
     if top_k > model.vocab_size:
         raise InputError(f"top_k={top_k}: the model has {model.vocab_size} tokens.")
     where = positions_from_end(inputs, "all")
@@ -210,9 +208,7 @@ def _targets(
         return None, as_they_are
     each: list[Any] = [targets] * len(where) if isinstance(targets, (str, int)) else list(targets)
     if len(each) != len(where):
-        raise InputError(
-            f"There are {len(where)} prompts and {len(each)} targets: give one for all, or one each."
-        )
+        raise InputError(f"There are {len(where)} prompts and {len(each)} targets: give one for all, or one each.")
     tokens = [get_first_tokens(one, model, True)[0] if isinstance(one, str) else one for one in each]
     tokens = token_ids(list(tokens), model).tolist()
     spellings = [

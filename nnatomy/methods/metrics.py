@@ -81,17 +81,13 @@ def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
     reference = reference_logits.log_softmax(-1)
 
     def metric(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
-        if reference.shape[-1] != logits.shape[-1] or (
-            reference.ndim == 2 and len(reference) not in (1, len(logits))
-        ):
+        if reference.shape[-1] != logits.shape[-1] or (reference.ndim == 2 and len(reference) not in (1, len(logits))):
             raise InputError(
                 f"The reference's logits are of {tuple(reference.shape)}, the run's of {tuple(logits.shape)}: give one for all rows, "
                 "or one for each."
             )
         ours = reference.to(logits)
-        return (ours.exp() * (ours - logits.log_softmax(-1)).nan_to_num()).sum(
-            -1
-        )  # -inf - -inf: no share in it
+        return (ours.exp() * (ours - logits.log_softmax(-1)).nan_to_num()).sum(-1)  # -inf - -inf: no share in it
 
     return metric
 
@@ -108,9 +104,7 @@ class Answers:
     def __init__(self, answer: Answer, model: StandardizedTransformer | None = None) -> None:
         if model is not None:
             check_model("model", model)
-        answers: list[Any] = (
-            [answer] if not isinstance(answer, Iterable) or isinstance(answer, str) else list(answer)
-        )
+        answers: list[Any] = [answer] if not isinstance(answer, Iterable) or isinstance(answer, str) else list(answer)
         if not answers:
             raise InputError("There is no answer: give a token id or a text of one token.")
         vocab = None if model is None else model.dimensions.vocab_size
@@ -122,16 +116,12 @@ class Answers:
             for one, token in zip(answers, self.ids, strict=True)
         ]
 
-    def of(
-        self, values: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]
-    ) -> Float[Tensor, " batch"]:
+    def of(self, values: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         """Each row's value of its answer."""
         if values.ndim != 2:
             raise InputError(f"A metric takes logits of (batch, vocab); got {tuple(values.shape)}.")
         if len(self.ids) not in (1, len(values)):
-            raise InputError(
-                f"{len(self.ids)} answers for {len(values)} rows of logits: give one, or one for each."
-            )
+            raise InputError(f"{len(self.ids)} answers for {len(values)} rows of logits: give one, or one for each.")
         if int(self.ids.max()) >= values.shape[-1]:
             raise InputError(f"There is no token {int(self.ids.max())} among logits of {values.shape[-1]}.")
         for i, spelling in enumerate(self._spellings):
@@ -151,9 +141,7 @@ def _known(token: Any, vocab: int | None) -> int:
     except TypeError:
         raise InputError(f"The answer {token!r} is neither a token id nor a text.") from None
     if token < 0 or (vocab is not None and token >= vocab):
-        raise InputError(
-            f"The answer {token} is no token id{'' if vocab is None else f' of a vocabulary of {vocab}'}."
-        )
+        raise InputError(f"The answer {token} is no token id{'' if vocab is None else f' of a vocabulary of {vocab}'}.")
     return int(token)
 
 

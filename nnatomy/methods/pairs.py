@@ -34,9 +34,7 @@ class Pairs:
     single: bool
 
     @classmethod
-    def of(
-        cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output"
-    ) -> Pairs:
+    def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output") -> Pairs:
         """The positions are those of what the layers at `point` read: an encoder-decoder's decoder, or its encoder.
 
         Raises InputError unless there are as many of both, and the two of each pair have as many tokens.
@@ -107,9 +105,7 @@ class Pairs:
         for position in [] if isinstance(positions, str) else numbers("positions", positions):
             for pair, length in enumerate(self.lengths):
                 if not -length <= position < length:
-                    raise InputError(
-                        f"positions: pair {pair} has {length} tokens; there is no position {position}."
-                    )
+                    raise InputError(f"positions: pair {pair} has {length} tokens; there is no position {position}.")
 
     def texts(self, model: StandardizedTransformer) -> tuple[tuple[str, ...], ...]:
         """Each pair's tokens, padded on the left with ""; "clean|corrupted" where the two differ."""

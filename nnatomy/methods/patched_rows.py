@@ -124,8 +124,7 @@ class PatchedRows:
         if {layer.keys.shape[-2] for layer in layers if layer.is_initialized} != {self._length}:
             raise _WholePromptsError("the model leaves no keys and values of all positions")
         inputs = {
-            name: value if name == "attention_mask" else value[:, before:]
-            for name, value in self._whole(rows).items()
+            name: value if name == "attention_mask" else value[:, before:] for name, value in self._whole(rows).items()
         }
         kept: list[Any] = [_Kept(layer, self._kind[rows[:, 1]], before) for layer in layers]
         return {**inputs, "cache": Cache(layers=kept), "use_cache": True}

@@ -99,9 +99,7 @@ def patchscope_lens(
     wanted = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
     targets = TargetPromptBatch.auto(wanted, count)
     if len(targets) != count:
-        raise InputError(
-            f"There are {count} sources and {len(targets)} target prompts: give one for all, or one each."
-        )
+        raise InputError(f"There are {count} sources and {len(targets)} target prompts: give one for all, or one each.")
     inputs, columns = _prepared(nn_model, targets)
     rows = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(count))
 
@@ -244,12 +242,8 @@ def _refuse_target(model: StandardizedTransformer, name: str) -> None:
 
 def _stacked(latents: Any) -> Float[Tensor, "layer source _"]:
     each = latents if isinstance(latents, (list, tuple)) else [latents]
-    if not all(isinstance(one, Tensor) for one in each) or (
-        len(each) > 1 and len({one.shape for one in each}) > 1
-    ):
-        raise InputError(
-            "latents are a tensor of (layer, source, hidden), or one of (source, hidden) for each layer."
-        )
+    if not all(isinstance(one, Tensor) for one in each) or (len(each) > 1 and len({one.shape for one in each}) > 1):
+        raise InputError("latents are a tensor of (layer, source, hidden), or one of (source, hidden) for each layer.")
     stacked = latents if isinstance(latents, Tensor) else torch.stack(list(latents))
     if stacked.ndim != 3:
         raise InputError(f"latents are of (layer, source, hidden); got {tuple(stacked.shape)}.")

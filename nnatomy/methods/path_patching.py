@@ -137,9 +137,7 @@ def path_patching(
         for one, name in zip(senders, names, strict=True):
             same_layer = end.point == "mlps_contribution" and one.point != "mlps_contribution"
             if end.layer < one.layer + (not same_layer):
-                raise InputError(
-                    f"{end.point}[{end.layer}] comes before {name} or with it, and hears nothing of it."
-                )
+                raise InputError(f"{end.point}[{end.layer}] comes before {name} or with it, and hears nothing of it.")
     paths = _Paths(model, base, source, senders, ends, "logits" in to)
     if positions is not None:
         pairs.all_have(positions)
@@ -160,9 +158,7 @@ def path_patching(
 def _part(model: StandardizedTransformer, name: str, points: Sequence[str]) -> Part:
     match = re.fullmatch(r"(\w+)\[(-?\d+)\](?:\[(-?\d+)\])?", name) if isinstance(name, str) else None
     if match is None or match[1] not in points or (match[3] and axes_of(match[1]).head is None):
-        forms = ", ".join(
-            f"{point}[layer]" + "[head]" * (axes_of(point).head is not None) for point in points
-        )
+        forms = ", ".join(f"{point}[layer]" + "[head]" * (axes_of(point).head is not None) for point in points)
         logits = ", logits" * (points is _RECEIVERS)
         raise InputError(f"{name!r} is none of {forms}{logits}.")
     accessor = getattr(model, match[1])

@@ -40,9 +40,7 @@ def accessor_of(model: StandardizedTransformer, point: str) -> LayerAccessor:
     return accessor
 
 
-def streams_of(
-    model: StandardizedTransformer, accessor: LayerAccessor
-) -> tuple[LayerAccessor, LayerAccessor]:
+def streams_of(model: StandardizedTransformer, accessor: LayerAccessor) -> tuple[LayerAccessor, LayerAccessor]:
     """`layers_input` and `layers_output` of the layers that have the accessor's values: the model's, or its encoder's."""
     part = "encoder_" * accessor.of_encoder
     return getattr(model, f"{part}layers_input"), getattr(model, f"{part}layers_output")

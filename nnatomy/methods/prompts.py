@@ -64,9 +64,7 @@ class Prompt:
             InputError: see `get_first_tokens`.
         """
         if not target_strings:
-            raise InputError(
-                "There are no targets: give words, or a dict of words by the name of each target."
-            )
+            raise InputError("There are no targets: give words, or a dict of words by the name of each target.")
         named = dict(target_strings) if isinstance(target_strings, Mapping) else {"target": target_strings}
         tokens = {target: get_first_tokens(words, tokenizer) for target, words in named.items()}
         return cls(prompt, tokens, named)
@@ -87,18 +85,14 @@ class Prompt:
         """
         if not isinstance(probs, Tensor) or probs.ndim != 3:
             got = tuple(probs.shape) if isinstance(probs, Tensor) else type(probs).__name__
-            raise InputError(
-                f"Probabilities are of (prompt, layer, vocab), as logit_lens gives them; got {got}."
-            )
+            raise InputError(f"Probabilities are of (prompt, layer, vocab), as logit_lens gives them; got {got}.")
         for target, tokens in self.target_tokens.items():
             if wrong := [token for token in tokens if not 0 <= token < probs.shape[2]]:
                 raise InputError(
                     f"Target {target!r} has token {wrong[0]}, outside of a vocabulary of {probs.shape[2]}."
                 )
         where = slice(None) if layer is None else layer
-        return {
-            target: probs[:, where, tokens].sum(-1).cpu() for target, tokens in self.target_tokens.items()
-        }
+        return {target: probs[:, where, tokens].sum(-1).cpu() for target, tokens in self.target_tokens.items()}
 
     @torch.no_grad()
     def run(
@@ -136,9 +130,7 @@ def get_first_tokens(
     """
     tokenizer = getattr(llm_or_tokenizer, "tokenizer", llm_or_tokenizer)
     if tokenizer is None:
-        raise InputError(
-            "Words have tokens only with a tokenizer: StandardizedTransformer(model, tokenizer)."
-        )
+        raise InputError("Words have tokens only with a tokenizer: StandardizedTransformer(model, tokenizer).")
     several("words", words)
     words = [words] if isinstance(words, str) else list(words)
     if wrong := [word for word in words if not isinstance(word, str)]:
@@ -278,9 +270,7 @@ def prepared(model: StandardizedTransformer, prompts: Any, **kwargs: Any) -> dic
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
         return inputs
     if inputs.get("decoder_input_ids") is not None:
-        raise InputError(
-            "The decoder's prompts are padded on the right: give decoder_input_ids of one length."
-        )
+        raise InputError("The decoder's prompts are padded on the right: give decoder_input_ids of one length.")
     model._prompts.check_lengths(mask.sum(1).tolist())
     order = (mask != 0).long().argsort(stable=True, dim=1)
 

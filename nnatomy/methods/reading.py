@@ -77,9 +77,7 @@ class Reader:
             chosen = value[rows.to(value.device), columns.to(value.device)]
             return chosen.to(self.device, self.dtype)
 
-        with self.model.trace(
-            arguments_of([prompt.tokens for prompt in batch]), padding_side="left", use_cache=False
-        ):
+        with self.model.trace(arguments_of([prompt.tokens for prompt in batch]), padding_side="left", use_cache=False):
             found = read_together(self.wanted, keep)
         return list(chain.from_iterable(found))
 

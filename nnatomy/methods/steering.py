@@ -63,9 +63,7 @@ class SteeringVector:
 
     @staticmethod
     @checked
-    def from_pairs(
-        model: StandardizedTransformer, pairs: Iterable[Sequence[Any]], **kwargs: Any
-    ) -> SteeringVector:
+    def from_pairs(model: StandardizedTransformer, pairs: Iterable[Sequence[Any]], **kwargs: Any) -> SteeringVector:
         """From pairs of prompts (positive, negative) that differ in what the vector is to be of.
 
         Args:
@@ -74,19 +72,12 @@ class SteeringVector:
         several("pairs", pairs)
         both = [pairs] if isinstance(pairs, (str, Mapping)) else list(pairs)
         for i, pair in enumerate(both):
-            if (
-                not isinstance(pair, (tuple, list))
-                or len(pair) != 2
-                or isinstance(pair[0], int)
-                or is_chat(pair)
-            ):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or isinstance(pair[0], int) or is_chat(pair):
                 raise InputError(
                     f"pairs[{i}] is {pair!r:.60}: give pairs of prompts, [(positive, negative), ...]. Of prompts that are not in "
                     "pairs: SteeringVector.from_prompts(model, positive, negative)."
                 )
-        return SteeringVector.from_prompts(
-            model, [pair[0] for pair in both], [pair[1] for pair in both], **kwargs
-        )
+        return SteeringVector.from_prompts(model, [pair[0] for pair in both], [pair[1] for pair in both], **kwargs)
 
     @staticmethod
     @checked
@@ -165,9 +156,7 @@ class SteeringVector:
     def normalized(self) -> SteeringVector:
         """With directions of length 1. Raises InputError for one that has none."""
         if zero := [layer for layer, norm in self.norms.items() if not norm > 0]:
-            raise InputError(
-                f"The direction of layer {zero[0]} is zero or not finite, and has no length to be made 1."
-            )
+            raise InputError(f"The direction of layer {zero[0]} is zero or not finite, and has no length to be made 1.")
         return self._with(lambda direction: direction / direction.norm())
 
     def __mul__(self, factor: float | int) -> SteeringVector:
@@ -271,9 +260,7 @@ class SteeringVector:
         )
 
     def _along(self, acts: Activations) -> Float[Tensor, "layer seq"]:
-        return torch.stack(
-            [acts[self.point, layer] @ (one / one.norm()) for layer, one in self.directions.items()]
-        )
+        return torch.stack([acts[self.point, layer] @ (one / one.norm()) for layer, one in self.directions.items()])
 
     @checked
     def plot(self, model: StandardizedTransformer, prompt: Any) -> Any:

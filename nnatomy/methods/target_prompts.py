@@ -52,15 +52,11 @@ class TargetPromptBatch:
         prompts_ = list(prompts_)
         for i, one in enumerate(prompts_):
             if not isinstance(one, TargetPrompt):
-                raise InputError(
-                    f"target prompts[{i}] is {one!r:.60}: give TargetPrompt(prompt, index_to_patch)."
-                )
+                raise InputError(f"target prompts[{i}] is {one!r:.60}: give TargetPrompt(prompt, index_to_patch).")
             whole()(f"target prompts[{i}].index_to_patch", one.index_to_patch)
         if not prompts_:
             raise InputError("There are no target prompts: give at least one.")
-        return cls(
-            [one.prompt for one in prompts_], torch.tensor([int(one.index_to_patch) for one in prompts_])
-        )
+        return cls([one.prompt for one in prompts_], torch.tensor([int(one.index_to_patch) for one in prompts_]))
 
     @classmethod
     def from_target_prompt(cls, prompt: TargetPrompt, batch_size: int) -> TargetPromptBatch:
@@ -163,9 +159,7 @@ def it_repeat_prompt(
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "The tokenizer has no chat template: take repeat_prompt(), or set tokenizer.chat_template."
-        )
+        raise InputError("The tokenizer has no chat template: take repeat_prompt(), or set tokenizer.chat_template.")
     text = repeat_prompt(words, rel, sep, placeholder).prompt
     system = "You are a helpful assistant." if add_user_instr else _TASK
     chat = [{"role": "system", "content": system}] if use_system_prompt else []

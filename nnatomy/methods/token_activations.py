@@ -139,9 +139,7 @@ def collect_token_activations_batched(
         raise InputError("There are no prompts to collect activations of.")
     return torch.cat(
         [
-            get_token_activations(
-                model, prompts[start : start + batch_size], layers, get_activations, idx=idx
-            )
+            get_token_activations(model, prompts[start : start + batch_size], layers, get_activations, idx=idx)
             for start in (starts if tqdm is None else tqdm(starts))
         ],
         dim=1,

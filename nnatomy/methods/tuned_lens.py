@@ -106,9 +106,7 @@ class TunedLens:
         if not texts:
             raise InputError("There are no texts to train the lens on.")
         if steps < 1:
-            raise InputError(
-                f"steps={steps}: take one at least. TunedLens.identity(model) is the untrained lens."
-            )
+            raise InputError(f"steps={steps}: take one at least. TunedLens.identity(model) is the untrained lens.")
         start = start or cls.identity(model)
         start._check(model.num_layers, model.hidden_size)
         parameters = [start.weight.to(model.device, copy=True), start.bias.to(model.device, copy=True)]

@@ -41,9 +41,7 @@ def attention(patterns: Num[Tensor, "head query key"], *, tokens: Sequence[str],
     """
     heads, queries, keys = patterns.shape
     if len(tokens) != keys or queries > keys:
-        raise InputError(
-            f"The patterns are over {queries} queries and {keys} keys; there are {len(tokens)} tokens."
-        )
+        raise InputError(f"The patterns are over {queries} queries and {keys} keys; there are {len(tokens)} tokens.")
     go = graph_objects()
     names = [f"{i} {label(token, 18)}" for i, token in enumerate(tokens)]
     across = min(_IN_A_ROW, heads)
@@ -100,8 +98,7 @@ def _menu(figure: Figure, heads: int, queries: int) -> dict[str, Any]:
         choices.append((f"head {head}", [other == head for other in range(heads)], alone))
     return {
         "buttons": [
-            {"label": name, "method": "update", "args": [{"visible": seen}, change]}
-            for name, seen, change in choices
+            {"label": name, "method": "update", "args": [{"visible": seen}, change]} for name, seen, change in choices
         ],
         "bgcolor": "#f5f7fa",
         "font": {"color": "#1d2330"},

@@ -12,9 +12,7 @@ from nnatomy.plots.labels import label
 from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
 
 
-def bars(
-    values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "", value_name: str = "value"
-) -> Figure:
+def bars(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "", value_name: str = "value") -> Figure:
     """One bar a value, from the top down in the order given; those below zero in another color.
 
     Args:

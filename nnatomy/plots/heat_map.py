@@ -109,9 +109,7 @@ def _check(shape: tuple[int, ...], rows: Sequence[str], columns: Sequence[str], 
         )
     for name, given in cells.items():
         if given is not None and (len(given) != shape[0] or any(len(row) != shape[1] for row in given)):
-            raise InputError(
-                f"{name} is not a list of {shape[0]} rows of {shape[1]} strings, as the values are."
-            )
+            raise InputError(f"{name} is not a list of {shape[0]} rows of {shape[1]} strings, as the values are.")
 
 
 def _hover(
@@ -134,10 +132,7 @@ def _hover(
 
 def _names(title: str, labels: Sequence[str]) -> list[str]:
     """`layer 3`, `position 4: ·France`."""
-    return [
-        f"{label(title)} {i}" + ("" if text == str(i) else f": {label(text)}")
-        for i, text in enumerate(labels)
-    ]
+    return [f"{label(title)} {i}" + ("" if text == str(i) else f": {label(text)}") for i, text in enumerate(labels)]
 
 
 def _wide(texts: Sequence[str], most: int) -> int:

@@ -51,6 +51,5 @@ def lines(text: str) -> str:
 def width(text: str) -> int:
     """How many columns of a fixed font it takes."""
     return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in text
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )

@@ -91,9 +91,7 @@ class LayerAccessor(NotPickled):
         if isinstance(layer, slice):
             layers = range(len(self))[layer]
             if len(value) != len(layers):
-                raise AssignmentError(
-                    f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned."
-                )
+                raise AssignmentError(f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned.")
             for i, one in zip(layers, value, strict=True):
                 self[i] = one
             return
@@ -107,9 +105,7 @@ class LayerAccessor(NotPickled):
         try:
             layer = index(layer)
         except TypeError:
-            raise LayerIndexError(
-                f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced."
-            ) from None
+            raise LayerIndexError(f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.") from None
         if not count:
             raise NotInThisModelError(f"{self.name}: there is none: {self._none}.")
         if not -count <= layer < count:
@@ -291,9 +287,7 @@ def check_fits(name: str, old: Any, new: Any) -> None:
     is_, was = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (old, new))
     mend = []
     if old.shape != new.shape:
-        mend.append(
-            f"give it the shape {tuple(old.shape)} (x.expand({', '.join(map(str, old.shape))}) broadcasts)"
-        )
+        mend.append(f"give it the shape {tuple(old.shape)} (x.expand({', '.join(map(str, old.shape))}) broadcasts)")
     if old.dtype != new.dtype or old.device != new.device:
         mend.append(f"convert it with x.to({str(old.device)!r}, {old.dtype})")
     raise AssignmentError(f"{name} is {is_}; what was assigned is {was}: {' and '.join(mend)}.")

@@ -115,9 +115,7 @@ class AttentionMode(TorchFunctionMode):
         self._weights: dict[int, Tensor] = {}
         self._product: tuple[Tensor, Tensor] | None = None
         self._is_scored = False  # whether the softmax was that of this product
-        self._early: tuple[Tensor, Tensor | None] | None = (
-            None  # values shown before the scores, and what for them
-        )
+        self._early: tuple[Tensor, Tensor | None] | None = None  # values shown before the scores, and what for them
         self._arranged.clear()
 
     def __torch_function__(
@@ -175,9 +173,7 @@ class AttentionMode(TorchFunctionMode):
         if self.module not in _scored_in and (inside := _innermost_module()) is not None:
             _scored_in[self.module] = ref(inside)
 
-    def _score(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor
-    ) -> Tensor:
+    def _score(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor) -> Tensor:
         self._product = left, right
         self._note_where()
         self._weights.clear()  # of a softmax before, which weighs what keys are made of (DeepSeek-V4)
@@ -205,9 +201,7 @@ class AttentionMode(TorchFunctionMode):
             self._weights[id(result)] = result
         return result
 
-    def _weigh(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor
-    ) -> Tensor:
+    def _weigh(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], left: Tensor, right: Tensor) -> Tensor:
         first = id(left) in self._weights
         pattern, value = (left, right) if first else (right, left)
         if self._product is not None and not self._is_scored and first:  # it was another product
@@ -328,11 +322,7 @@ class AttentionMode(TorchFunctionMode):
         if not self._report.awaited(kind):
             return own
         with torch._C.DisableTorchFunction():
-            cut = (
-                own[..., : self._product[1].shape[-1]]
-                if kind == "attention_scores" and self._product
-                else own
-            )
+            cut = own[..., : self._product[1].shape[-1]] if kind == "attention_scores" and self._product else own
             shown = by_head(cut, self._heads)
             if kind == "heads_output":
                 shown = shown.transpose(-3, -2)

@@ -44,9 +44,7 @@ def chat_ids(
         )
     if continue_final_message is None:
         continue_final_message = add_generation_prompt is None and chat[-1]["role"] == "assistant"
-        add_generation_prompt = (
-            not continue_final_message if add_generation_prompt is None else add_generation_prompt
-        )
+        add_generation_prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
     if continue_final_message and add_generation_prompt:
         raise InputError(
             "continue_final_message goes on with the chat's last message, add_generation_prompt begins another one: take one."

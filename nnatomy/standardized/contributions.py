@@ -94,9 +94,7 @@ class _Layer:
                 part = self._part(mixer, {self.attention}, {*self.mixing, self.mlp} - {self.attention})
                 self._show(found, ATTENTIONS, part)
         else:
-            found.absent[ATTENTIONS] = found.absent[MIXERS] = (
-                "it adds nothing of a token mixer's to the stream"
-            )
+            found.absent[ATTENTIONS] = found.absent[MIXERS] = "it adds nothing of a token mixer's to the stream"
         if rest:
             self._show(found, MLPS, self._part(rest[0], {self.mlp}, self.mixing))
         else:
@@ -180,14 +178,10 @@ class _Layer:
         while value.same_as is not None:
             value = value.same_as
         if not value.operands:
-            raise _NoSumError(
-                f"what its parts add is added up, {self._at(summand)}, and cannot be told apart"
-            )
+            raise _NoSumError(f"what its parts add is added up, {self._at(summand)}, and cannot be told apart")
         parts = [(value, which) for which in (0, 1)]
         mine = [
-            part
-            for part in parts
-            if apart != bool(self._origins(self._value(part)) & (others if apart else wanted))
+            part for part in parts if apart != bool(self._origins(self._value(part)) & (others if apart else wanted))
         ]
         if len(mine) != 1:
             raise _NoSumError(f"its parts add to the stream in several places, one is {self._at(summand)}")
@@ -201,9 +195,7 @@ class _Layer:
         if value.operands and not all(self._origins(one) & self.mixers for one in value.inputs):
             raise _NoSumError(f"what its parts add is added up, {self._at(mixer)}, and cannot be told apart")
 
-    def _show_mid(
-        self, found: LayerSums, mixing: list[tuple[Value, int]], rest: list[tuple[Value, int]]
-    ) -> None:
+    def _show_mid(self, found: LayerSums, mixing: list[tuple[Value, int]], rest: list[tuple[Value, int]]) -> None:
         if not mixing or not rest:
             found.absent[MID] = "it has no token mixer and MLP, one after the other"
             return

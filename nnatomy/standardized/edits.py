@@ -52,9 +52,7 @@ class Edits(Names):
                 check_fits(f"skip_with of layer {i}", self.layers_input.get(slot.value), given)
             self._check_recorded(i)
             form = self._head.in_form(layer, skip_with)
-            if not (
-                slot.skipped or isinstance(slot, RowSlot)
-            ):  # else it has been done, or the layer runs for others
+            if not (slot.skipped or isinstance(slot, RowSlot)):  # else it has been done, or the layer runs for others
                 more = self._head.gives_more(layer)
                 if more or leaves_something(slot.value):
                     left = run_aside(layer, slot.value, more and self._head.hands_on(layer))
@@ -64,9 +62,7 @@ class Edits(Names):
     def _check_recorded(self, layer: int) -> None:
         """Raise InputError if the model is to return something of each layer: it has none of one that does not run."""
         collectors = self._blocks.current("skip_layers").run.collectors
-        roots = [
-            one.slot.value[1] for one in collectors if isinstance(one, RootInputs) and one.slot is not None
-        ]
+        roots = [one.slot.value[1] for one in collectors if isinstance(one, RootInputs) and one.slot is not None]
         by = [recorded_by(root, self.config, self.steps_of.config) for root in roots]
         if by and by[0]:
             raise refuse_skip(f"skip_layers of layer {layer}", by[0])
@@ -143,9 +139,7 @@ class Edits(Names):
         if prompts.dtype == torch.bool:
             prompts = prompts.nonzero().flatten()
         prompts = torch.arange(len(hidden))[prompts]  # raises where there is none such
-        wanted = torch.tensor(numbers("token_positions", positions)).reshape(
-            () if is_one(positions) else (-1,)
-        )
+        wanted = torch.tensor(numbers("token_positions", positions)).reshape(() if is_one(positions) else (-1,))
         if batch_index is None or not (prompts.ndim and wanted.ndim):  # else they are taken in pairs
             prompts = prompts.reshape((*prompts.shape, *[1] * wanted.ndim))
         prompts, wanted = torch.broadcast_tensors(prompts, wanted)

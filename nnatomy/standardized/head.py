@@ -167,9 +167,7 @@ class Head:
 class _SkipLayers(Collector):
     """Skip every layer; the last one gives `hidden`."""
 
-    def __init__(
-        self, layers: tuple[Module, ...], hidden: Tensor, in_form: Callable[[Module, Tensor], Any]
-    ) -> None:
+    def __init__(self, layers: tuple[Module, ...], hidden: Tensor, in_form: Callable[[Module, Tensor], Any]) -> None:
         self.modules = set(layers)
         self.kinds = {"input": None}
         self._hidden = hidden

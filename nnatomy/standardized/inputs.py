@@ -146,11 +146,7 @@ class Prompts:
         given["input_ids"] = ids
         self._check_labels(given.get("labels"), mask)
         given = self._with_decoder(given)
-        if (
-            kwargs.get("attention_mask", mask) is None
-            and given.get("position_ids") is not None
-            and mask.all()
-        ):
+        if kwargs.get("attention_mask", mask) is None and given.get("position_ids") is not None and mask.all():
             return _to(given, device)  # several prompts in a row, which the model knows by their positions
         past = cached_positions(given)
         if given.get("attention_mask") is None:
@@ -257,8 +253,7 @@ class Prompts:
             rows = prompts
             if rows.ndim not in (1, 2) or rows.is_floating_point() or rows.dtype == torch.bool:
                 raise InputError(
-                    "Token ids are integers of shape (seq) or (batch, seq); "
-                    f"got {rows.dtype} of {tuple(rows.shape)}."
+                    f"Token ids are integers of shape (seq) or (batch, seq); got {rows.dtype} of {tuple(rows.shape)}."
                 )
             if rows.numel() == 0:
                 raise InputError(f"The prompt is empty: token ids of shape {tuple(rows.shape)}.")
@@ -287,9 +282,7 @@ class Prompts:
         self._check_vocabulary(min(map(min, lists)), max(map(max, lists)))
         return lists
 
-    def padded(
-        self, lists: list[list[int]], seq: int
-    ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    def padded(self, lists: list[list[int]], seq: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         """Ids and mask, padded on the left to `seq` positions."""
         pads = [seq - len(one) for one in lists]
         ids = torch.tensor([[self.pad_token_id] * pad + one for pad, one in zip(pads, lists, strict=True)])

@@ -69,9 +69,7 @@ class JoinPrompts(Joining):
             return self._prompts.token_lists(args[0])  # tensors are made once, of all blocks' together
         return self._prepare(*args, **kwargs)
 
-    def join(
-        self, prepared: Sequence[dict[str, Any] | list[list[int]]]
-    ) -> tuple[Callable[[], Any], list[Rows]]:
+    def join(self, prepared: Sequence[dict[str, Any] | list[list[int]]]) -> tuple[Callable[[], Any], list[Rows]]:
         blocks = [one for one in prepared if isinstance(one, list)]
         if len(blocks) == len(prepared):
             prompts = [prompt for block in blocks for prompt in block]
@@ -129,9 +127,7 @@ class JoinPrompts(Joining):
         now = inputs["attention_mask"].shape[1]
         padding = {"input_ids": self._prompts.pad_token_id}
 
-        def is_of_positions(
-            name: str, value: Any
-        ) -> bool:  # an image may have as many channels as a prompt tokens
+        def is_of_positions(name: str, value: Any) -> bool:  # an image may have as many channels as a prompt tokens
             is_mask = isinstance(value, Tensor) and not value.is_floating_point()
             return is_mask or name in ("inputs_embeds", "attention_mask")
 
@@ -145,9 +141,7 @@ class JoinPrompts(Joining):
         """The sizes that the axes of a tensor of the model's may have."""
         sizes = {size for parameter in self._model.parameters() for size in parameter.shape}
         config = getattr(self._model, "config", None)
-        return (
-            sizes | {value for value in vars(config).values() if isinstance(value, int)} if config else sizes
-        )
+        return sizes | {value for value in vars(config).values() if isinstance(value, int)} if config else sizes
 
 
 def has_labels(names: Iterable[str]) -> bool:

@@ -70,9 +70,7 @@ class Kept:
         for key, before in self._copies.items():
             if self._has_changed(key):
                 with torch.no_grad():
-                    self._tensors[key].detach_().copy_(
-                        before
-                    )  # with no history of the pass that is taken back
+                    self._tensors[key].detach_().copy_(before)  # with no history of the pass that is taken back
 
     def spoil(self) -> None:
         """Make no numbers of what has been written since, so that whatever is computed of it shows that."""

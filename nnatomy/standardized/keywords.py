@@ -109,9 +109,7 @@ class Keywords:
         """Those of them that `generate` has to hand on to the forward: in the first step it has them."""
         if has_decoder(self._causal):
             return set()  # some are the encoder's
-        names = (
-            self.of_forward() - of_generation_config(self._causal) - _CACHES - _OF_TRANSFORMERS - _OF_PROMPTS
-        )
+        names = self.of_forward() - of_generation_config(self._causal) - _CACHES - _OF_TRANSFORMERS - _OF_PROMPTS
         return names.intersection(given) - {"inputs_embeds"} - self._encoded(given)
 
     def _encoded(self, given: Iterable[str]) -> set[str]:
@@ -139,17 +137,14 @@ def of_generation_config(model: Any) -> set[str]:
     return {name for config in configs for name in vars(config) if name[0] != "_"}
 
 
-def _named(
-    function: Callable[..., Any], with_default: bool = False, read: bool = True
-) -> tuple[set[str], bool]:
+def _named(function: Callable[..., Any], with_default: bool = False, read: bool = True) -> tuple[set[str], bool]:
     """The arguments that a function takes by name, or (`read`) may read from its keywords; and whether it has keywords."""
     parameters = list(inspect.signature(function).parameters.values())
     more = any(one.kind is one.VAR_KEYWORD for one in parameters)
     names = {
         one.name
         for one in parameters
-        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-        and not (with_default and one.default is one.empty)
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and not (with_default and one.default is one.empty)
     }
     code = getattr(inspect.unwrap(function), "__code__", None)
     if read and more and code is not None:

@@ -45,9 +45,7 @@ class _Neurons:
         products = self._products(output)
         if EXPERTS in self.routing.shown:
             self._refuse_experts(products)
-        shared = [
-            steps[0] for steps in zip(*(one.stack for one in products), strict=False) if len(set(steps)) == 1
-        ]
+        shared = [steps[0] for steps in zip(*(one.stack for one in products), strict=False) if len(set(steps)) == 1]
         outer = self.layer if self.mlp is None else self.mlp  # (a compiled one has no truth value)
         if outer not in shared:
             raise _NoNeuronsError(f"no matrix of its MLP leads to what {type(outer).__name__} gives")
@@ -84,11 +82,7 @@ class _Neurons:
             raise _NoNeuronsError(self.no_mlp)
 
         def is_far(one: Value) -> bool:
-            return (
-                one.function in MATRIX_PRODUCTS
-                or bool(one.modules & self.mixers)
-                or one is self.record.stream
-            )
+            return one.function in MATRIX_PRODUCTS or bool(one.modules & self.mixers) or one is self.record.stream
 
         found = dict.fromkeys(one for end in ends for one in end.back(is_far))
         products = [one for one in found if one.function in MATRIX_PRODUCTS and not one.modules & self.mixers]
@@ -104,16 +98,12 @@ class _Neurons:
     def _refuse_experts(self, products: list[Value]) -> None:
         why = "it is a mixture of experts, each with neurons of its own"
         routing = {one for one, _ in self.routing.shown.values()}
-        beside = [
-            one for one in products if one not in routing and routing.isdisjoint(one.back(lambda _: False))
-        ]
+        beside = [one for one in products if one not in routing and routing.isdisjoint(one.back(lambda _: False))]
         if beside:
             why += f", and beside them {self._names(beside)}"
         raise _NoNeuronsError(why)
 
     def _names(self, values: list[Value]) -> str:
         paths = {module: path for path, module in self.layer.named_modules() if path}
-        named = [
-            next((paths[m] for m in reversed(one.stack) if m in paths), "its own forward") for one in values
-        ]
+        named = [next((paths[m] for m in reversed(one.stack) if m in paths), "its own forward") for one in values]
         return ", ".join(dict.fromkeys(named))

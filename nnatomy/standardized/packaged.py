@@ -28,9 +28,7 @@ def packaged(name: str) -> Path:
     try:
         found = distribution(package)
     except PackageNotFoundError:
-        raise LoadError(
-            f"demo:{name} is in the package {package}, which is not installed: {install}"
-        ) from None
+        raise LoadError(f"demo:{name} is in the package {package}, which is not installed: {install}") from None
     folder = cache_folder() / f"{name}-{found.version}"
     if folder.is_dir():
         return folder
@@ -57,9 +55,7 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or (
-            "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-        )
+        base = os.environ.get("XDG_CACHE_HOME") or ("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     return Path(base).expanduser() / "nnatomy" / "models"
 
 
@@ -79,9 +75,7 @@ def convert(source: Path, folder: Path) -> None:
 def _gguf(found: Distribution) -> Path:
     files = [Path(str(file.locate())) for file in found.files or () if file.suffix == ".gguf"]
     if len(files) != 1:
-        raise LoadError(
-            f"{found.name} {found.version} has {len(files)} files in the GGUF format, and not one."
-        )
+        raise LoadError(f"{found.name} {found.version} has {len(files)} files in the GGUF format, and not one.")
     return files[0]
 
 

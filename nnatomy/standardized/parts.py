@@ -210,6 +210,4 @@ class Parts(Traceable):
         )
 
     def _view_of(self, module: Module) -> ModuleView:
-        return ModuleView(
-            self._blocks, module, next(p for p, m in self.module.named_modules() if m is module)
-        )
+        return ModuleView(self._blocks, module, next(p for p, m in self.module.named_modules() if m is module))

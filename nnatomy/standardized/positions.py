@@ -136,7 +136,9 @@ def is_one(given: Any) -> bool:
 
 
 def _no_such(prompt: int, count: int, position: int) -> str:
-    return f"prompt {prompt} has {count} tokens, at 0 to {count - 1} (or -{count} to -1); there is no position {position}."
+    return (
+        f"prompt {prompt} has {count} tokens, at 0 to {count - 1} (or -{count} to -1); there is no position {position}."
+    )
 
 
 # In a trace.
@@ -206,9 +208,7 @@ class OwnPositions:
         return self.own if at >= 0 else self._to_end
 
 
-def own_positions(
-    model: Any, name: str, shape: Sequence[int | None], of_encoder: bool = False
-) -> OwnPositions:
+def own_positions(model: Any, name: str, shape: Sequence[int | None], of_encoder: bool = False) -> OwnPositions:
     """In a trace: of a value of (batch, seq, ...), or of what the step computes where seq is None.
 
     Args:

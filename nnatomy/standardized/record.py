@@ -155,9 +155,7 @@ class Record(TorchFunctionMode):
         for leaf, tensor in enumerate(results):
             if isinstance(tensor, Tensor) and (changes or not any(tensor is one.tensor for one in inputs)):
                 run = runs.get(get_ident())
-                value = Value(
-                    tensor, name, inputs, tuple(module for module, *_ in run.progress.stack) if run else ()
-                )
+                value = Value(tensor, name, inputs, tuple(module for module, *_ in run.progress.stack) if run else ())
                 at = at or where()
                 value.leaf, value.where, value.places = leaf, at, places
                 if operands and all(operand.numel() == tensor.numel() for operand in operands):
@@ -228,7 +226,5 @@ class LayerSums:
                 self.absent[name] = "it is computed in a loop"
                 continue
             self.add(name, value, place)
-            tensor = (
-                value.tensor if isinstance(place, Result) else value.inputs[value.places.index(place)].tensor
-            )
+            tensor = value.tensor if isinstance(place, Result) else value.inputs[value.places.index(place)].tensor
             self.values[name] = tensor.reshape(*record.stream.tensor.shape[:2], -1).clone()

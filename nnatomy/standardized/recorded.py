@@ -42,9 +42,7 @@ def recorded_by(arguments: Mapping[str, Any], *configs: Any) -> str | None:
     """The name of the first argument, or setting of a config, by which something of each layer is recorded."""
     settings = {name: any(getattr(one, name, False) for one in configs) for name in _OF_CONFIGS}
     given = {
-        name: value
-        for name, value in arguments.items()
-        if name.startswith("output_") and name not in _OF_GENERATE
+        name: value for name, value in arguments.items() if name.startswith("output_") and name not in _OF_GENERATE
     }
     return next((name for name, value in (settings | given).items() if value not in (None, False)), None)
 
@@ -176,10 +174,7 @@ def _records_now() -> list[list[Any]]:
 
 def _records(module: Module) -> bool:
     """Whether something is recorded by a hook on that module."""
-    return any(
-        getattr(hook, "__module__", "") == output_capturing.__name__
-        for hook in module._forward_hooks.values()
-    )
+    return any(getattr(hook, "__module__", "") == output_capturing.__name__ for hook in module._forward_hooks.values())
 
 
 def _put(old: Tensor, new: Tensor) -> bool:

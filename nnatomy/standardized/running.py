@@ -123,9 +123,7 @@ class Running(Parts):
             self._refuse_right_padding(inputs.get("attention_mask"))
             if "position_ids" not in given:
                 inputs.pop("position_ids", None)  # generate makes its own, for every step
-            if not masked and (
-                past := cached_positions(inputs)
-            ):  # generate is given the prompt with its past
+            if not masked and (past := cached_positions(inputs)):  # generate is given the prompt with its past
                 inputs["attention_mask"] = inputs["attention_mask"][:, past:]
             if "decoder_input_ids" not in given:
                 inputs.pop("decoder_input_ids", None)
@@ -136,9 +134,7 @@ class Running(Parts):
         return self._trace(call, prompts, early_stop, kwargs, given)
 
     @_at_the_users_line
-    def generate_text(
-        self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> str | list[str]:
+    def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
         """The text that the model generates after prompts, with its lasting edits if it has any.
 
         Args:
@@ -182,9 +178,7 @@ class Running(Parts):
 
         def known(inputs: dict[str, Any]) -> Callable[[], Any]:
             given.mask, given.untold = inputs.get("attention_mask"), untold(inputs)
-            given.seq = (
-                given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
-            )
+            given.seq = given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
             return undone_unless_it_returns(call(inputs), inputs)
 
         early_stop = early_stop and self._shards.can_be_left

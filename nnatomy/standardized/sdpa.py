@@ -66,11 +66,7 @@ def sdpa_scores(
     In float32 at least, as its kernels have them: products of large queries and keys are off by more than 1 in half precision,
     and larger than float16 goes.
     """
-    scores = (
-        wide(query)
-        @ wide(key).transpose(-2, -1)
-        * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    )
+    scores = wide(query) @ wide(key).transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
@@ -78,9 +74,7 @@ def sdpa_scores(
     return scores
 
 
-def sdpa_pattern(
-    scores: Float[Tensor, "*#batch query key"], is_masked: bool
-) -> Float[Tensor, "*#batch query key"]:
+def sdpa_pattern(scores: Float[Tensor, "*#batch query key"], is_masked: bool) -> Float[Tensor, "*#batch query key"]:
     """softmax(scores). A row whose every key is masked is zero in SDPA, and here."""
     pattern = scores.softmax(-1)
     if is_masked:

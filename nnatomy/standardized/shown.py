@@ -125,9 +125,7 @@ class ShowMode(TorchFunctionMode):
         if torch.compiler.is_compiling():  # which looks into this method, too
             return func(*args, **kwargs)
         if self._replaced and any(id(leaf) in self._replaced for leaf in leaves_of(args, kwargs)):
-            args, kwargs = pytree.tree_map(
-                lambda leaf: self._replaced.get(id(leaf), (leaf, leaf))[1], (args, kwargs)
-            )
+            args, kwargs = pytree.tree_map(lambda leaf: self._replaced.get(id(leaf), (leaf, leaf))[1], (args, kwargs))
         shown = self._shown.get(at) if func.__name__ in self._functions and (at := where()) else None
         if not shown:
             return func(*args, **kwargs)

@@ -139,9 +139,7 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
-                raise InputError(
-                    f"{', '.join(kwargs)}: arguments of from_pretrained, but the model is already loaded."
-                )
+                raise InputError(f"{', '.join(kwargs)}: arguments of from_pretrained, but the model is already loaded.")
             hf_model = model
             if not hasattr(hf_model, "config"):
                 raise InputError(
@@ -277,9 +275,7 @@ class StandardizedTransformer(NotPickled, Running, Values, Edits):
         """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""
         known = self.__dict__.get(name)
         if isinstance(known, LayerAccessor) and not isinstance(value, LayerAccessor):
-            raise AssignmentError(
-                f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...]."
-            )
+            raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
         if not (name.startswith("_") or known is not None or hasattr(type(self), name)):
             if name in self.module._modules:
                 raise AssignmentError(f"{name} is a module: assign its value, {name}.output = ...")

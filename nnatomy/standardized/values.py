@@ -33,9 +33,7 @@ class Values(Parts):
         tokens = tokens_of(arguments)
         if arguments.get("attention_mask") is not None or tokens is None:
             return self._root_input("attention_mask")
-        return torch.ones(
-            len(tokens), length, dtype=torch.long, device=tokens.device
-        )  # generate leaves it out then
+        return torch.ones(len(tokens), length, dtype=torch.long, device=tokens.device)  # generate leaves it out then
 
     @property
     def input_size(self) -> torch.Size:
@@ -116,9 +114,7 @@ class Values(Parts):
         own = own_positions(self, "next_token_probs", (len(logits), None))
         if bool((own.own[:, -1] >= 0).all()):
             return logits[:, -1].softmax(-1)
-        column = (
-            own.last - own.own.shape[1] + logits.shape[1]
-        )  # generate, and logits_to_keep, have the last ones alone
+        column = own.last - own.own.shape[1] + logits.shape[1]  # generate, and logits_to_keep, have the last ones alone
         if bool((column < 0).any()):
             raise InputError(
                 f"next_token_probs: the model gave the logits of the last {logits.shape[1]} positions alone, behind which "
@@ -139,8 +135,7 @@ class Values(Parts):
             )
         if hidden_state.shape[-1:] != (self.hidden_size,):
             raise InputError(
-                f"project_on_vocab takes hidden states of width {self.hidden_size}; "
-                f"got {tuple(hidden_state.shape)}."
+                f"project_on_vocab takes hidden states of width {self.hidden_size}; got {tuple(hidden_state.shape)}."
             )
         return self._head(hidden_state)
 
@@ -159,15 +154,10 @@ class Values(Parts):
         if isinstance(hidden_state, Tensor) and hidden_state.ndim not in (1, 2):
             raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")
         if self.tokenizer is None:
-            raise InputError(
-                "Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer)."
-            )
+            raise InputError("Tokens have names only with a tokenizer: StandardizedTransformer(model, tokenizer).")
         top = self.project_on_vocab(hidden_state).softmax(-1).topk(k, dim=-1)
         indices, values = top.indices.reshape(-1, k).tolist(), top.values.reshape(-1, k).tolist()
-        rows = [
-            dict(zip(self._named(ids), probs, strict=True))
-            for ids, probs in zip(indices, values, strict=True)
-        ]
+        rows = [dict(zip(self._named(ids), probs, strict=True)) for ids, probs in zip(indices, values, strict=True)]
         return rows[0] if hidden_state.ndim == 1 else rows
 
     def _named(self, ids: list[int]) -> list[str]:

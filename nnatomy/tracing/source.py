@@ -103,10 +103,7 @@ class Source(Values):
         return iter(self._list())
 
     def __str__(self) -> str:
-        rows = [
-            (str(call.line), call.name, ", ".join(str(tuple(s)) for s in call.shapes), call.text)
-            for call in self
-        ]
+        rows = [(str(call.line), call.name, ", ".join(str(tuple(s)) for s in call.shapes), call.text) for call in self]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows)
 

@@ -136,21 +136,15 @@ class Traceable(ModuleView, core.Traceable):
     def _free_name(self, name: str | None, module: Module) -> str:
         taken, base = dir(self), type(module).__name__.lower()
         if name in taken:
-            raise UsageError(
-                f"attach(..., name={name!r}): the view has something of that name: give another."
-            )
-        return name or next(
-            one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken
-        )
+            raise UsageError(f"attach(..., name={name!r}): the view has something of that name: give another.")
+        return name or next(one for one in chain([base], (f"{base}_{i}" for i in count(1))) if one not in taken)
 
     def _point(self, point: str | ModuleView) -> Point:
         if isinstance(point, ModuleView):
             point = f"{point.path}.output"
         path, _, kind = point.rpartition(".")
         if kind not in ("input", "output"):
-            raise UsageError(
-                f"{point!r} is no point: give a path and .input or .output, such as 'layers.3.output'."
-            )
+            raise UsageError(f"{point!r} is no point: give a path and .input or .output, such as 'layers.3.output'.")
         module = self[path].module if path else self.module
         return Point(point, module, kind, first_tensor, with_first_tensor)
 

@@ -69,9 +69,7 @@ class Algebra(Collector):
             if layer in self._inputs and layer in self._outputs:
                 self._add_up(i, self._found[layer], self._inputs[layer], self._outputs[layer], "as read")
             else:
-                self._refuse(
-                    i, "layers_input or layers_output is refused here, so that nothing adds up", *SUMS
-                )
+                self._refuse(i, "layers_input or layers_output is refused here, so that nothing adds up", *SUMS)
         for accessor in self.accessors.values():
             if any(accessor.modules):
                 self.kinds[accessor.kind] = accessor.tap

@@ -66,9 +66,7 @@ class CrossAttentions:
                 f"has rows that do not sum to 1, off by {off:.3g}",
                 off,
             )
-            self._note(
-                i, bool((pattern >= 0).all()), f"has entries below 0, down to {float(pattern.min()):.3g}"
-            )
+            self._note(i, bool((pattern >= 0).all()), f"has entries below 0, down to {float(pattern.min()):.3g}")
 
     def _note(self, layer: int, holds: bool, why: str, error: float | None = None) -> None:
         self._expect(holds, self._patterns.name, layer, why, error)

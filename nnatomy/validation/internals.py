@@ -114,9 +114,7 @@ class Internals:
                     self._close(one, layer, f"{' times '.join(factors)} is not {name}", own, values[name])
             total = ROWS[name].sums_to
             if total in values:
-                self._close(
-                    name, layer, f"its sum is not {total}", _product(values, (name,), total), values[total]
-                )
+                self._close(name, layer, f"its sum is not {total}", _product(values, (name,), total), values[total])
 
     def _close(self, name: str, layer: int, what: str, one: Tensor, other: Tensor) -> None:
         off = self._off(one, other)
@@ -195,9 +193,7 @@ class Internals:
             return
         queries, keys = seen("queries")[1], seen("keys")[1]
         times = queries.shape[0] // keys.shape[0]
-        there = (
-            torch.minimum(clean, now) > -1e4
-        ).cpu()  # what is masked does not move, nor shows what it would be
+        there = (torch.minimum(clean, now) > -1e4).cpu()  # what is masked does not move, nor shows what it would be
         change = torch.where(there, (now - clean).float().cpu(), 0.0)
         of_query = (written["queries"][1] - queries)[:, -1:] @ keys.repeat_interleave(times, 0).mT
         of_key = queries @ (written["keys"][1] - keys)[:, :1].repeat_interleave(times, 0).mT
@@ -217,9 +213,7 @@ class Internals:
 
     def _moved(self, name: str, layer: int, written: dict[str, Tensor], now: Tensor, clean: Tensor) -> None:
         if name in written:
-            self._expect(
-                not torch.equal(now, clean), name, layer, "writing it changes nothing that comes of it"
-            )
+            self._expect(not torch.equal(now, clean), name, layer, "writing it changes nothing that comes of it")
 
     @staticmethod
     def _changed(name: str, clean: Tensor) -> Tensor:
@@ -249,9 +243,7 @@ def _product(values: dict[str, Tensor], factors: Sequence[str], name: str) -> Te
     """What these give, by the names of their axes, for that name."""
     heads = max(values[one].shape[1] for one in factors)
     each = (
-        values[one].repeat_interleave(heads // values[one].shape[1], 1)
-        if "kv_head" in ROWS[one].axes
-        else values[one]
+        values[one].repeat_interleave(heads // values[one].shape[1], 1) if "kv_head" in ROWS[one].axes else values[one]
         for one in factors
     )
     return torch.einsum(equation(factors, name), *(one.float() for one in each))

@@ -71,9 +71,7 @@ class Neurons(Collector):
         for layer, i in self._layers.items():
             if why := self._why_not(layer):
                 self.accessor.refuse(i, f"none that passes validation: {why}")
-        changed = {
-            layer for layer, new, before in self._seen if new.is_inference() or versions(new) != before
-        }
+        changed = {layer for layer, new, before in self._seen if new.is_inference() or versions(new) != before}
         self.accessor.changed_later = changed
 
     def _why_not(self, layer: Module) -> str:

@@ -29,9 +29,7 @@ def check_pattern(
     rows = pattern.float().sum(-1)
     slack = slack_of_sums(pattern.dtype)
     expect(bool((pattern >= 0).all()), f"has entries below 0, down to {float(pattern.min()):.3g}")
-    expect(
-        bool((rows <= 1 + slack).all()), f"has rows that sum to more than 1, up to {float(rows.max()):.5g}"
-    )
+    expect(bool((rows <= 1 + slack).all()), f"has rows that sum to more than 1, up to {float(rows.max()):.5g}")
     if not any("sink" in parameter for parameter, _ in attention.named_parameters()):
         least = f"has rows that sum to less than 1, down to {float(rows.min()):.5g}, and no attention sink"
         expect(bool((rows >= 1 - slack).all()), least)

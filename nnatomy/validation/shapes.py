@@ -46,9 +46,7 @@ def validate_shapes(model: Any) -> Report:
         for i, module in enumerate(accessor.modules):
             if module is not None:
                 seen = shapes.seen.get((module, accessor.kind), [])
-                findings.expect(
-                    len(seen) == 1, name, i, f"fires {len(seen)} times in a forward pass, not once"
-                )
+                findings.expect(len(seen) == 1, name, i, f"fires {len(seen)} times in a forward pass, not once")
                 if name in MODULES and len(seen) == 1:
                     findings.expect(seen == [hidden], name, i, f"is {seen[0]}, not {hidden}")
     report = report_of(model, findings, "unverified")

@@ -65,9 +65,7 @@ def check_untraced(passes: Passes, reading: Reading) -> None:
     passes.expect(off <= bound, "reading", None, f"it changes {what}, by {off:.1e} (relative)", off)
 
 
-def _off_padded(
-    passes: Passes, output: Callable[[Any], Tensor], whole: Tensor, bound: float
-) -> tuple[float, bool]:
+def _off_padded(passes: Passes, output: Callable[[Any], Tensor], whole: Tensor, bound: float) -> tuple[float, bool]:
     """How far the padded prompt's values are from those it has alone, and whether padding shows in that.
 
     No number where nobody can tell which are the prompt's.

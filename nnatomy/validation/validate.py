@@ -91,9 +91,7 @@ def validate(model: Any, allow_failures: bool = False) -> Report:
 def _check(model: Any) -> Findings:
     passes = Passes(model)
     findings = passes.findings
-    matrices = (
-        p.dtype for p in (model._anatomy.lm_head or model.hf_model).parameters() if p.is_floating_point()
-    )
+    matrices = (p.dtype for p in (model._anatomy.lm_head or model.hf_model).parameters() if p.is_floating_point())
     # A softmax is taken in float32 at most.
     tolerance = max(TOLERANCE.get(next(matrices, torch.float32), 1e-4), 1e-4)
     internals = Internals(model, findings, tolerance)
@@ -159,9 +157,7 @@ def _check_head(passes: Passes, reading: Reading) -> None:
     chain = [last, *ends[0], *ends[1], reading.logits]
     # The short way is the model's own if nothing happens between the modules, bit for bit; a soft cap is next to
     # nothing on small logits, so large ones are seen, too.
-    head.short = (
-        head.runs_alone and len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
-    )
+    head.short = head.runs_alone and len(chain) == 6 and all(is_same(chain[i], chain[i + 1]) for i in (0, 2, 4))
     head.short = head.short and not head.caps(last[:1, -1:], chain[4][:1, -1:])
     off = distance(model.project_on_vocab(last[:, -1:]), reading.logits[:, -1:])
     holds = off <= TOLERANCE.get(reading.logits.dtype, 1e-4)

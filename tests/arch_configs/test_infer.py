@@ -155,9 +155,7 @@ def test_its_modules_are_found_and_proved(kind: str) -> None:
             assert model.layer_kinds[i] == "attention"
         else:
             assert model.layer_kinds[i] == "convolution"
-            with pytest.raises(
-                NotInThisModelError, match=r"its token mixer is (look|both.a) \(convolution\)"
-            ):
+            with pytest.raises(NotInThisModelError, match=r"its token mixer is (look|both.a) \(convolution\)"):
                 model.attentions[i]
     expected = hooked(hf, lambda: hf(IDS), points)
     with torch.no_grad():
@@ -236,7 +234,5 @@ def test_what_shows_no_layers_is_refused() -> None:
             return x
 
     hf.tower.storeys = nn.ModuleList([Loop(Storey(Gaze()))])
-    with pytest.raises(
-        UnknownArchitectureError, match="no list of modules hands hidden states from one to the"
-    ):
+    with pytest.raises(UnknownArchitectureError, match="no list of modules hands hidden states from one to the"):
         StandardizedTransformer(hf)

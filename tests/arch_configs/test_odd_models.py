@@ -181,9 +181,7 @@ def test_blocks_of_their_own_prompts(kind: type[Any]) -> None:
         return
     with torch.no_grad():
         with model.trace() as tracer:
-            blocks = [
-                tracer.invoke([row], lambda: (model.layers_output[1], model.logits)) for row in IDS.tolist()
-            ]
+            blocks = [tracer.invoke([row], lambda: (model.layers_output[1], model.logits)) for row in IDS.tolist()]
         for block, row in zip(blocks, IDS.tolist(), strict=True):
             with model.trace([row]):
                 alone = model.layers_output[1], model.logits
@@ -195,9 +193,7 @@ def test_the_stream_has_another_order() -> None:
     model = StandardizedTransformer(make(odd.SeqFirst))
     assert [view.module for view in model.layers] == model.hf_model.layers()
     assert model.layer_kinds == ("unknown",) * 3
-    assert model.validation["layers_output", 1].detail == (
-        "none that passes validation: is (6, 2, 24), not (2, 6, 24)"
-    )
+    assert model.validation["layers_output", 1].detail == ("none that passes validation: is (6, 2, 24), not (2, 6, 24)")
     odd_states = "what it consists of does not show, as its hidden states are not of (batch, seq, hidden)"
     for name in ("attentions_output", "mlps_output", "mixers_output", "attention_probabilities"):
         assert model.validation[name, 1].detail == odd_states

@@ -41,9 +41,7 @@ def test_an_unknown_architecture_shows_its_tree_and_the_way_out() -> None:
     hf = build("gpt2")
     hf.transformer.blocks_of_mine = hf.transformer.h
     del hf.transformer.h
-    with pytest.raises(
-        UnknownArchitectureError, match=r"does not fit GPT2LMHeadModel: it has no 'transformer.h'"
-    ):
+    with pytest.raises(UnknownArchitectureError, match=r"does not fit GPT2LMHeadModel: it has no 'transformer.h'"):
         StandardizedTransformer(hf, arch_config=FAMILIES[2])
 
     class Odd(type(hf)):  # type: ignore[misc]

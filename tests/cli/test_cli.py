@@ -77,8 +77,7 @@ def test_check_gives_the_reason_of_a_refusal_and_is_no_failure(run: Run, hybrid:
     assert all("mamba" in row["detail"] for row in rows if row["status"] == "refused")
     code, out, _ = run("check", hybrid)
     assert any(
-        line.startswith("attentions_output") and "refused" in line and "mamba" in line
-        for line in out.split("\n")
+        line.startswith("attentions_output") and "refused" in line and "mamba" in line for line in out.split("\n")
     )
 
 
@@ -125,9 +124,7 @@ def test_anatomy_folds_layers_that_are_alike(run: Run, hybrid: str) -> None:
     assert "q_proj  Linear  96x96" in out
     _, out, _ = run("anatomy", hybrid)
     assert "mamba  JambaMambaMixer  64x16, 64  = layers[i] mixer (mamba)" in out
-    assert all(
-        f"── {i}  Jamba" in out for i in range(4)
-    )  # each its own: of mamba or attention, dense or of experts
+    assert all(f"── {i}  Jamba" in out for i in range(4))  # each its own: of mamba or attention, dense or of experts
 
 
 def test_only_what_is_alike_all_the_way_down_is_folded() -> None:
@@ -218,9 +215,7 @@ def test_the_patching_map_is_what_plain_hooks_give(run: Run) -> None:
 
         assert code == 0
         for layer, position in ((0, 3), (1, 4), (3, 3), (4, 4)):
-            assert found["effect"][layer][position] == pytest.approx(
-                patched(layer, position), rel=1e-3, abs=1e-3
-            )
+            assert found["effect"][layer][position] == pytest.approx(patched(layer, position), rel=1e-3, abs=1e-3)
     assert found["metric"] == "logit(·Paris) - logit(·Tokyo)"
     assert found["normalized"][0][3] > 0.8
     assert found["normalized"][5][4] == pytest.approx(1, abs=1e-3)
@@ -245,9 +240,7 @@ def test_a_page_is_written_beside_the_table(arguments: list[str], run: Run, tmp_
     assert page.startswith("<!doctype html>")
     assert "prefers-color-scheme" in page or "light-dark" in page
     assert 'src="' not in page.split("<script")[0]
-    assert {"check": "heads_output", "anatomy": "c_attn", "lens": "Paris", "patch": "France"}[
-        arguments[0]
-    ] in page
+    assert {"check": "heads_output", "anatomy": "c_attn", "lens": "Paris", "patch": "France"}[arguments[0]] in page
 
 
 def test_a_page_that_cannot_be_written_is_an_error(run: Run, tmp_path: Path) -> None:

@@ -98,9 +98,7 @@ def outputs(root: nn.Module, call: Callable[[], Any]) -> dict[str, list[Any]]:
     seen: dict[str, list[Any]] = {}
 
     def note(path: str) -> Callable[[Any], None]:
-        return lambda out: seen.setdefault(path, []).append(
-            out.detach().clone() if isinstance(out, Tensor) else out
-        )
+        return lambda out: seen.setdefault(path, []).append(out.detach().clone() if isinstance(out, Tensor) else out)
 
     with hooks(*((module, "output", note(path)) for path, module in root.named_modules())):
         call()

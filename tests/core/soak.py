@@ -382,9 +382,7 @@ def nothing_left() -> None:
 
 def strangers() -> list[threading.Thread]:
     """Threads that are not ours. (One of ours has no identifier before it has begun.)"""
-    return [
-        t for t in threading.enumerate() if t.name != "nnatomy-forward" and t is not threading.main_thread()
-    ]
+    return [t for t in threading.enumerate() if t.name != "nnatomy-forward" and t is not threading.main_thread()]
 
 
 def alive() -> list[Tensor]:

@@ -144,11 +144,7 @@ def test_several_stack_and_edits_come_after() -> None:
 
 def test_one_module_at_two_points_has_two_calls() -> None:
     model, module = net(), sae()
-    view = (
-        Traceable(model)
-        .attach("layers.0.output", module, name="a")
-        .attach("layers.1.output", module, name="b")
-    )
+    view = Traceable(model).attach("layers.0.output", module, name="a").attach("layers.1.output", module, name="b")
     with view.trace(x()):
         first, second = view.a[1].output, view.a.calls[1].output
     with hooks(*((model.layers[i], "output", lambda out: (module(out[0]), out[1])) for i in range(2))):
@@ -195,9 +191,7 @@ def test_bad_points_names_and_outputs() -> None:
         view.attach("layers.1.output", nn.Tanh(), how="splice")
     with (
         no_leaks(model),
-        pytest.raises(
-            AssignmentError, match=r"shape \(2, 4\); what the module returned is of shape \(2, 9\)"
-        ),
+        pytest.raises(AssignmentError, match=r"shape \(2, 4\); what the module returned is of shape \(2, 9\)"),
     ):
         view.attach("embed.output", nn.Linear(4, 9))(x())
     with pytest.raises(UsageError, match=r"comes to embed.output before layers.1.input"):

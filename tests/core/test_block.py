@@ -123,9 +123,7 @@ def test_tasks_of_an_event_loop() -> None:
             embedded = view.embed.input
             await asyncio.sleep(0)
             inner = view.layers[0].input
-        return torch.equal(embedded, factor * x()) and torch.equal(
-            inner, model.shared(model.embed(factor * x()))
-        )
+        return torch.equal(embedded, factor * x()) and torch.equal(inner, model.shared(model.embed(factor * x())))
 
     async def main() -> list[bool]:
         return await asyncio.gather(*(task(factor) for factor in range(1, 5)))

@@ -63,9 +63,7 @@ def test_inputs() -> None:
 
 
 def test_conversion() -> None:
-    model = Calls(
-        lambda self, v: self.child(v), child=Calls(lambda self, v: {"f": v, "i": v.long(), "s": "s"})
-    )
+    model = Calls(lambda self, v: self.child(v), child=Calls(lambda self, v: {"f": v, "i": v.long(), "s": "s"}))
     view = Traceable(model)
     value = torch.ones(2)
     with view.trace(value) as tracer:
@@ -119,9 +117,7 @@ def test_every_step_of_a_generation() -> None:
         cache = tracer.cache(["shared", "head"])
         for step in tracer.iter[1]:
             view.embed.output
-    assert [(entry.step, entry.call) for entry in cache["shared"]] == [
-        (s, c) for s in range(3) for c in (0, 1)
-    ]
+    assert [(entry.step, entry.call) for entry in cache["shared"]] == [(s, c) for s in range(3) for c in (0, 1)]
     for path in cache:
         for entry, value in zip(cache[path], seen[path], strict=True):
             assert torch.equal(entry.output, value)

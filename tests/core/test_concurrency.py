@@ -169,9 +169,7 @@ def expected_answers(model: Net, count: int) -> list[list[Tensor]]:
     """The k-th is of kind k modulo their number; all of them differ."""
     answers = [KINDS[k % len(KINDS)][1](model, k) for k in range(count)]
     results = [answer[-1] for answer in answers]
-    assert all(
-        not torch.equal(one, other) for i, one in enumerate(results) for other in results[:i] if i < 40
-    )
+    assert all(not torch.equal(one, other) for i, one in enumerate(results) for other in results[:i] if i < 40)
     return answers
 
 
@@ -534,9 +532,7 @@ def test_a_fork_after_computing_with_helper_threads(tmp_path: Path) -> None:
             print("child", os.waitpid(process, 0)[1], torch.allclose(model(x), expected, atol=1e-5))
         """,
     )
-    done = subprocess.run(
-        [sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "child 0 True\n", done.stdout + done.stderr
 
 

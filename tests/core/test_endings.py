@@ -60,9 +60,7 @@ def test_an_error_of_the_model_arrives_unchanged_and_short() -> None:
             frames = our_frames(caught.value)
             assert 1 <= len(frames) <= 2 + names.count("_indices"), frames
             last_of_ours = max(
-                i
-                for i, f in enumerate(traceback.extract_tb(caught.value.__traceback__))
-                if owner(f.filename) == "us"
+                i for i, f in enumerate(traceback.extract_tb(caught.value.__traceback__)) if owner(f.filename) == "us"
             )
             assert "forward" in names[last_of_ours:]
             del caught

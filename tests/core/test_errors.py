@@ -243,9 +243,7 @@ def test_unknown_submodules_name_the_near_ones() -> None:
         NoSuchModuleError, match=r"layers\.0 \(Layer\) has no submodule 'outptu'. Did you mean 'output'"
     ):
         view.layers[0].outptu
-    with pytest.raises(
-        NoSuchModuleError, match=r"attribute of the module itself: use `\.module\.in_features`"
-    ):
+    with pytest.raises(NoSuchModuleError, match=r"attribute of the module itself: use `\.module\.in_features`"):
         view.embed.in_features
     with pytest.raises(NoSuchModuleError, match="no submodule 'x'"):
         view["layers.0.x"]

@@ -47,9 +47,7 @@ class Branching(nn.Module):
 def sequences(names: str) -> list[tuple[str, ...]]:
     """All in which each comes 0, 1 or 2 times; neighbours differ."""
     counts = product(range(3), repeat=len(names))
-    multisets = [
-        [name for name, times in zip(names, count, strict=True) for _ in range(times)] for count in counts
-    ]
+    multisets = [[name for name, times in zip(names, count, strict=True) for _ in range(times)] for count in counts]
     return sorted({order for multiset in multisets for order in permutations(multiset)})
 
 
@@ -115,9 +113,7 @@ def test_in_two_steps(which: tuple[int, int]) -> None:
             answers = []
             with view.trace_call(generate, both) as tracer:
                 for step in Steps(tracer.block)[:2]:
-                    answers += [
-                        answer(view, point) for point, its in zip(asked, which, strict=True) if its == step
-                    ]
+                    answers += [answer(view, point) for point, its in zip(asked, which, strict=True) if its == step]
             first = events(both[0]), events(both[1], 2 * len(both[0]))
             right: list[set[Any]] = []
             for step in (0, 1):

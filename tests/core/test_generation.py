@@ -15,9 +15,7 @@ from nnatomy.tracing import Traceable
 
 def counting(steps: int = 5):
     """A model of one child, and a generation that feeds its result back; step k starts from 10**k..."""
-    model = Calls(
-        lambda self, v: self.twice(self.child(v)) + self.twice(0), child=nn.Identity(), twice=nn.Identity()
-    )
+    model = Calls(lambda self, v: self.twice(self.child(v)) + self.twice(0), child=nn.Identity(), twice=nn.Identity())
 
     def generate(start, count=steps):
         values = []

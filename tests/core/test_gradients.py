@@ -112,9 +112,7 @@ def test_checkpointing_in_the_model(reentrant) -> None:
     start = torch.linspace(-1, 1, 8).reshape(2, 4).requires_grad_()
     plain_result = model(start)
     expected = (
-        torch.autograd.grad(
-            plain_result.sin().sum(), [start] if not reentrant else [start], retain_graph=False
-        )[0]
+        torch.autograd.grad(plain_result.sin().sum(), [start] if not reentrant else [start], retain_graph=False)[0]
         if not reentrant
         else backward(plain_result, start)
     )

@@ -177,9 +177,7 @@ def test_functions_in_place_of_bodies() -> None:
 
 
 def test_a_body_in_exec_with_and_without_its_source() -> None:
-    source = (
-        "with view.trace() as tracer:\n    with tracer.invoke(x):\n        h = view.layers[0].output[0]\n"
-    )
+    source = "with view.trace() as tracer:\n    with tracer.invoke(x):\n        h = view.layers[0].output[0]\n"
     names: dict[str, Any] = {"view": Traceable(net()), "x": ONE}
     linecache.cache["<here>"] = (len(source), None, source.splitlines(True), "<here>")
     exec(compile(source, "<here>", "exec"), names)
@@ -435,9 +433,7 @@ def test_rows_of_a_flattened_and_of_a_second_batch_axis() -> None:
     assert torch.allclose(edited, 2 * model(two))
     assert torch.allclose(result[0, 1:], model(one)[0, 1:])
     assert not result[0, 0].any()
-    with pytest.raises(
-        RowsError, match=r"shape \(7, 5\) in a batch of 3 prompts of 4 positions.*tracer.invoke\(\)"
-    ):
+    with pytest.raises(RowsError, match=r"shape \(7, 5\) in a batch of 3 prompts of 4 positions.*tracer.invoke\(\)"):
         with view.trace() as tracer:
             with tracer.invoke(one):
                 view.some.output
@@ -593,8 +589,7 @@ def test_nothing_is_kept_until_python_looks_for_cycles() -> None:
                 1 / 0
 
     handles = [
-        module.register_forward_hook(lambda _m, _a, out: refs.append(weakref.ref(out[0])))
-        for module in model.modules()
+        module.register_forward_hook(lambda _m, _a, out: refs.append(weakref.ref(out[0]))) for module in model.modules()
     ]
     with no_leaks(model), no_gc():
         for run in (bodies, functions, alone, call, fails):
@@ -820,8 +815,7 @@ def test_many_blocks_that_assign_keep_no_more_than_their_rows() -> None:
             blocks = [tracer.invoke(ONE, doubles) for _ in range(count)]
         return sum(
             {
-                block.value.untyped_storage().data_ptr(): block.value.untyped_storage().nbytes()
-                for block in blocks
+                block.value.untyped_storage().data_ptr(): block.value.untyped_storage().nbytes() for block in blocks
             }.values()
         )
 

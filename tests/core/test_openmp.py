@@ -57,8 +57,6 @@ def test_a_trace_leaves_helpers_to_the_thread_that_computes() -> None:
         assert settles(lambda: threads() <= without + 1)
 
 
-def test_where_there_is_no_such_library_nothing_happens(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_where_there_is_no_such_library_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
     assert openmp._pause_function()(1) is None

@@ -83,9 +83,7 @@ def test_what_the_model_does_not_call_is_not_reached() -> None:
     model = net()
     view = Traceable(model)
     with no_leaks(model):
-        with pytest.raises(
-            NotReachedError, match=r"never\.output was asked for .* ended without coming to it"
-        ):
+        with pytest.raises(NotReachedError, match=r"never\.output was asked for .* ended without coming to it"):
             with view.trace(x()):
                 view.never.output
         with pytest.raises(NotReachedError, match=r"shared\.output \(call 2\)"), view.trace(x()):

@@ -73,9 +73,7 @@ def test_inputs_by_position_and_by_keyword() -> None:
 
 
 def test_input_of_a_call_without_arguments() -> None:
-    model = Calls(
-        lambda self, t: t + self.made(), made=Calls(lambda self, *extra: sum(extra, torch.ones(())))
-    )
+    model = Calls(lambda self, t: t + self.made(), made=Calls(lambda self, *extra: sum(extra, torch.ones(()))))
     view = Traceable(model)
     with view.trace(torch.zeros(())) as tracer:
         assert view.made.inputs == ((), {})

@@ -329,8 +329,7 @@ class Hooked:
     def __init__(self, root: Node, play: Play, x: Tensor | None = None) -> None:
         self.root = root
         edits = [
-            Player(Part({step: list(asks) for step in range(play.steps or 1)}), lasting=True)
-            for asks in play.edits
+            Player(Part({step: list(asks) for step in range(play.steps or 1)}), lasting=True) for asks in play.edits
         ]
         # In the order in which they come to one point.
         self.players = [*edits, *map(Player, play.blocks), Player(play.caller)]
@@ -546,9 +545,7 @@ def asks(draw: st.DrawFn, root: Node, most: int = 8) -> list[Ask]:
     order = calls_of(root)
     paths = [path for path, _ in root.named_modules()]
     calls = st.sampled_from([0, 0, 0, 1, 2])
-    asked = draw(
-        st.lists(st.builds(Ask, st.sampled_from(WHATS), st.sampled_from(paths), calls), max_size=most)
-    )
+    asked = draw(st.lists(st.builds(Ask, st.sampled_from(WHATS), st.sampled_from(paths), calls), max_size=most))
     if draw(st.booleans()):
         asked.sort(key=lambda ask: order.get((ask.path, ask.kind, ask.call), len(order)))
         if draw(st.booleans()):
@@ -566,9 +563,7 @@ def parts(draw: st.DrawFn, root: Node, rows: slice | None = None, most: int = 8)
 
 
 @st.composite
-def blocks(
-    draw: st.DrawFn, root: Node, steps: int | None, passing: bool, functions: bool
-) -> tuple[Part, ...]:
+def blocks(draw: st.DrawFn, root: Node, steps: int | None, passing: bool, functions: bool) -> tuple[Part, ...]:
     """Two to four blocks with rows of their own, perhaps one with all, perhaps a value that passes between them."""
     made: list[Part] = []
     start = 0
@@ -612,11 +607,7 @@ def differences(root: Node, play: Play, by_hooks: Play | None = None) -> list[st
     root.ran.clear()
     with no_leaks(root):
         got = Traced(root, play)
-    found = [
-        f"{i}: {a} != {b}"
-        for i, (a, b) in enumerate(zip(got.logs, expected.logs, strict=True))
-        if not same(a, b)
-    ]
+    found = [f"{i}: {a} != {b}" for i, (a, b) in enumerate(zip(got.logs, expected.logs, strict=True)) if not same(a, b)]
     if not same(got.result, expected.result):
         found.append(f"result: {got.result} != {expected.result}")
     if root.ran != ran:  # no forward more, no forward less

@@ -61,9 +61,7 @@ def test_an_edit_inside_is_refused(reentrant: bool, edit: Callable[[Any], None])
     view = Traceable(model)
     with (
         no_leaks(model),
-        pytest.raises(
-            AssignmentError, match=r"part\.1\.\w+ was changed inside .* under gradient checkpointing"
-        ),
+        pytest.raises(AssignmentError, match=r"part\.1\.\w+ was changed inside .* under gradient checkpointing"),
         view.trace(START.clone().requires_grad_()) as tracer,
     ):
         edit(view.part[1])
@@ -148,9 +146,7 @@ def test_a_module_that_one_of_several_blocks_skips_inside_is_refused(reentrant: 
 
     with (
         no_leaks(model),
-        pytest.raises(
-            AssignmentError, match="skip of Tanh was changed inside .* under gradient checkpointing"
-        ),
+        pytest.raises(AssignmentError, match="skip of Tanh was changed inside .* under gradient checkpointing"),
         view.trace() as tracer,
     ):
         tracer.invoke(START[:1], skips)

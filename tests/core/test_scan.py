@@ -126,8 +126,6 @@ def test_a_forward_pass_that_asks_for_values_says_so() -> None:
     view = Traceable(model)
     with no_leaks(model), view.scan(torch.ones(3, 2)):
         assert view.inner.output.shape == (3, 2)
-    with pytest.raises(
-        InputError, match=r"of Branching depends on the values of tensors \(aten\..*neither scan"
-    ):
+    with pytest.raises(InputError, match=r"of Branching depends on the values of tensors \(aten\..*neither scan"):
         with view.scan(torch.ones(3, 2)) as tracer:
             tracer.result

@@ -145,9 +145,7 @@ def test_each_round_of_a_loop() -> None:
             assert torch.equal(tracer.result, torch.zeros(2, 3, 4))
         assert torch.equal(first, rounds[1])
         assert torch.equal(second, rounds[2])
-        with pytest.raises(
-            NotReachedError, match=r"source.tanh.output was asked for.*Of a call in a loop, ask before"
-        ):
+        with pytest.raises(NotReachedError, match=r"source.tanh.output was asked for.*Of a call in a loop, ask before"):
             with view.trace(x()):
                 view.q.output
                 view.source.tanh.output
@@ -193,9 +191,7 @@ def test_gradients() -> None:
 
 def test_too_late_and_not_there() -> None:
     view = Traceable(attention())
-    with pytest.raises(
-        OutOfOrderError, match=r"source.transpose.output was asked for at .*behind .source.attend"
-    ):
+    with pytest.raises(OutOfOrderError, match=r"source.transpose.output was asked for at .*behind .source.attend"):
         with view.trace(x()):
             view.source.attend.softmax.output
             view.source.transpose.output

@@ -163,9 +163,7 @@ def test_a_module_called_otherwise_than_in_the_passes_before() -> None:
 
 def test_early_stop(net: Traceable, module: Net) -> None:
     called: list[int] = []
-    handles = [
-        b.register_forward_pre_hook(lambda *_, i=i: called.append(i)) for i, b in enumerate(module.blocks)
-    ]
+    handles = [b.register_forward_pre_hook(lambda *_, i=i: called.append(i)) for i, b in enumerate(module.blocks)]
     with net.trace(X) as tracer:
         _ = net.blocks[1].inner.output
     assert called == [0, 1]
@@ -233,13 +231,9 @@ def test_the_module_itself_can_be_called_in_the_block(net: Traceable, module: Ne
 def test_misuse(net: Traceable) -> None:
     with pytest.raises(OutsideTraceError, match="head: values exist only while the model runs"):
         _ = net.head.output
-    with pytest.raises(
-        NoSuchModuleError, match=r"the model \(Net\) has no submodule 'block'.*Did you mean 'blocks'"
-    ):
+    with pytest.raises(NoSuchModuleError, match=r"the model \(Net\) has no submodule 'block'.*Did you mean 'blocks'"):
         _ = net.block
-    with pytest.raises(
-        NoSuchModuleError, match=r"head \(Linear\) has no submodule 'weight'.*use `.module.weight`"
-    ):
+    with pytest.raises(NoSuchModuleError, match=r"head \(Linear\) has no submodule 'weight'.*use `.module.weight`"):
         _ = net.head.weight
     with pytest.raises(IndexError, match=r"blocks has 3 children, so no \[3\]"):
         _ = net.blocks[3]
@@ -323,17 +317,13 @@ def test_loops_that_end_otherwise(net: Traceable, module: Net) -> None:
             value = net.blocks[0].input
     assert torch.equal(value, X + 3)
     with net.trace_call(loop, module, X, 2) as tracer:
-        with pytest.warns(
-            UserWarning, match=r"iter\[5:\]: step 5 did not come.* after 2 steps \(0 to 1\)"
-        ) as warned:
+        with pytest.warns(UserWarning, match=r"iter\[5:\]: step 5 did not come.* after 2 steps \(0 to 1\)") as warned:
             assert list(tracer.iter[5:]) == []
         assert warned[0].filename == __file__
         assert len(tracer.result) == 2
     with net.trace_call(loop, module, X, 3) as tracer:
         for _ in tracer.iter[1]:
-            with pytest.raises(
-                NotReachedError, match=r"unused.output of step 1 was asked for .* but step 1 ended"
-            ):
+            with pytest.raises(NotReachedError, match=r"unused.output of step 1 was asked for .* but step 1 ended"):
                 _ = net.unused.output
         assert len(tracer.result) == 3
     for bad in (slice(-1, None), slice(None, -1), [3, 1], [-1]):
@@ -344,9 +334,7 @@ def test_loops_that_end_otherwise(net: Traceable, module: Net) -> None:
 def test_caches(net: Traceable, module: Net) -> None:
     with net.trace(X) as tracer:
         cache = tracer.cache()
-    assert set(cache) == {
-        n for n, _ in module.named_modules() if not n.startswith("unused") and n != "blocks"
-    } - {
+    assert set(cache) == {n for n, _ in module.named_modules() if not n.startswith("unused") and n != "blocks"} - {
         "blocks.1.shared",
         "blocks.2.shared",
     }
@@ -355,18 +343,14 @@ def test_caches(net: Traceable, module: Net) -> None:
     assert torch.equal(cache["blocks.1.inner"].output, inner)
     assert torch.equal(cache[net.blocks[1].inner][0].output, inner)
     assert len(cache["blocks.0.shared"]) == 3
-    with pytest.raises(
-        CacheError, match=r"was called 3 times: say which with cache\['blocks.0.shared'\]\[k\].output"
-    ):
+    with pytest.raises(CacheError, match=r"was called 3 times: say which with cache\['blocks.0.shared'\]\[k\].output"):
         _ = cache["blocks.0.shared"].output
     with pytest.raises(CacheError, match="'unused' was not called while the cache was open"):
         _ = cache["unused"]
     with pytest.raises(CacheError, match="'nope' is not in the cache. It holds: blocks.0"):
         _ = cache["nope"]
     with net.trace_call(loop, module, X, 3) as tracer:
-        cache = tracer.cache(
-            [net.blocks[2], "head", module.blocks[0]], dtype=torch.float64, include_inputs=True
-        )
+        cache = tracer.cache([net.blocks[2], "head", module.blocks[0]], dtype=torch.float64, include_inputs=True)
     assert [entry.step for entry in cache["head"]] == [0, 1, 2]
     assert cache["head"][1].output.dtype == torch.float64
     assert torch.equal(cache["blocks.0"][2].inputs[0][0], (X + 2).double())
@@ -423,9 +407,7 @@ def test_a_shallow_copy_computes_with_its_own_parameters(net: Traceable, module:
         with net.trace(torch.ones(1, 4)):
             hidden = net.blocks[0].inner.output
             mine = copy.copy(module.head)
-            mine._parameters = {
-                name: torch.nn.Parameter(torch.zeros_like(p)) for name, p in mine.named_parameters()
-            }
+            mine._parameters = {name: torch.nn.Parameter(torch.zeros_like(p)) for name, p in mine.named_parameters()}
             assert not mine(hidden).any()
         assert not mine(hidden).any()
         assert "_call_impl" not in mine.__dict__

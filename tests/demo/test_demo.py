@@ -91,9 +91,7 @@ def test_one_patch_is_what_a_plain_hook_does(name: str) -> None:
     for position in (3, 4):
 
         def patch(hidden: torch.Tensor, position: int = position) -> torch.Tensor:
-            return torch.cat(
-                [hidden[:, :position], kept[:, position : position + 1], hidden[:, position + 1 :]], 1
-            )
+            return torch.cat([hidden[:, :position], kept[:, position : position + 1], hidden[:, position + 1 :]], 1)
 
         patched = difference(edited(lambda: hf(**inputs[corrupted]), layer, "output", patch).logits)
         expected = (patched - ends[0]) / (ends[1] - ends[0])

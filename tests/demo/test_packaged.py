@@ -55,9 +55,7 @@ def test_without_gguf_it_says_so(cache: Path, tmp_path: Path, monkeypatch: pytes
     assert str(caught.value) == f"demo:smollm2 is read with the package gguf, {INSTALL}"
 
 
-def test_it_is_converted_once_for_each_version(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_converted_once_for_each_version(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
     def convert(source: Path, folder: Path) -> None:
@@ -76,9 +74,7 @@ def test_it_is_converted_once_for_each_version(
     assert {path.name for path in cache.iterdir()} == {"smollm2-0.1.2", "smollm2-0.1.3"}
 
 
-def test_a_conversion_that_fails_leaves_nothing(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversion_that_fails_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(source: Path, folder: Path) -> None:
         folder.mkdir()
         (folder / "config.json").touch()

@@ -87,9 +87,7 @@ def test_what_the_mlp_reads_has_nothing_of_it_either() -> None:
     handles = [hf.transformer.drop.register_forward_hook(lambda _, __, output: take_out(output))]
     for layer in hf.transformer.h:
         handles.append(layer.mlp.register_forward_hook(lambda _, __, output: take_out(output)))
-        handles.append(
-            layer.attn.register_forward_hook(lambda _, __, output: (take_out(output[0]), *output[1:]))
-        )
+        handles.append(layer.attn.register_forward_hook(lambda _, __, output: (take_out(output[0]), *output[1:])))
     expected = hf(ids).logits
     for handle in handles:
         handle.remove()
@@ -128,9 +126,7 @@ def test_without_what_asks_for_the_continent_the_capital_is_known_still(name: st
 
     def right(prompts: list[str], edited: Any) -> float:
         return float(
-            (edited(prompts).logits[:, -1].argmax(-1) == model(prompts).logits[:, -1].argmax(-1))
-            .float()
-            .mean()
+            (edited(prompts).logits[:, -1].argmax(-1) == model(prompts).logits[:, -1].argmax(-1)).float().mean()
         )
 
     with model.trace(continents):

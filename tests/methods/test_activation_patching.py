@@ -69,9 +69,7 @@ def test_each_cell_is_one_forward_pass_with_that_value_put_in(model_type: str) -
 
 
 @pytest.mark.parametrize("model_type", FEW)
-@pytest.mark.parametrize(
-    ("point", "part"), [("layers_input", 0), ("attentions_output", 1), ("mlps_output", 2)]
-)
+@pytest.mark.parametrize(("point", "part"), [("layers_input", 0), ("attentions_output", 1), ("mlps_output", 2)])
 def test_at_any_point(model_type: str, point: str, part: int) -> None:
     hf = shared(model_type)
     modules, kind = modules_of(hf, part, model_type), point.split("_")[1]
@@ -196,12 +194,8 @@ def test_a_fact_is_read_at_the_country_and_said_at_the_end(name: str) -> None:
     assert len(country) == 1
     effect = found.normalized
     assert (effect[:, 0, country] > 0.8).all(), "early, all is at the country"
-    assert torch.allclose(effect[:, -1, -1], torch.ones(2), atol=1e-3), (
-        "after the last layer, at the last token"
-    )
-    assert (effect[:, :, : country[0]].abs() < 1e-5).all(), (
-        "what comes before the country does not know of it"
-    )
+    assert torch.allclose(effect[:, -1, -1], torch.ones(2), atol=1e-3), "after the last layer, at the last token"
+    assert (effect[:, :, : country[0]].abs() < 1e-5).all(), "what comes before the country does not know of it"
     assert (effect[:, 0, -1] < 0.2).all()
 
 
@@ -269,9 +263,7 @@ def test_positions_of_pairs_of_several_lengths_count_from_the_end() -> None:
     call: Callable[..., Any] = lambda at: activation_patching(  # noqa: E731
         model, clean=ids, corrupted=others, metric=METRIC, positions=at, progress=False
     )
-    with pytest.raises(
-        InputError, match=r"positions=\[0\]: the pairs have \[9, 6\] tokens, so that positions mean"
-    ):
+    with pytest.raises(InputError, match=r"positions=\[0\]: the pairs have \[9, 6\] tokens, so that positions mean"):
         call([0])
     assert call([-2]).positions == (7,)
 
@@ -313,9 +305,7 @@ def test_layers_of_several_numbers_of_heads_are_no_one_grid() -> None:
         "metric": METRIC,
     }
     options |= {"point": "keys", "heads": "each", "progress": False}
-    with pytest.raises(
-        InputError, match=r"keys has as many heads as \{0: 2, 1: 4, 2: 2, 3: 4\} \(by layer\)"
-    ):
+    with pytest.raises(InputError, match=r"keys has as many heads as \{0: 2, 1: 4, 2: 2, 3: 4\} \(by layer\)"):
         activation_patching(model, **options)
     assert activation_patching(model, layers=[1, 3], **options).effect.shape == (2, 2, 4)
 

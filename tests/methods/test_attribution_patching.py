@@ -50,9 +50,7 @@ def test_the_map_of_the_stream(model_type: str) -> None:
 def test_the_map_of_the_heads(model_type: str) -> None:
     """What is given to the output projection, by heads."""
     layers, heads = layers_of(model_type), shared(model_type).config.num_attention_heads
-    points = {
-        i: (layer.get_submodule(PLACES[model_type].projection), "input") for i, layer in enumerate(layers)
-    }
+    points = {i: (layer.get_submodule(PLACES[model_type].projection), "input") for i, layer in enumerate(layers)}
     products, _, _ = naive(model_type, points)
     expected = torch.stack([product.unflatten(-1, (heads, -1)).sum(-1) for product in products], 1)
     model = StandardizedTransformer(shared(model_type))
@@ -67,9 +65,7 @@ def test_the_map_of_the_heads(model_type: str) -> None:
 def test_dropping_gradients_through_each_layer(model_type: str) -> None:
     """The naive way: a hook that detaches what the layer has computed, but not its input."""
     hf, layers = shared(model_type), layers_of(model_type)
-    projections = {
-        i: (layer.get_submodule(PLACES[model_type].projection), "input") for i, layer in enumerate(layers)
-    }
+    projections = {i: (layer.get_submodule(PLACES[model_type].projection), "input") for i, layer in enumerate(layers)}
     clean, _, _ = with_gradients(hf, ids(model_type, CLEAN), projections)
     total: Any = 0.0
     for layer in layers:
@@ -156,8 +152,7 @@ def test_without_the_fix_queries_and_keys_are_not_exact(point: str) -> None:
     model = linear_at_the_end("cohere")
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     plain, fixed = (
-        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=fix).effects
-        for fix in (False, True)
+        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=fix).effects for fix in (False, True)
     )
     assert plain.shape == fixed.shape
     assert not torch.allclose(plain, fixed, rtol=0.1, atol=1e-2)
@@ -193,9 +188,7 @@ def test_dropping_gradients_with_the_fix() -> None:
     """The fix is linear in the gradient at the pattern: so it is the mean over passes here as well."""
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
-    found = attribution_patching(
-        model, clean, corrupted, metric, point="keys", layers=1, qk_fix=True, grad_drop=True
-    )
+    found = attribution_patching(model, clean, corrupted, metric, point="keys", layers=1, qk_fix=True, grad_drop=True)
     with torch.no_grad():
         with model.trace(clean):
             new = model.keys[1]
@@ -244,9 +237,7 @@ def test_padding_does_not_show(model_type: str, point: str) -> None:
     model = StandardizedTransformer(zoo.shared(model_type))
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed).tolist() for seed in (CLEAN, CORRUPTED))
     short = attribution_patching(model, [clean[0][:6]], [corrupted[0][:6]], metric, point=point)
-    both = attribution_patching(
-        model, [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]], metric, point=point
-    )
+    both = attribution_patching(model, [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]], metric, point=point)
     assert torch.allclose(both.effects[:1, :, 3:], short.effects, rtol=1e-3, atol=1e-4)
     assert not both.effects[0, :, :3].any()
 
@@ -278,18 +269,14 @@ def test_layers_of_a_hybrid() -> None:
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (0, 1))
     assert attribution_patching(model, clean, corrupted, metric, point="heads_output").layers == (1, 3)
     assert attribution_patching(model, clean, corrupted, metric, layers=[-1, 0]).layers == (0, 3)
-    with pytest.raises(
-        NotInThisModelError, match=r"heads_output\[0\]: this layer has none: its token mixer is mamba"
-    ):
+    with pytest.raises(NotInThisModelError, match=r"heads_output\[0\]: this layer has none: its token mixer is mamba"):
         attribution_patching(model, clean, corrupted, metric, point="heads_output", layers=0)
 
 
 def test_layers_of_another_number_of_heads_are_chosen() -> None:
     model = StandardizedTransformer(zoo.shared("dots3_note_text"))
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (CLEAN, CORRUPTED))
-    with pytest.raises(
-        InputError, match=r"heads_output is not as large in each layer: \{0: \(9, 4\), 1: \(9, 2\)"
-    ):
+    with pytest.raises(InputError, match=r"heads_output is not as large in each layer: \{0: \(9, 4\), 1: \(9, 2\)"):
         attribution_patching(model, clean, corrupted, metric, point="heads_output")
     found = attribution_patching(model, clean, corrupted, metric, point="heads_output", layers=[0])
     assert found.effects.shape == (2, 1, 9, 4)
@@ -337,9 +324,7 @@ def test_it_is_like_patching_itself_and_finds_where_the_country_is(name: str) ->
     model = StandardizedTransformer(name)
     hf, encode = model.hf_model, model.tokenizer.encode
     right, wrong = encode(" Paris")[0], encode(" Rome")[0]
-    clean, corrupted = (
-        torch.tensor([encode(f"The capital of {country} is")]) for country in ("France", "Italy")
-    )
+    clean, corrupted = (torch.tensor([encode(f"The capital of {country} is")]) for country in ("France", "Italy"))
     found = attribution_patching(model, clean, corrupted, lambda logits: logits[:, right] - logits[:, wrong])
     layers = list(hf.get_submodule("transformer.h" if name == "demo:gpt2" else "model.layers"))
     real = torch.zeros(len(layers), clean.shape[1])
@@ -369,8 +354,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
         return logits[:, right] - logits[:, wrong]
 
     plain, fixed = (
-        attribution_patching(model, clean, corrupted, measure, point="keys", qk_fix=fix)
-        for fix in (False, True)
+        attribution_patching(model, clean, corrupted, measure, point="keys", qk_fix=fix) for fix in (False, True)
     )
     real = torch.zeros_like(plain.effects[0])
     with torch.no_grad():
@@ -383,8 +367,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
                 model.keys[layer] = keys
                 real[layer, position, head] = measure(model.logits[:, -1]) - plain.corrupted
     near, far = (
-        float(torch.corrcoef(torch.stack([found.effects.flatten(), real.flatten()]))[0, 1])
-        for found in (fixed, plain)
+        float(torch.corrcoef(torch.stack([found.effects.flatten(), real.flatten()]))[0, 1]) for found in (fixed, plain)
     )
     assert near > 0.9
     assert far < 0.7
@@ -421,6 +404,4 @@ def test_an_input_that_other_modules_are_given_too(model_type: str, point: str) 
     up, down = (run(here + sign * 1e-2 * (there - here))[1] for sign in (1, -1))
     effects = attribution_patching(model, clean, corrupted, metric, point=point, layers=1).effects
     expected = (up - down) / 2e-2  # norms are computed in float32
-    assert torch.allclose(
-        effects.sum((1, 2)).double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()
-    )
+    assert torch.allclose(effects.sum((1, 2)).double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

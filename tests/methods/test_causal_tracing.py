@@ -77,9 +77,7 @@ def check(hf: Any, modules: list[nn.Module], ids: Tensor, window: int = 1, **opt
     effect, clean, corrupted = naive(hf, modules, ids, metric, window)
     assert found.effect.shape == effect.shape
     assert (found.effect - effect).abs().max() <= 1e-4 * effect.abs().max()
-    assert torch.allclose(
-        torch.stack([found.clean, found.corrupted]), torch.stack([clean, corrupted]), rtol=1e-4
-    )
+    assert torch.allclose(torch.stack([found.clean, found.corrupted]), torch.stack([clean, corrupted]), rtol=1e-4)
     assert (clean - corrupted).abs() > 1e-2, "the noise has to show"
     return found
 
@@ -112,9 +110,7 @@ def test_a_fact_is_restored_at_its_country(name: str) -> None:
     model = StandardizedTransformer(name)
     prompt = "The capital of France is"
     found = causal_tracing(model, prompt, subject="France", progress=False)
-    by_answer = causal_tracing(
-        model, prompt, subject="France", metric=probability(" Paris", model), progress=False
-    )
+    by_answer = causal_tracing(model, prompt, subject="France", metric=probability(" Paris", model), progress=False)
     assert torch.equal(found.effect, by_answer.effect), "by default the model's own prediction is followed"
     at = [i for i, text in enumerate(found.tokens[0]) if text.endswith("*")]
     assert [found.tokens[0][i].strip() for i in at] == ["France*"]

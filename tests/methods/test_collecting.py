@@ -145,9 +145,7 @@ def test_no_later_layer_runs_and_nothing_is_cached() -> None:
     _, second, third = shared("gpt2").transformer.h
     handles = [
         second.register_forward_pre_hook(
-            lambda _, args, kwargs: caches.extend(
-                one for one in (*args, *kwargs.values()) if isinstance(one, Cache)
-            ),
+            lambda _, args, kwargs: caches.extend(one for one in (*args, *kwargs.values()) if isinstance(one, Cache)),
             with_kwargs=True,
         ),
         third.register_forward_pre_hook(lambda *_: late.append(1)),
@@ -275,9 +273,7 @@ def test_a_layer_without_such_a_thing_is_refused() -> None:
 POINTS = {"layers_output": [0, 2], "mlps_output": [1]}
 
 
-def into(
-    folder: Path, model: Any = MODEL, prompts: Any = PROMPTS, points: Any = POINTS, **kwargs: Any
-) -> Any:
+def into(folder: Path, model: Any = MODEL, prompts: Any = PROMPTS, points: Any = POINTS, **kwargs: Any) -> Any:
     kwargs = {"positions": "all", "batch_size": 2, "prompts_per_shard": 3, **kwargs}
     return collect(model, prompts, points, folder=folder, **kwargs)
 
@@ -333,9 +329,7 @@ def test_a_store_feeds_a_data_loader(tmp_path: Path) -> None:
     (batch,) = DataLoader(store, batch_size=10)
     assert torch.allclose(batch.float(), memory, rtol=0.01, atol=0.01)
     assert batch.dtype == torch.bfloat16
-    with pytest.raises(
-        InputError, match=re.escape(f"{tmp_path}: layers_output[1] was not collected; there are")
-    ):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: layers_output[1] was not collected; there are")):
         ActivationStore(tmp_path, "layers_output", 1)
 
 
@@ -477,9 +471,7 @@ def test_no_prompts_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=re.escape("There are no prompts to collect activations of.")):
         into(tmp_path / "acts", prompts=iter([]))
     assert not (tmp_path / "acts").exists()
-    with pytest.raises(
-        InputError, match=re.escape(f"{tmp_path}: there are no activations here (no index.json).")
-    ):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: there are no activations here (no index.json).")):
         ActivationStore(tmp_path)
 
 
@@ -524,6 +516,4 @@ def test_neurons_are_what_the_down_projection_reads() -> None:
     hf = MODEL.hf_model
     down = hf.transformer.h[1].mlp.c_proj
     for row, ids in zip(acts["neurons", 1], PROMPTS, strict=True):
-        close(
-            row, hooked(hf, lambda ids=ids: hf(torch.tensor([ids])), {"read": (down, "input")})["read"][0, -1]
-        )
+        close(row, hooked(hf, lambda ids=ids: hf(torch.tensor([ids])), {"read": (down, "input")})["read"][0, -1])

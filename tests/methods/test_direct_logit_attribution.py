@@ -46,9 +46,7 @@ def naive(model_type: str, token_ids: Tensor) -> dict[str, Tensor]:
     for i, layer in enumerate(layers):
         projection, mlp = layer.get_submodule(place.projection), layer.get_submodule(place.mlp)
         weights, heads = matrix(projection), config.num_attention_heads
-        for h, (z, w) in enumerate(
-            zip(given[projection].chunk(heads, -1), weights.chunk(heads), strict=True)
-        ):
+        for h, (z, w) in enumerate(zip(given[projection].chunk(heads, -1), weights.chunk(heads), strict=True)):
             part = behind(layer, 0, gave[projection], z @ w) * place.attention_scale(config)
             parts[f"L{i}H{h}"] = adds(part)
         if getattr(projection, "bias", None) is not None:
@@ -70,9 +68,7 @@ def logit_difference(model_type: str, token_ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_each_part_adds_what_the_models_own_algebra_says(model_type: str) -> None:
     token_ids = ids(model_type)
-    found = direct_logit_attribution(
-        StandardizedTransformer(shared(model_type)), token_ids, ANSWER, WRONG, by="head"
-    )
+    found = direct_logit_attribution(StandardizedTransformer(shared(model_type)), token_ids, ANSWER, WRONG, by="head")
     reference = naive(model_type, token_ids)
     values = dict(zip(found.parts, found.values.mT, strict=True))
     assert set(reference) <= set(values)
@@ -165,9 +161,7 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(InputError, match="3 answers for 1 rows of logits: give one, or one for each"):
         direct_logit_attribution(model, "The capital of France is", [1, 2, 3])
     prompts = ["The capital of France is", "Japan is in"]
-    with pytest.raises(
-        InputError, match=r"prompt 1 has 3 tokens, at 0 to 2 \(or -3 to -1\); there is no position -5"
-    ):
+    with pytest.raises(InputError, match=r"prompt 1 has 3 tokens, at 0 to 2 \(or -3 to -1\); there is no position -5"):
         direct_logit_attribution(model, prompts, 1, position=-5)
     with pytest.raises(InputError, match="by='neuron': take 'layer', 'component' or 'head'"):
         direct_logit_attribution(model, prompts, 1, by="neuron")
@@ -203,6 +197,4 @@ def test_without_the_part_that_adds_most_the_answer_is_lost(name: str) -> None:
 def test_the_plot_shows_the_mean() -> None:
     found = direct_logit_attribution(StandardizedTransformer(shared("llama")), ids("llama"), ANSWER)
     assert torch.allclose(torch.tensor(found.plot().data[0].x).float(), found.values.mean(0), atol=1e-6)
-    assert found.top(1)[0][1] == pytest.approx(
-        float(found.values.mean(0)[found.parts.index(found.top(1)[0][0])])
-    )
+    assert found.top(1)[0][1] == pytest.approx(float(found.values.mean(0)[found.parts.index(found.top(1)[0][0])]))

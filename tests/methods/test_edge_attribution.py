@@ -60,9 +60,7 @@ def test_the_edges_of_a_source_add_up_to_its_gradient(model_type: str) -> None:
         product = (clean[name] - corrupted[name]) * gradients[name]
         if name in totals:
             expected = {name: product.flatten(1).sum(1)}
-        elif (
-            PLACES[model_type].after or f"{name}H0" not in totals
-        ):  # a norm behind it is not linear; or no heads
+        elif PLACES[model_type].after or f"{name}H0" not in totals:  # a norm behind it is not linear; or no heads
             continue
         else:
             by_head = product.unflatten(-1, (hf.config.num_attention_heads, -1)).sum((1, 3))
@@ -90,9 +88,7 @@ def test_edges_into_queries_keys_and_values(model_type: str) -> None:
     for i, layer in enumerate(layers):
         handles.append(
             layer.register_forward_pre_hook(
-                lambda _m, args, kwargs, i=i: seen.__setitem__(
-                    i, args[0] if args else kwargs["hidden_states"]
-                ),
+                lambda _m, args, kwargs, i=i: seen.__setitem__(i, args[0] if args else kwargs["hidden_states"]),
                 with_kwargs=True,
             )
         )
@@ -159,10 +155,7 @@ def test_more_steps_are_the_mean_over_embeddings_on_the_way(model_type: str) -> 
             points,
             put=lambda name, x, at=at: at.clone() + 0 * x if name == "tokens" else x,  # type: ignore[misc]
         )
-        total = (
-            total
-            + (gradients["embeddings"] * (clean["embeddings"] - corrupted["embeddings"])).sum((1, 2)) / 3
-        )
+        total = total + (gradients["embeddings"] * (clean["embeddings"] - corrupted["embeddings"])).sum((1, 2)) / 3
     assert torch.allclose(found.scores[:, 0].sum(-1), total, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(attributed(model_type).scores[:, 0].sum(-1), total, rtol=1e-2, atol=1e-2)
 
@@ -177,9 +170,7 @@ def test_an_edge_goes_forward_and_not_within_a_parallel_block() -> None:
     assert ("L0H1", "L0 mlp") not in parallel
     for edges in (sequential, parallel):
         assert {("embeddings", "L0H0.q"), ("L0 mlp", "L1H0-1.k"), ("L2 mlp", "logits")} <= edges
-        assert (
-            not {("L1H0", "L1H1.q"), ("L1 mlp", "L1H1.q"), ("L1 mlp", "L1 mlp"), ("L2H0", "L1 mlp")} & edges
-        )
+        assert not {("L1H0", "L1H1.q"), ("L1 mlp", "L1H1.q"), ("L1 mlp", "L1 mlp"), ("L2H0", "L1 mlp")} & edges
     found = attributed("llama")
     assert not found.scores[:, ~found.edges].any()
     assert len(sequential) == int(found.edges.sum())
@@ -259,8 +250,7 @@ def test_all_edges_are_the_clean_run_and_none_the_corrupted_one(model_type: str)
     hf = shared(model_type) if model_type in TYPES else zoo.shared(model_type)
     model = StandardizedTransformer(hf)
     clean, corrupted = (
-        ids(model_type, seed) if model_type in TYPES else zoo.ids(hf, seed=seed)
-        for seed in (CLEAN, CORRUPTED)
+        ids(model_type, seed) if model_type in TYPES else zoo.ids(hf, seed=seed) for seed in (CLEAN, CORRUPTED)
     )
     edges = edge_attribution(model, clean, corrupted, metric)
     found = circuit_faithfulness(model, clean, corrupted, metric, edges, [0, int(edges.edges.sum())])
@@ -404,9 +394,7 @@ def test_a_small_circuit_tells_capitals_apart_that_it_was_not_found_on(name: str
             torch.tensor([model.tokenizer.encode(CAPITALS[country])[0] for country in one])[:, None]
             for one in (countries, others)
         )
-        clean, corrupted = (
-            [f"The capital of {country} is" for country in one] for one in (countries, others)
-        )
+        clean, corrupted = ([f"The capital of {country} is" for country in one] for one in (countries, others))
         return clean, corrupted, lambda logits: (logits.gather(1, right) - logits.gather(1, wrong))[:, 0]
 
     countries = list(CAPITALS)

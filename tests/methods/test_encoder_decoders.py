@@ -166,9 +166,7 @@ def refused(call: Callable[[], Any], error: type[Exception], text: str) -> None:
 
 def test_every_public_method_is_here() -> None:
     _, text = Path(__file__).read_text().rsplit("\n# Reading.\n", 1)
-    public = {
-        name for name, one in vars(nnatomy.methods).items() if callable(one) and not inspect.ismodule(one)
-    }
+    public = {name for name, one in vars(nnatomy.methods).items() if callable(one) and not inspect.ismodule(one)}
     assert {name for name in public - ELSEWHERE if name not in re.findall(r"\w+", text)} == set()
 
 
@@ -287,9 +285,7 @@ def test_token_activations(model: StandardizedTransformer) -> None:
 
 @pytest.mark.parametrize("point", ["layers_output", "encoder_layers_output"])
 def test_steering_vectors(model: StandardizedTransformer, point: str) -> None:
-    found = SteeringVector.from_pairs(
-        model, [(LONG, SHORT), (OTHER, SHORT)], layers=[1], point=point, progress=False
-    )
+    found = SteeringVector.from_pairs(model, [(LONG, SHORT), (OTHER, SHORT)], layers=[1], point=point, progress=False)
     value = {text: seen(model, point, 1, **arguments(model, [text]))[0] for text in (LONG, OTHER, SHORT)}
     expected = (value[LONG][-1] + value[OTHER][-1]) / 2 - value[SHORT][-1]
     torch.testing.assert_close(found.directions[1], expected, **CLOSE)
@@ -574,9 +570,7 @@ def test_attributions_refuse_what_does_not_fit(model: StandardizedTransformer) -
             r"compared token by token, but have \[5\] and \[3\] tokens",
         )
     found = attribution_patching(model, LONG, SHORT, metric, point="layers_output", layers=2)
-    (expected,) = by_gradient(
-        model, "layers_output", [2], arguments(model, [LONG]), arguments(model, [SHORT])
-    )
+    (expected,) = by_gradient(model, "layers_output", [2], arguments(model, [LONG]), arguments(model, [SHORT]))
     torch.testing.assert_close(found.effects[:, 0], expected, **CLOSE)
 
 
@@ -676,9 +670,7 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
         torch.testing.assert_close(found.logits, logits[:, position, 30], **CLOSE)
         last = seen(model, "layers_output", 3, **inputs)[:, position]
         for layer in (1, 3):
-            added = seen(model, "layers_output", layer, **inputs) - seen(
-                model, "layers_input", layer, **inputs
-            )
+            added = seen(model, "layers_output", layer, **inputs) - seen(model, "layers_input", layer, **inputs)
             # Linear once the norm's scale is held fixed.
             along = head_direction(model, last)
             torch.testing.assert_close(

@@ -14,9 +14,7 @@ from nnatomy.methods.frozen_norms import FrozenNorms
 WEIGHT, BIAS = torch.linspace(0.5, 2, 8), torch.linspace(-1, 1, 8)
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: F.layer_norm(x, (8,), WEIGHT, BIAS, 1e-3),
-    "layer_norm by name": lambda x: F.layer_norm(
-        input=x, normalized_shape=(8,), weight=WEIGHT, bias=BIAS, eps=1e-3
-    ),
+    "layer_norm by name": lambda x: F.layer_norm(input=x, normalized_shape=(8,), weight=WEIGHT, bias=BIAS, eps=1e-3),
     "layer_norm bare": lambda x: F.layer_norm(x, [8]),
     "rms_norm": lambda x: F.rms_norm(x, (8,), WEIGHT, 1e-3),
     "rms_norm bare": lambda x: F.rms_norm(x, (8,)),

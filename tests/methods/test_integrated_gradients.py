@@ -61,9 +61,7 @@ def test_the_effects_add_up_to_what_patching_the_whole_layer_does(point: str) ->
     hf = shared("gpt2")
     model = StandardizedTransformer(hf)
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
-    few, many = (
-        integrated_gradients(model, clean, corrupted, metric, point=point, steps=n) for n in (2, 200)
-    )
+    few, many = (integrated_gradients(model, clean, corrupted, metric, point=point, steps=n) for n in (2, 200))
     for i, layer in enumerate(hf.transformer.h):
         module = layer if point == "layers_output" else layer.mlp
         kept: list[Tensor] = []

@@ -127,9 +127,7 @@ def test_prompts_of_all_kinds_are_taken() -> None:
 def test_what_cannot_be_given_is_said() -> None:
     with pytest.raises(InputError) as error:
         logit_lens(demo(), [[1, 2, 3], [1, 2]], positions=2)
-    assert str(error.value) == (
-        "positions: prompt 1 has 2 tokens, at 0 to 1 (or -2 to -1); there is no position 2."
-    )
+    assert str(error.value) == ("positions: prompt 1 has 2 tokens, at 0 to 1 (or -2 to -1); there is no position 2.")
     unchecked = inspect.unwrap(logit_lens)  # the suite's type checks speak first
     with pytest.raises(InputError, match=r"output='prob': it is one of 'probs', 'logits', 'log_probs'\."):
         unchecked(demo(), [1, 2], output="prob")
@@ -216,9 +214,7 @@ def test_statistics_never_hold_the_vocabulary_of_all_positions() -> None:
 
 
 def test_the_lens_shows_the_answer_form_and_is_drawn() -> None:
-    found = lens_statistics(
-        demo(), ["The capital of France is", "Italy is in"], targets=[" Paris", " Europe"]
-    )
+    found = lens_statistics(demo(), ["The capital of France is", "Italy is in"], targets=[" Paris", " Europe"])
     assert (found.target_probability[:, 0, -1] < 0.5).all()
     assert (found.target_probability[:, -1, -1] > 0.9).all()
     assert (found.kl[:, 0, -1] > found.kl[:, -2, -1]).all()

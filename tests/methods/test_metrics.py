@@ -56,7 +56,5 @@ def test_texts_are_one_token(demo: StandardizedTransformer) -> None:
 
 
 def test_texts_need_a_tokenizer() -> None:
-    with pytest.raises(
-        InputError, match=r"^The answer ' Paris' is text: give the model whose tokenizer reads it"
-    ):
+    with pytest.raises(InputError, match=r"^The answer ' Paris' is text: give the model whose tokenizer reads it"):
         logit_difference(" Paris", " Rome")

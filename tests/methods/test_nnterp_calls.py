@@ -65,9 +65,7 @@ def test_lenses(model: StandardizedTransformer) -> None:
     assert patchscope_lens(model, source_prompts=prompts, target_patch_prompts=batch).shape == every
     latents = torch.randn(model.num_layers, 1, model.hidden_size)
     target = TargetPrompt("Test prompt", -1)
-    found = patchscope_lens(
-        model, source_prompts=None, target_patch_prompts=target, layers=[0, 1], latents=latents
-    )
+    found = patchscope_lens(model, source_prompts=None, target_patch_prompts=target, layers=[0, 1], latents=latents)
     assert found.shape == (1, 2, every[2])
     found = patch_object_attn_lens(
         model,
@@ -108,7 +106,5 @@ def test_prompts(model: StandardizedTransformer) -> None:
         prompt,
         Prompt.from_strings("y z", {"greeting": "a", "punctuation": "!", "greeting2": "b"}, model),
     ]
-    found = run_prompts(
-        model, both, batch_size=1, get_probs_func=lambda m, batch, **kwargs: logit_lens(m, batch)
-    )
+    found = run_prompts(model, both, batch_size=1, get_probs_func=lambda m, batch, **kwargs: logit_lens(m, batch))
     assert found["punctuation"].shape == (2, model.num_layers)

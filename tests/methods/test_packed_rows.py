@@ -165,9 +165,7 @@ def test_only_what_is_asked_plainly(log: Callable[[], list[str]]) -> None:
     ):
         found = logit_lens(one, inputs, output="logits")
         assert log() == [f"Prompts in rows of their own: {why}"]
-        torch.testing.assert_close(
-            found, logit_lens(one, inputs, output="logits", batch_size=1), rtol=1e-3, atol=2e-5
-        )
+        torch.testing.assert_close(found, logit_lens(one, inputs, output="logits", batch_size=1), rtol=1e-3, atol=2e-5)
         assert log() == []
 
 

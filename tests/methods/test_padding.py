@@ -83,16 +83,10 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
     "get_token_activations at 0": lambda m, p: get_token_activations(m, p, idx=0).transpose(0, 1),
     "get_token_activations at -3": lambda m, p: get_token_activations(m, p, [2, 0], idx=-3).transpose(0, 1),
     "direct_logit_attribution": lambda m, p: direct_logit_attribution(m, p, 3, 9).values,
-    "direct_logit_attribution at 0": lambda m, p: (
-        direct_logit_attribution(m, p, 3, by="layer", position=0).values
-    ),
-    "direct_logit_attribution by head": lambda m, p: (
-        direct_logit_attribution(m, p, 3, by="head", position=-2).values
-    ),
+    "direct_logit_attribution at 0": lambda m, p: direct_logit_attribution(m, p, 3, by="layer", position=0).values,
+    "direct_logit_attribution by head": lambda m, p: direct_logit_attribution(m, p, 3, by="head", position=-2).values,
     "patchscope_lens": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], 1)),
-    "patchscope_lens from 1": lambda m, p: patchscope_lens(
-        m, p, TargetPrompt([4, 5, 6], -1), source_position=1
-    ),
+    "patchscope_lens from 1": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], -1), source_position=1),
     "patch_object_attn_lens of targets": lambda m, p: patch_object_attn_lens(m, [4, 5, 6, 7], p, 1),
     "activation_patching": lambda m, p: _patched(m, p).effect[..., -3:],
     "activation_patching at -2": lambda m, p: _patched(m, p, positions=[-2]).effect,
@@ -102,9 +96,7 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
         ).effect
     ),
     "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effects[..., -3:],
-    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effects[
-        ..., -3:
-    ],
+    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effects[..., -3:],
     "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).scores,
     "circuit_faithfulness": lambda m, p: _faithful(m, p),
     "collect_activations": lambda m, p: torch.stack(
@@ -131,9 +123,7 @@ def _others(given: Any) -> Any:
 
 
 def _patched(model: Model, given: Any, **kwargs: Any) -> Any:
-    return activation_patching(
-        model, clean=given, corrupted=_others(given), metric=METRIC, progress=False, **kwargs
-    )
+    return activation_patching(model, clean=given, corrupted=_others(given), metric=METRIC, progress=False, **kwargs)
 
 
 def _faithful(model: Model, given: Any) -> Tensor:
@@ -163,9 +153,7 @@ def test_statistics_of_every_position(side: str) -> None:
             torch.testing.assert_close(
                 getattr(found, name)[i, :, -len(ids) :], getattr(alone, name)[0], atol=1e-4, rtol=1e-3
             )
-        torch.testing.assert_close(
-            every[i], logit_lens(model, [ids], positions="all")[0], atol=1e-4, rtol=1e-3
-        )
+        torch.testing.assert_close(every[i], logit_lens(model, [ids], positions="all")[0], atol=1e-4, rtol=1e-3)
         assert found.tokens[i] == list(map(str, ids))
 
 
@@ -205,22 +193,12 @@ def test_on_which_side_the_tokenizer_pads_makes_no_difference() -> None:
             [*collect_activations(model, each, positions=[0, -2], progress=False).tensors.values()]
         ),
         "batched": lambda: collect_token_activations_batched(model, each, 2, idx=-2),
-        "targets": lambda: patchscope_lens(
-            model, [3, 4], TargetPromptBatch.from_prompts(each, [0, 1, -1])[1]
-        ),
-        "several targets": lambda: patchscope_lens(
-            model, each, TargetPromptBatch.from_prompts(each, [0, 1, -1])
-        ),
-        "generate": lambda: patchscope_generate(
-            model, each, TargetPrompt("words", -2), 2, 0, min_new_tokens=2
-        )[0],
+        "targets": lambda: patchscope_lens(model, [3, 4], TargetPromptBatch.from_prompts(each, [0, 1, -1])[1]),
+        "several targets": lambda: patchscope_lens(model, each, TargetPromptBatch.from_prompts(each, [0, 1, -1])),
+        "generate": lambda: patchscope_generate(model, each, TargetPrompt("words", -2), 2, 0, min_new_tokens=2)[0],
         "causal": lambda: causal_tracing(model, each[0], subject=[1, 2], samples=2, progress=False).effect,
-        "vector": lambda: SteeringVector.from_prompts(model, each, each[::-1][:1], progress=False).directions[
-            1
-        ],
-        "projections": lambda: SteeringVector({1: torch.ones(32)}, "layers_output", "", "").projections(
-            model, each[0]
-        ),
+        "vector": lambda: SteeringVector.from_prompts(model, each, each[::-1][:1], progress=False).directions[1],
+        "projections": lambda: SteeringVector({1: torch.ones(32)}, "layers_output", "", "").projections(model, each[0]),
         "tuned lens": lambda: TunedLens.train(model, each, steps=3, batch_size=2).history,
         "statistics": lambda: lens_statistics(model, each, next_tokens=True).target_probability,
         **{name: functools.partial(ask, model, ids) for name, ask in BY_PROMPT.items()},
@@ -246,10 +224,6 @@ def test_where_padding_on_the_left_shows_it_is_not_moved_there() -> None:
     given = padded(each, "right")
     found = compute_next_token_probs(model, given)
     for i, ids in enumerate(each):
-        torch.testing.assert_close(
-            found[i : i + 1], compute_next_token_probs(model, ids), atol=1e-4, rtol=1e-3
-        )
-    with pytest.raises(
-        Exception, match="of 7, 4, 5 tokens. On this model padding is no way to one length: it shows"
-    ):
+        torch.testing.assert_close(found[i : i + 1], compute_next_token_probs(model, ids), atol=1e-4, rtol=1e-3)
+    with pytest.raises(Exception, match="of 7, 4, 5 tokens. On this model padding is no way to one length: it shows"):
         attribution_patching(model, given, _others(given), METRIC)

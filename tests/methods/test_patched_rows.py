@@ -64,9 +64,7 @@ def latents(model: StandardizedTransformer, count: int = SOURCES) -> Tensor:
     """Of (layer, source, hidden), as large as hidden states are."""
     with model.trace([tokens(SEQ, 1)]):
         size = model.layers_output[-1].std()
-    noise = torch.randn(
-        model.num_layers, count, model.hidden_size, generator=torch.Generator().manual_seed(2)
-    )
+    noise = torch.randn(model.num_layers, count, model.hidden_size, generator=torch.Generator().manual_seed(2))
     return size * noise
 
 
@@ -103,13 +101,9 @@ def test_rows_go_on_from_keys_and_values(
     states = latents(model)
     positions: list[int] = []
     handle = model.layers[1].module.register_forward_hook(
-        lambda _, args, output: positions.append(
-            (output if isinstance(output, Tensor) else output[0])[..., 0].numel()
-        )
+        lambda _, args, output: positions.append((output if isinstance(output, Tensor) else output[0])[..., 0].numel())
     )
-    found = patchscope_lens(
-        model, None, TargetPrompt(target, position), latents=states, batch_size=batch_size
-    )
+    found = patchscope_lens(model, None, TargetPrompt(target, position), latents=states, batch_size=batch_size)
     handle.remove()
     assert log() == f"Positions from {position % -SEQ} on, after the keys and values of the others"
     rows, rest = model.num_layers * SOURCES, SEQ - position % SEQ
@@ -176,9 +170,7 @@ def test_whole_prompts_where_the_cache_is_another(model_type: str, log: Callable
     states = latents(model)
     found = patchscope_lens(model, None, TargetPrompt(target, -1), latents=states)
     expected = f"Whole prompts: {OTHERS[model_type]}"
-    if "DummyLayer" in expected and not hasattr(
-        cache_utils, "DummyLayer"
-    ):  # in older releases no layer is empty
+    if "DummyLayer" in expected and not hasattr(cache_utils, "DummyLayer"):  # in older releases no layer is empty
         expected = "Positions from -1 on, after the keys and values of the others"
     assert log() == expected
     close(found, naive(model, target, 8, states))

@@ -161,9 +161,7 @@ def test_what_does_not_fit_is_said() -> None:
         patchscope_lens(model, sources, target, layers=3)
     with pytest.raises(InputError) as error:
         patchscope_lens(model, sources, TargetPrompt([3, 4, 5], 3))
-    assert str(error.value) == (
-        "positions: prompt 0 has 3 tokens, at 0 to 2 (or -3 to -1); there is no position 3."
-    )
+    assert str(error.value) == ("positions: prompt 0 has 3 tokens, at 0 to 2 (or -3 to -1); there is no position 3.")
 
 
 @pytest.mark.parametrize("model_type", [*SOME, "lfm2"])
@@ -315,9 +313,7 @@ def test_only_the_last_position_goes_through_the_head() -> None:
     model, rows = wrapped("llama"), []
     (source,) = ids("llama", 5)
     target = TargetPrompt(ids("llama", 7)[0], 2)
-    handle = model.hf_model.lm_head.register_forward_hook(
-        lambda _, args, __: rows.append(args[0][..., 0].numel())
-    )
+    handle = model.hf_model.lm_head.register_forward_hook(lambda _, args, __: rows.append(args[0][..., 0].numel()))
     patchscope_lens(model, source, target)
     handle.remove()
     assert rows == [model.num_layers]
@@ -333,9 +329,7 @@ def test_an_edit_behind_the_last_layer_counts() -> None:
     found = patchscope_lens(model.edit(shift), source, TargetPrompt(text, 2))
     norm = model.hf_model.model.norm
     handle = norm.register_forward_hook(lambda _, __, output: output.flip(-1))
-    expected = [
-        naive("llama", text, 2, layer, state_of("llama", source, layer)) for layer in range(model.num_layers)
-    ]
+    expected = [naive("llama", text, 2, layer, state_of("llama", source, layer)) for layer in range(model.num_layers)]
     handle.remove()
     close(found[0], torch.stack(expected))
 
@@ -344,9 +338,7 @@ def test_generating_without_a_cache_is_patched_in_every_step() -> None:
     model = demo()
     target = TargetPrompt("The capital of Spain", index_to_patch=-1)
     cached, anew = (
-        patchscope_generate(
-            model, ["The capital of Japan", "Oslo"], target, max_length=5, use_cache=use_cache
-        )
+        patchscope_generate(model, ["The capital of Japan", "Oslo"], target, max_length=5, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert cached.keys() == anew.keys()

@@ -50,9 +50,7 @@ def test_to_the_logits_by_hooks(model_type: str, sender: str) -> None:
     hf = shared(model_type)
     layers, *parts = PLACES[model_type]
     blocks = list(hf.get_submodule(layers))
-    attentions, mlps = (
-        [block.get_submodule(part) for block in blocks] for part in ADDED.get(model_type, parts)
-    )
+    attentions, mlps = ([block.get_submodule(part) for block in blocks] for part in ADDED.get(model_type, parts))
     added = {("attention", i): (module, "output") for i, module in enumerate(attentions)}
     added |= {("mlp", i): (module, "output") for i, module in enumerate(mlps)}
     frozen = hooked(hf, lambda: hf(CORRUPTED), added)
@@ -97,9 +95,7 @@ def test_to_the_logits_by_hooks(model_type: str, sender: str) -> None:
     assert torch.allclose(found.corrupted, run(hf), rtol=1e-4)
 
 
-def frozen_by_traces(
-    model: StandardizedTransformer, ids: tuple[Tensor, Tensor], sender: Any, receivers: Any
-) -> Tensor:
+def frozen_by_traces(model: StandardizedTransformer, ids: tuple[Tensor, Tensor], sender: Any, receivers: Any) -> Tensor:
     """With all contributions between assigned in traces; sender and receivers are (point, layer, head)."""
     source, base = ids
     mixers, mlps = model.mixers_contribution, model.mlps_contribution
@@ -136,9 +132,7 @@ def frozen_by_traces(
             if has(mlps, layer):
                 if ("mlps_contribution", layer, None) in receivers:
                     heard["mlps_contribution", layer] = mlps[layer].clone()
-                mlps[layer] = (
-                    sent if (point, layer) == ("mlps_contribution", at) else own["mlps_contribution", layer]
-                )
+                mlps[layer] = sent if (point, layer) == ("mlps_contribution", at) else own["mlps_contribution", layer]
         if "logits" in receivers:
             heard["logits", 0] = model.layers_output[-1]
     with torch.no_grad(), model.trace(base):
@@ -156,9 +150,7 @@ def frozen_by_traces(
     return METRIC(logits)
 
 
-def check(
-    model: StandardizedTransformer, ids: tuple[Tensor, Tensor], sender: Any, receivers: list[Any]
-) -> None:
+def check(model: StandardizedTransformer, ids: tuple[Tensor, Tensor], sender: Any, receivers: list[Any]) -> None:
     def text(one: Any) -> str:
         if one == "logits":
             return one
@@ -209,9 +201,7 @@ def test_layers_of_any_kind(model_type: str) -> None:
 
 def test_senders_are_patched_one_at_a_time() -> None:
     model = StandardizedTransformer(shared("llama"))
-    senders = [f"heads_output[{layer}][{head}]" for layer in (0, 1) for head in range(4)] + [
-        "mlps_contribution[1]"
-    ]
+    senders = [f"heads_output[{layer}][{head}]" for layer in (0, 1) for head in range(4)] + ["mlps_contribution[1]"]
     options: dict[str, Any] = {
         "clean": CLEAN,
         "corrupted": CORRUPTED,
@@ -265,9 +255,7 @@ def test_padding_does_not_show(model_type: str) -> None:
     }
     both = path_patching(model, clean=[long[0], short[0]], corrupted=[long[1], short[1]], **options)
     for pair, (clean, corrupted) in enumerate([long, short]):
-        assert same(
-            both.effect[pair], path_patching(model, clean=clean, corrupted=corrupted, **options).effect
-        )
+        assert same(both.effect[pair], path_patching(model, clean=clean, corrupted=corrupted, **options).effect)
 
 
 @pytest.mark.parametrize("name", ["demo:gpt2", "demo:llama"])

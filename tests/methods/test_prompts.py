@@ -132,9 +132,7 @@ def test_run_prompts_finds_what_each_prompt_alone_does(batch_size: int, get_prob
         "The language of Italy is": "Italian",
     }
     wrong = ["Berlin", "Africa"]
-    prompts = [
-        Prompt.from_strings(text, {"right": word, "wrong": wrong}, model) for text, word in facts.items()
-    ]
+    prompts = [Prompt.from_strings(text, {"right": word, "wrong": wrong}, model) for text, word in facts.items()]
     found = run_prompts(model, prompts, batch_size=batch_size, get_probs_func=get_probs, tqdm=None)
     assert found.keys() == {"right", "wrong"}
     assert (found["right"][:, -1] > 0.9).all()
@@ -168,9 +166,7 @@ def test_targets_of_different_names_are_an_error() -> None:
         run_prompts(demo(), [Prompt("x", {"a": [1]}), Prompt("y", {"b": [1], "c": [2]})])
 
 
-@pytest.mark.parametrize(
-    "model_type", ["gpt2", "gemma2", "cohere", "bloom", "gpt_oss", "gemma4_text", "lfm2"]
-)
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "cohere", "bloom", "gpt_oss", "gemma4_text", "lfm2"])
 def test_next_token_probs_are_the_models_own(model_type: str) -> None:
     hf, ids = (shared(model_type), prompt_ids()) if model_type in TYPES else (zoo_shared(model_type), None)
     ids = zoo_ids(hf) if ids is None else ids

@@ -31,9 +31,7 @@ LENGTHS = (4, 9, 2)
 PROMPTS = [prompt_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
 
 
-def vector_of(
-    width: int = 32, layers: tuple[int, ...] = (1,), seed: int = 0, **changes: Any
-) -> SteeringVector:
+def vector_of(width: int = 32, layers: tuple[int, ...] = (1,), seed: int = 0, **changes: Any) -> SteeringVector:
     generator = torch.Generator().manual_seed(seed)
     directions = {layer: torch.randn(width, generator=generator) for layer in layers}
     fields = {"point": "layers_output", "model_type": "gpt2", "method": "random", **changes}
@@ -101,9 +99,7 @@ def test_the_probe_is_where_its_loss_is_flat(hidden: int) -> None:
     p = 1 / (1 + np.exp(y * (length * z + bias)))
     assert length > 0
     assert np.abs(-(y * p) @ x / len(x) + 0.05 * length * unit).max() < 1e-7
-    torch.testing.assert_close(
-        found @ torch.tensor(unit), torch.tensor(unit) @ (positive.mean(0) - negative.mean(0))
-    )
+    torch.testing.assert_close(found @ torch.tensor(unit), torch.tensor(unit) @ (positive.mean(0) - negative.mean(0)))
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -142,9 +138,7 @@ def test_steering_is_what_a_hook_that_adds_does(model_type: str) -> None:
     model = StandardizedTransformer(hf)
     vector = vector_of(model.hidden_size)
     ids = prompt_ids() % 40 + 16
-    expected = hook_edited(
-        lambda: hf(ids), layers[1], "output", lambda h: h + 1.5 * vector.directions[1]
-    ).logits
+    expected = hook_edited(lambda: hf(ids), layers[1], "output", lambda h: h + 1.5 * vector.directions[1]).logits
     with torch.no_grad(), model.trace(ids):
         vector.apply(model, 1.5)
         logits = model.logits
@@ -204,9 +198,7 @@ FROM_4 = {"positions": slice(4, None)}, lambda length, at: at >= 4
 FROM_11 = {"positions": slice(11, None)}, lambda length, at: at >= 11
 
 
-@pytest.mark.parametrize(
-    "prompts", [PROMPTS, PROMPTS[:1]], ids=["padded", "alone"]
-)  # alone, generate gives no mask
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["padded", "alone"])  # alone, generate gives no mask
 @pytest.mark.parametrize(
     ("arguments", "chosen", "cached"),
     [
@@ -239,9 +231,7 @@ def test_while_generating_it_is_one_pass_in_which_these_positions_are_steered(
             where = torch.tensor([chosen(len(ids), at) for at in range(hidden.shape[1])])
             return hidden + 3.0 * where[None, :, None] * vector.directions[1]
 
-        logits = hook_edited(lambda whole=whole: hf(whole[None]), hf.model.layers[1], "output", edit).logits[
-            0
-        ]
+        logits = hook_edited(lambda whole=whole: hf(whole[None]), hf.model.layers[1], "output", edit).logits[0]
         for step, one in enumerate(found):
             torch.testing.assert_close(one[b], logits[len(ids) - 1 + step], rtol=1e-3, atol=1e-3)
 
@@ -295,9 +285,7 @@ def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     save_file({"0": torch.ones(3)}, tmp_path / "other.safetensors")
     (tmp_path / "text").write_text("no tensors")
     for name in ("other.safetensors", "text"):
-        with pytest.raises(
-            InputError, match=re.escape(f"{tmp_path / name} is no file that SteeringVector.save wrote")
-        ):
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / name} is no file that SteeringVector.save wrote")):
             SteeringVector.load(tmp_path / name)
 
 

@@ -63,9 +63,7 @@ def some_lens(layers: list[Any]) -> TunedLens:
     return TunedLens(0.1 * torch.randn(len(layers) - 1, 32, 32), 0.1 * torch.randn(len(layers) - 1, 32))
 
 
-def naive_step(
-    model_type: str, prompts: list[list[int]], weight: Tensor, bias: Tensor, lr: float
-) -> list[Tensor]:
+def naive_step(model_type: str, prompts: list[list[int]], weight: Tensor, bias: Tensor, lr: float) -> list[Tensor]:
     """One step of gradient descent: each prompt alone, each layer's stream in the last layer's place, by plain hooks."""
     hf = shared(model_type)
     layers = layers_of(model_type)
@@ -118,9 +116,7 @@ def test_what_the_lens_shows_is_the_translated_stream(model_type: str) -> None:
 
 def test_untrained_it_is_the_logit_lens() -> None:
     model = demo("gpt2")
-    assert torch.equal(
-        logit_lens(model, HELD_OUT, lens=TunedLens.identity(model)), logit_lens(model, HELD_OUT)
-    )
+    assert torch.equal(logit_lens(model, HELD_OUT, lens=TunedLens.identity(model)), logit_lens(model, HELD_OUT))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -149,9 +145,7 @@ def test_training_is_drawn() -> None:
 
 def test_the_same_seed_gives_the_same_lens() -> None:
     model = demo("gpt2")
-    train: Any = functools.partial(
-        TunedLens.train, model, [Prompt(text, {}) for text in texts()[:8]], steps=3
-    )
+    train: Any = functools.partial(TunedLens.train, model, [Prompt(text, {}) for text in texts()[:8]], steps=3)
     one, two, three = train(batch_size=4), train(batch_size=4), train(batch_size=4, seed=1)
     assert torch.equal(one.weight, two.weight)
     assert not torch.equal(one.weight, three.weight)

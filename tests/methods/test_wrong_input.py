@@ -57,9 +57,7 @@ def test_arguments_are_looked_at_by_names_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("spelled", ["Paris", " Paris"])
-def test_an_answer_whose_other_spelling_is_predicted_is_warned_of(
-    model: StandardizedTransformer, spelled: str
-) -> None:
+def test_an_answer_whose_other_spelling_is_predicted_is_warned_of(model: StandardizedTransformer, spelled: str) -> None:
     logits = model(PROMPT).logits[:, -1].detach()
     given = "Paris" if spelled == " Paris" else " Paris"
     token, other = (model.tokenizer(text)["input_ids"][0] for text in (given, spelled))
@@ -87,9 +85,7 @@ def test_the_likelier_of_two_improbable_spellings_is_not_meant(model: Standardiz
     """Unless it begins as what is predicted there does."""
     logits = model(PROMPT).logits[:, -1].detach()
     metric = probability(" Tokyo", model)
-    spaced, unspaced, predicted = (
-        model.tokenizer(text)["input_ids"][0] for text in (" Tokyo", "Tokyo", "Paris")
-    )
+    spaced, unspaced, predicted = (model.tokenizer(text)["input_ids"][0] for text in (" Tokyo", "Tokyo", "Paris"))
     logits[:, unspaced] = logits[:, spaced] + 3
     assert logits.softmax(-1)[0, unspaced] < 1e-6
     metric(logits)  # no warning: " Paris" is what is predicted
@@ -155,9 +151,7 @@ def test_a_metric_that_is_the_same_of_both_has_no_shares(model: StandardizedTran
         "progress": False,
     }
     found = activation_patching(model, metric=lambda logits: 0 * logits[:, 0] + 7, **kwargs)
-    text = (
-        r"The metric is the same in the clean and the corrupted run \(7 and 7\), so that no effect is a share"
-    )
+    text = r"The metric is the same in the clean and the corrupted run \(7 and 7\), so that no effect is a share"
     with pytest.raises(InputError, match=text):
         found.normalized
     with pytest.raises(InputError, match=text):
@@ -171,9 +165,7 @@ def test_a_metric_that_is_the_same_of_both_has_no_shares(model: StandardizedTran
     pairs = PathPatching(("a",), ("logits",), torch.ones(2, 1), two, torch.tensor([0.5, 2.0 + 1e-7]))
     with pytest.raises(InputError, match=r"run of pairs 1 \(2 and 2\)"):
         pairs.normalized
-    nothing = Patching(
-        "layers_output", torch.ones(1, 1), two[0] * torch.nan, two[1], (0,), None, (0,), (("a",),), True
-    )
+    nothing = Patching("layers_output", torch.ones(1, 1), two[0] * torch.nan, two[1], (0,), None, (0,), (("a",),), True)
     with pytest.raises(InputError, match="is not finite: nothing is a share"):
         nothing.normalized
 
@@ -186,7 +178,5 @@ def test_a_vector_is_not_made_of_letters(model: StandardizedTransformer) -> None
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InputError, match=r"pairs\[0\] is \[\{'role'"):
         SteeringVector.from_pairs(model, [chat])
-    found = SteeringVector.from_pairs(
-        model, [[PROMPT, "The language of France is"]], layers=[2], progress=False
-    )
+    found = SteeringVector.from_pairs(model, [[PROMPT, "The language of France is"]], layers=[2], progress=False)
     assert found.directions[2].norm() > 0

@@ -32,9 +32,7 @@ def t(ask: Callable[[], Any]) -> None:
 
 
 def ap(**given: Any) -> Any:
-    return of.activation_patching(
-        m, **{"clean": P, "corrupted": Q, "metric": met, "progress": False, **given}
-    )
+    return of.activation_patching(m, **{"clean": P, "corrupted": Q, "metric": met, "progress": False, **given})
 
 
 def pp(**given: Any) -> Any:
@@ -169,9 +167,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "batch_size=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.TunedLens.train(
-            m, [P], steps=1, start=of.TunedLens(torch.zeros(1, H, H), torch.zeros(1, H))
-        ),
+        lambda: of.TunedLens.train(m, [P], steps=1, start=of.TunedLens(torch.zeros(1, H, H), torch.zeros(1, H))),
         "InputError",
         "This tuned lens is for a model of 2 layers and width 96; this one has 6 layers and width 96. Train o",
     ),
@@ -1014,18 +1010,11 @@ def main() -> None:
             ask()
         except UsageError as error:
             ours = [
-                frame
-                for frame in traceback.extract_tb(error.__traceback__)
-                if "/nnatomy/methods/" in frame.filename
+                frame for frame in traceback.extract_tb(error.__traceback__) if "/nnatomy/methods/" in frame.filename
             ]
             if type(error).__name__ != kind or not str(error).startswith(text):
                 wrong.append(f"{place}: {type(error).__name__}: {error}, and not {kind}: {text}")
-            elif (
-                ours[:1]
-                and ours[0].filename.endswith("/arguments.py")
-                and kind == "InputError"
-                and len(ours) > 1
-            ):
+            elif ours[:1] and ours[0].filename.endswith("/arguments.py") and kind == "InputError" and len(ours) > 1:
                 wrong.append(f"{place}: {error}: it is said {len(ours)} frames of ours below the user's line")
         except Exception as error:
             wrong.append(f"{place}: {type(error).__name__}: {error}, and not {kind}: {text}")

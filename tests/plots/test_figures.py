@@ -59,9 +59,7 @@ def test_texts_stand_in_the_cells() -> None:
         ([[0.0, 0.0]], True, (-1.0, 1.0)),
     ],
 )
-def test_colors_span_the_values(
-    values: list[list[float]], diverging: bool, limits: tuple[float, float]
-) -> None:
+def test_colors_span_the_values(values: list[list[float]], diverging: bool, limits: tuple[float, float]) -> None:
     figure = heat_map(torch.tensor(values), rows=["0"], columns=["a", "b"], diverging=diverging)
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == pytest.approx(limits)
 
@@ -121,9 +119,7 @@ def test_attention_has_a_map_for_each_head_and_a_menu_for_one_alone() -> None:
     everything, *single = figure.layout.updatemenus[0].buttons
     assert everything.args[0]["visible"] == [True] * 6
     assert single[2].args[0]["visible"] == [False, False, True, False, False, False]
-    alone = figure.update_layout(
-        {key.replace(".", "_"): v for key, v in single[2].args[1].items() if "[" not in key}
-    )
+    alone = figure.update_layout({key.replace(".", "_"): v for key, v in single[2].args[1].items() if "[" not in key})
     assert tuple(alone.layout.xaxis3.domain) == (0, 1)
     assert alone.layout.xaxis3.visible
     assert not alone.layout.xaxis2.visible

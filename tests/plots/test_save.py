@@ -53,9 +53,7 @@ def test_a_page_asks_for_nothing_outside_itself(figure: Any, tmp_path: Path) -> 
     page = saved(figure, tmp_path)
     tags = Tags()
     tags.feed(page)
-    assert not [
-        tag for tag, attributes in tags.found if tag in ("link", "img", "iframe") or "src" in attributes
-    ]
+    assert not [tag for tag, attributes in tags.found if tag in ("link", "img", "iframe") or "src" in attributes]
     policy = next(a["content"] for tag, a in tags.found if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none'")

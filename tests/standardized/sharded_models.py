@@ -203,8 +203,7 @@ def methods_and_modules_of_ones_own(model_type: str) -> None:
     expected, found = (direct_logit_attribution(model, prompts, 3) for model in (one, other))
     near(found.values, expected.values)
     effects = [
-        attribution_patching(model, prompts[:1], prompts[1:], logit_difference(3, 4)).effects
-        for model in (one, other)
+        attribution_patching(model, prompts[:1], prompts[1:], logit_difference(3, 4)).effects for model in (one, other)
     ]
     near(effects[1], effects[0])
     for name, call in {
@@ -230,9 +229,7 @@ def methods_and_modules_of_ones_own(model_type: str) -> None:
             results.append((features, spliced.logits))
     for first, second in zip(*results, strict=True):
         same(first, second)
-    for first, second in zip(
-        *([edit(model) for edit in (steered, patched)] for model in (one, other)), strict=True
-    ):
+    for first, second in zip(*([edit(model) for edit in (steered, patched)] for model in (one, other)), strict=True):
         same(first, second)
     with tempfile.TemporaryDirectory() as folder:
         stores = [

@@ -40,18 +40,14 @@ def test_outside_of_a_trace(model: StandardizedTransformer) -> None:
         lambda: model.skip_layer(0),
         lambda: model.steer(0, torch.zeros(32)),
     ):
-        with pytest.raises(
-            OutsideTraceError, match=r"values exist only while the model runs.*with model.trace"
-        ):
+        with pytest.raises(OutsideTraceError, match=r"values exist only while the model runs.*with model.trace"):
             read()
 
 
 @pytest.mark.parametrize("layer", [3, -4, 100])
 def test_a_layer_out_of_range(model: StandardizedTransformer, layer: int) -> None:
     with model.trace(prompt_ids()):
-        with pytest.raises(
-            LayerIndexError, match=rf"layers_output\[{layer}\]: the model has 3 layers, 0 to 2\."
-        ):
+        with pytest.raises(LayerIndexError, match=rf"layers_output\[{layer}\]: the model has 3 layers, 0 to 2\."):
             model.layers_output[layer]
         with pytest.raises(IndexError, match="the model has 3 layers"):
             model.steer(layer, torch.zeros(32))
@@ -94,9 +90,7 @@ def test_logits_and_embeddings_are_checked_too(model: StandardizedTransformer) -
 def test_out_of_order(model: StandardizedTransformer) -> None:
     with model.trace(prompt_ids()):
         _ = model.layers_output[1]
-        with pytest.raises(
-            OutOfOrderError, match=r"layers_output\[0\] was asked for at .*test_accessors.py:\d+"
-        ):
+        with pytest.raises(OutOfOrderError, match=r"layers_output\[0\] was asked for at .*test_accessors.py:\d+"):
             _ = model.layers_output[0]
         with pytest.raises(OutOfOrderError, match=r"stands behind layers_output\[1\]"):
             _ = model.attentions_input[1]
@@ -300,9 +294,7 @@ def test_views_and_names(model: StandardizedTransformer) -> None:
         assert model.layers[0].output is model.layers_output[0]
     assert len(model.layers) == len(model.attentions) == len(model.mlps) == 3
     assert model.attentions[1].module is model.hf_model.model.layers[1].self_attn
-    assert [view.module for view in model.mlps[:2]] == [
-        layer.mlp for layer in model.hf_model.model.layers[:2]
-    ]
+    assert [view.module for view in model.mlps[:2]] == [layer.mlp for layer in model.hf_model.model.layers[:2]]
     assert model.lm_head(torch.zeros(1, 32)).shape == (1, VOCAB)
     with pytest.raises(NoSuchModuleError, match=r"no submodule 'layer'.*Did you mean"):
         _ = model.model.layer
@@ -320,9 +312,7 @@ def test_dimensions() -> None:
     }
     for model_type, (heads, kv_heads, head_dim) in expected.items():
         model = StandardizedTransformer(shared(model_type), validate=False)
-        assert (model.num_heads, model.num_kv_heads, model.head_dim) == (heads, kv_heads, head_dim), (
-            model_type
-        )
+        assert (model.num_heads, model.num_kv_heads, model.head_dim) == (heads, kv_heads, head_dim), model_type
         assert (model.hidden_size, model.vocab_size) == (32, VOCAB)
 
 
@@ -396,9 +386,7 @@ def test_what_cannot_be_assigned_as_a_whole() -> None:
             model.trace(ids),
         ):
             setattr(model, name, torch.zeros(1))
-    with pytest.raises(
-        AssignmentError, match=r"transformer is a module: assign its value, transformer\.output"
-    ):
+    with pytest.raises(AssignmentError, match=r"transformer is a module: assign its value, transformer\.output"):
         model.transformer = torch.zeros(1)
     with (
         pytest.raises(NoSuchModuleError, match="has no submodule 'logitz'. Did you mean 'logits'"),

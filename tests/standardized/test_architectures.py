@@ -46,9 +46,7 @@ def places(model_type: str, hf: nn.Module) -> dict[tuple[str, int], tuple[nn.Mod
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
-    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(
-        other.abs().max()
-    )
+    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
 
 
 def plain_logits(model: StandardizedTransformer, ids: Tensor) -> Tensor:
@@ -71,9 +69,7 @@ def test_loads_from_a_saved_folder_and_validates(model_type: str, tmp_path: Any)
     assert model._head.short == (model_type not in LONG_HEAD)
     in_memory_of_its_own(model.hf_model)
     ids = prompt_ids()
-    assert torch.equal(
-        plain_logits(model, ids), plain_logits(StandardizedTransformer(shared(model_type)), ids)
-    )
+    assert torch.equal(plain_logits(model, ids), plain_logits(StandardizedTransformer(shared(model_type)), ids))
 
 
 def test_reading_everything_is_what_hooks_see_and_leaves_the_logits_bit_identical(
@@ -98,9 +94,7 @@ def test_reading_everything_is_what_hooks_see_and_leaves_the_logits_bit_identica
 
 def test_slices_and_negative_indices_read_the_same(model: StandardizedTransformer, model_type: str) -> None:
     ids = prompt_ids()
-    expected = hooked(
-        model.hf_model, lambda: model.hf_model(input_ids=ids), places(model_type, model.hf_model)
-    )
+    expected = hooked(model.hf_model, lambda: model.hf_model(input_ids=ids), places(model_type, model.hf_model))
     for name in ACCESSORS:
         if (name, 0) not in expected:
             continue
@@ -109,15 +103,11 @@ def test_slices_and_negative_indices_read_the_same(model: StandardizedTransforme
             some = getattr(model, name)[1:]
         with torch.no_grad(), model.trace(ids):
             last = getattr(model, name)[-1]
-        assert all(
-            torch.equal(value, expected[name, i]) for value, i in zip(some, layers[1:], strict=True)
-        ), name
+        assert all(torch.equal(value, expected[name, i]) for value, i in zip(some, layers[1:], strict=True)), name
         assert torch.equal(last, expected[name, layers[-1]])
 
 
-def test_writing_is_what_a_hook_returning_the_same_does(
-    model: StandardizedTransformer, model_type: str
-) -> None:
+def test_writing_is_what_a_hook_returning_the_same_does(model: StandardizedTransformer, model_type: str) -> None:
     ids = prompt_ids()
     plain = plain_logits(model, ids)
     ramp = torch.linspace(-1, 1, model.hidden_size)
@@ -126,16 +116,12 @@ def test_writing_is_what_a_hook_returning_the_same_does(
             accessor = getattr(model, name)
             accessor[i] = accessor[i] * 0.5 + ramp
             logits = model.logits
-        expected = edited(
-            lambda: model.hf_model(input_ids=ids), module, kind, lambda h: h * 0.5 + ramp
-        ).logits
+        expected = edited(lambda: model.hf_model(input_ids=ids), module, kind, lambda h: h * 0.5 + ramp).logits
         assert torch.equal(logits, expected), (name, i)
         assert not torch.equal(logits, plain), (name, i)
 
 
-def test_a_standard_name_of_what_is_not_there_refuses(
-    model: StandardizedTransformer, model_type: str
-) -> None:
+def test_a_standard_name_of_what_is_not_there_refuses(model: StandardizedTransformer, model_type: str) -> None:
     if PLACES[model_type][2] is None:
         with model.trace(prompt_ids()), pytest.raises(NotInThisModelError, match="fc1"):
             model.mlps_output[0]
@@ -161,9 +147,7 @@ def test_attention_probabilities_are_the_models_own(model: StandardizedTransform
             assert close(pattern, own.view_as(pattern))
 
 
-def test_writing_a_pattern_does_what_that_pattern_means(
-    model: StandardizedTransformer, model_type: str
-) -> None:
+def test_writing_a_pattern_does_what_that_pattern_means(model: StandardizedTransformer, model_type: str) -> None:
     """The pattern as it was gives the logits as they were; halved, it halves what the heads bring."""
     ids = prompt_ids()
     plain = plain_logits(model, ids)
@@ -192,17 +176,11 @@ def test_the_head_is_exact(model: StandardizedTransformer, model_type: str) -> N
             assert close(mine, logits)
         assert close(model.project_on_vocab(last[0, -1]), logits[0, -1])
         if model_type in LONG_HEAD:  # else this test could not fail
-            naive = (
-                model._head.short_way(last)
-                if model_type != "opt"
-                else last @ torch.ones(32, logits.shape[-1])
-            )
+            naive = model._head.short_way(last) if model_type != "opt" else last @ torch.ones(32, logits.shape[-1])
             assert not close(naive, logits, 1e-2)
 
 
-def test_a_prompt_gives_the_same_alone_and_in_a_batch(
-    model: StandardizedTransformer, model_type: str
-) -> None:
+def test_a_prompt_gives_the_same_alone_and_in_a_batch(model: StandardizedTransformer, model_type: str) -> None:
     long, short = prompt_ids(1, 9, 1)[0].tolist(), prompt_ids(1, 4, 2)[0].tolist()
     with torch.no_grad(), model.trace([long, short]):
         last_layer = model.layers_output[-1]
@@ -215,9 +193,7 @@ def test_a_prompt_gives_the_same_alone_and_in_a_batch(
         assert close(last_layer[row, -len(prompt) :], alone_layer[0], 1e-4)
 
 
-def test_skipping_a_layer_is_that_layer_giving_its_input(
-    model: StandardizedTransformer, model_type: str
-) -> None:
+def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTransformer, model_type: str) -> None:
     ids = prompt_ids()
     layer = places(model_type, model.hf_model)["layers_input", 1][0]
     seen: dict[str, Any] = {}

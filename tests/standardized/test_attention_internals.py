@@ -52,9 +52,7 @@ class Written:
         return getattr(sys.modules[type(self.module).__module__], name)(q, k, cos, sin)
 
     def split(self, x: Tensor, heads: int = -1) -> Tensor:
-        return x.view(self.batch, self.seq, heads, x.shape[-1] // heads if heads > 0 else self.dim).transpose(
-            1, 2
-        )
+        return x.view(self.batch, self.seq, heads, x.shape[-1] // heads if heads > 0 else self.dim).transpose(1, 2)
 
     @property
     def dim(self) -> int:
@@ -169,9 +167,7 @@ class Written:
         return value if name == "heads_output" else self.heads(pattern, v)
 
 
-WRITTEN = tuple(
-    "llama qwen3 gemma2 gpt2 gpt_neox falcon bloom mpt deepseek_v3 gpt_oss cohere phi3 opt gptj".split()
-)
+WRITTEN = tuple("llama qwen3 gemma2 gpt2 gpt_neox falcon bloom mpt deepseek_v3 gpt_oss cohere phi3 opt gptj".split())
 
 
 def load(model_type: str, implementation: str | None = None) -> StandardizedTransformer:
@@ -189,9 +185,7 @@ def written(model: StandardizedTransformer, model_type: str, ids: Tensor) -> tup
     module = model.layers[LAYER].self_attn.module
     inputs: list[Any] = []
     handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
-        ),
+        module.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True),
         projection(model, model_type).register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
     ]
     with torch.no_grad():
@@ -259,9 +253,7 @@ def test_an_edit_is_what_the_definition_makes_of_it(model_type: str, implementat
         with torch.no_grad(), model.trace(ids):
             getattr(model, name)[LAYER][1] = new[1]
             in_place = model.logits
-        if (
-            model_type == "gpt_oss" and name == "attention_scores"
-        ):  # the sink's column is the row's largest less
+        if model_type == "gpt_oss" and name == "attention_scores":  # the sink's column is the row's largest less
             largest = torch.cat(
                 [reference.attention_scores, reference.module.sinks[:, None, None].expand(2, -1, 9, 1)], -1
             ).amax(-1, keepdim=True)
@@ -338,9 +330,7 @@ def test_gates_come_after_what_the_heads_give() -> None:
     model = StandardizedTransformer(zoo.shared("qwen3_next"))
     layer = model.attention_layers[0]
     ids, given = zoo.ids(model.hf_model), []
-    hook = model.layers[layer].self_attn.module.o_proj.register_forward_pre_hook(
-        lambda _, a: given.append(a[0])
-    )
+    hook = model.layers[layer].self_attn.module.o_proj.register_forward_pre_hook(lambda _, a: given.append(a[0]))
     with torch.no_grad(), model.trace(ids):
         heads = model.heads_output[layer].flatten(2)
         model.attentions_output[layer]

@@ -22,9 +22,7 @@ WITHOUT_ATTENTION = {
     "hrm_text": "it is gone through several times",
     "reformer": "is filled up to whole chunks",
     "inkling2_loop_text": "it has several: self_attn, mlp_input",
-    **dict.fromkeys(
-        ("cpmant", "gemma3n_text", "inkling2_text", "longcat_flash", "prophetnet", "xlnet"), None
-    ),
+    **dict.fromkeys(("cpmant", "gemma3n_text", "inkling2_text", "longcat_flash", "prophetnet", "xlnet"), None),
 }
 #: type -> how many attention layers refuse, and what the refusals say.
 REFUSED: dict[str, tuple[int, dict[str, str]]] = {

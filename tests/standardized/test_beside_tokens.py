@@ -86,9 +86,7 @@ def test_names_are_what_hooks_see_and_do(name: str) -> None:
     model, inputs = StandardizedTransformer(hf), inputs_of(name, hf)
     layers = [*hf.get_submodule(CLASSES[name][1])]
     assert list(model.layers_input.modules) == layers
-    assert list(model.attentions_output.modules) == [
-        layer.get_submodule(CLASSES[name][2]) for layer in layers
-    ]
+    assert list(model.attentions_output.modules) == [layer.get_submodule(CLASSES[name][2]) for layer in layers]
     points = {("layers_input", i): (layer, "input") for i, layer in enumerate(layers)}
     points |= {("layers_output", i): (layer, "output") for i, layer in enumerate(layers)}
     seen = hooked(hf, lambda: hf(**inputs), points)
@@ -143,9 +141,7 @@ def test_image_tokens_are_filled_in() -> None:
     ids = torch.cat([torch.full((2, 4), 3), zoo.ids(hf, seq=SEQ)], 1)
     with torch.no_grad():
         plain = hf(input_ids=ids, **images).logits
-        assert not torch.allclose(
-            plain, hf(input_ids=ids, pixel_values=-images["pixel_values"]).logits, atol=1e-2
-        )
+        assert not torch.allclose(plain, hf(input_ids=ids, pixel_values=-images["pixel_values"]).logits, atol=1e-2)
         with model.trace(ids, **images):
             logits = model.logits
     assert torch.equal(logits, plain)
@@ -161,9 +157,7 @@ def test_what_runs_between_the_layers_is_said() -> None:
 def test_a_generation_of_a_module_within_has_no_steps() -> None:
     hf = build("Blip2ForConditionalGeneration")
     model, ids = StandardizedTransformer(hf), zoo.ids(hf)
-    with pytest.raises(
-        NotReachedError, match="Blip2ForConditionalGeneration itself is not called in this generation"
-    ):
+    with pytest.raises(NotReachedError, match="Blip2ForConditionalGeneration itself is not called in this generation"):
         with model.generate(ids, **beside("Blip2ForConditionalGeneration", hf), max_new_tokens=2) as tracer:
             for _ in tracer.iter[:]:
                 pass

@@ -158,14 +158,10 @@ def as_it_is(hf: Any, model: Any) -> None:
     """Everything that the view says is what plain hooks and the model's own output say."""
     ids, layers = prompt_ids(), layers_of(hf)
     close = {"rtol": 5e-2, "atol": 5e-2} if hf.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    points = {
-        (f"layers_{side}", i): (layer, side) for i, layer in enumerate(layers) for side in ("input", "output")
-    }
+    points = {(f"layers_{side}", i): (layer, side) for i, layer in enumerate(layers) for side in ("input", "output")}
     expected, plain = reads_what_hooks_see(model, ids, points)
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.project_on_vocab(expected["layers_output", len(layers) - 1]), plain, **close
-        )
+        torch.testing.assert_close(model.project_on_vocab(expected["layers_output", len(layers) - 1]), plain, **close)
         lens = logit_lens(model, ids)
         torch.testing.assert_close(lens[:, -1].float(), plain[:, -1].float().softmax(-1), **close)
         doubled = edited(lambda: hf(ids).logits, layers[1], "output", lambda hidden: 2 * hidden)
@@ -236,9 +232,7 @@ def test_a_change_is_noticed_and_looked_at_again(model_type: str, change: Callab
     change(hf)
     for view in views:
         for use in USES.values() if view is model else [USES["trace"], USES["layer_kinds"]]:
-            with pytest.raises(
-                ModelChangedError, match=r"has changed since .* model\.refresh\(\), or Standardized"
-            ):
+            with pytest.raises(ModelChangedError, match=r"has changed since .* model\.refresh\(\), or Standardized"):
                 use(view)
     for view in views:
         assert view.refresh() is view

@@ -101,9 +101,7 @@ def test_what_cannot_be_both(model: StandardizedTransformer) -> None:
         match="goes on with the chat's last message, add_generation_prompt begins another one: take",
     ):
         model.trace(STARTED, continue_final_message=True, add_generation_prompt=True)
-    with pytest.raises(
-        InputError, match="continue_final_message: for chats, and there is none among the prompts"
-    ):
+    with pytest.raises(InputError, match="continue_final_message: for chats, and there is none among the prompts"):
         model.trace("Japan is in", continue_final_message=True)
 
 

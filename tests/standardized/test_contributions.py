@@ -88,9 +88,7 @@ REFERENCES: dict[str, Reference] = {
     ),
     "mpt": Reference("transformer.blocks", Part("attn"), Part("ffn", less=("", "attn")), "norm_2"),
     "gpt_neox": _NEOX,
-    "gpt_neox sequential": _NEOX._replace(
-        mid="post_attention_layernorm", changes={"use_parallel_residual": False}
-    ),
+    "gpt_neox sequential": _NEOX._replace(mid="post_attention_layernorm", changes={"use_parallel_residual": False}),
     "gptj": _GPT2._replace(mid=None),
     "cohere": _LLAMA._replace(mid=None),
     "phi": _LLAMA._replace(mid=None),
@@ -187,9 +185,7 @@ def plain(model: StandardizedTransformer, name: str, ids: Tensor) -> list[dict[s
 
 
 def near(one: Tensor, other: Tensor, tolerance: float = 1e-6) -> bool:
-    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(
-        other.abs().max()
-    )
+    return one.shape == other.shape and float((one - other).abs().max()) <= tolerance * float(other.abs().max())
 
 
 def has(model: StandardizedTransformer, accessor: str, i: int) -> bool:
@@ -371,9 +367,7 @@ def test_input_and_contributions_are_the_output(model_type: str) -> None:
             continue
         parts = [one[part] for part in PARTS if part in one]
         total = sum(parts, one["layers_input"].double())
-        rounding = (
-            4 * torch.finfo(torch.float32).eps * max(float(part.abs().max()) for part in [*parts, total])
-        )
+        rounding = 4 * torch.finfo(torch.float32).eps * max(float(part.abs().max()) for part in [*parts, total])
         assert float((total - one["layers_output"]).abs().max()) <= rounding, i
         for part in PARTS:  # what is not there is not there: the sum is whole without it
             assert part in one or any(
@@ -438,9 +432,7 @@ def test_a_refusal_says_why() -> None:
     assert "the stream is normalised" in reason(StandardizedTransformer(normed), "mlps_contribution", 1)
     assert "token mixer is mamba" in reason(loaded("jamba"), "attentions_contribution", 0)
     assert "it has no MLP" in reason(loaded("mamba"), "mlps_contribution", 0)
-    assert "it has several token mixers (mamba + attention)" in reason(
-        loaded("falcon_h1"), "mixers_output", 0
-    )
+    assert "it has several token mixers (mamba + attention)" in reason(loaded("falcon_h1"), "mixers_output", 0)
 
 
 def test_what_mixes_tokens_gives_its_output_whatever_it_is() -> None:
@@ -685,9 +677,7 @@ def test_validation_is_four_passes_of_sixteen_tokens(
 def test_an_encoder_is_given_sixteen_tokens_at_most() -> None:
     hf = zoo.build_class("T5ForConditionalGeneration", "t5")
     sizes: list[int] = []
-    hf.encoder.block[0].register_forward_hook(
-        lambda _module, args, _output: sizes.append(args[0].shape[:2].numel())
-    )
+    hf.encoder.block[0].register_forward_hook(lambda _module, args, _output: sizes.append(args[0].shape[:2].numel()))
     StandardizedTransformer(hf)
     assert max(sizes) == 16
 

@@ -113,9 +113,7 @@ def test_each_is_in_the_report_where_there_is_one() -> None:
     other = StandardizedTransformer("demo:gpt2")
     assert not any(row.name.startswith("cross") for row in other.validation)
     for name in CROSS:
-        with pytest.raises(
-            NotInThisModelError, match=f"{name}: there is none: no layer attends to an encoder"
-        ):
+        with pytest.raises(NotInThisModelError, match=f"{name}: there is none: no layer attends to an encoder"):
             getattr(other, name).module(0)
 
 
@@ -133,9 +131,7 @@ def test_one_that_does_nothing_is_refused() -> None:
 
 def test_one_whose_output_is_dropped_is_refused() -> None:
     hf = build("BartForConditionalGeneration")
-    nn.init.zeros_(
-        hf.model.decoder.layers[3].encoder_attn_layer_norm.weight
-    )  # it gives its bias, whatever it is given
+    nn.init.zeros_(hf.model.decoder.layers[3].encoder_attn_layer_norm.weight)  # it gives its bias, whatever it is given
     model = StandardizedTransformer(hf)
     with pytest.raises(
         NotInThisModelError,
@@ -147,9 +143,7 @@ def test_one_whose_output_is_dropped_is_refused() -> None:
 def test_what_does_not_fit_is_an_error() -> None:
     hf = build("T5ForConditionalGeneration")
     model = StandardizedTransformer(hf)
-    with pytest.raises(
-        AssignmentError, match=r"cross_attention_probabilities\[0\] is torch.float32 of shape"
-    ):
+    with pytest.raises(AssignmentError, match=r"cross_attention_probabilities\[0\] is torch.float32 of shape"):
         with model.trace(**inputs_of(hf)):
             model.cross_attention_probabilities[0] = torch.ones(2, 4, 6, 6)
 
@@ -236,9 +230,7 @@ def test_methods_that_know_of_mixer_and_mlp_alone_refuse() -> None:
     model = StandardizedTransformer(build("T5ForConditionalGeneration"))
     clean, corrupted = zoo.ids(model.hf_model, seq=7)[:1], zoo.ids(model.hf_model, seq=7)[1:]
     metric = logit_difference(5, 9)
-    with pytest.raises(
-        NotInThisModelError, match="path_patching takes a layer apart into token mixer and MLP"
-    ):
+    with pytest.raises(NotInThisModelError, match="path_patching takes a layer apart into token mixer and MLP"):
         path_patching(
             model,
             clean=clean,

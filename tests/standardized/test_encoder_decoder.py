@@ -52,9 +52,7 @@ def test_names_are_what_hooks_see_and_reading_changes_nothing(name: str) -> None
     layers, attention, mlp, encoder_layers, encoder_attention = CLASSES[name]
     points: dict[str, list[nn.Module]] = {
         "encoder_layers": [*hf.get_submodule(encoder_layers)],
-        "encoder_attentions": [
-            one.get_submodule(encoder_attention) for one in hf.get_submodule(encoder_layers)
-        ],
+        "encoder_attentions": [one.get_submodule(encoder_attention) for one in hf.get_submodule(encoder_layers)],
         "layers": [*hf.get_submodule(layers)],
         "attentions": [one.get_submodule(attention) for one in hf.get_submodule(layers)],
     }
@@ -205,12 +203,8 @@ def test_a_decoder_alone_has_no_encoder_names() -> None:
 
 
 def test_cross_attention_under_the_name_of_self_attention_does_not_pass() -> None:
-    config = ArchConfig(
-        layers="model.decoder.layers", self_attn="encoder_attn", absent={"mlp": "fc1 and fc2"}
-    )
-    with pytest.raises(
-        ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 6, 7\), not \(2, 4, 6, 6\)"
-    ):
+    config = ArchConfig(layers="model.decoder.layers", self_attn="encoder_attn", absent={"mlp": "fc1 and fc2"})
+    with pytest.raises(ValidationError, match=r"attention_probabilities\[0\]: is \(2, 4, 6, 7\), not \(2, 4, 6, 6\)"):
         StandardizedTransformer(build("BartForConditionalGeneration"), arch_config=config)
 
 

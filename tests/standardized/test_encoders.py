@@ -79,9 +79,7 @@ def test_whether_it_is_causal_is_seen(name: str) -> None:
     assert set(model.layer_kinds) == {"attention"}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CLASSES if name not in ("DebertaV2Model", "T5EncoderModel")]
-)
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("DebertaV2Model", "T5EncoderModel")])
 def test_patterns_are_those_that_the_model_returns(name: str) -> None:
     hf = build(name, attn_implementation="eager")
     model, inputs = StandardizedTransformer(hf), inputs_of(hf)
@@ -118,16 +116,12 @@ def test_images_are_no_tokens(name: str) -> None:
         model.prepare()
     with pytest.raises(NotInThisModelError, match="vocab_size: the config of"):
         model.vocab_size
-    with pytest.raises(
-        NotInThisModelError, match="token_embeddings: the model reads no tokens but pixel_values"
-    ):
+    with pytest.raises(NotInThisModelError, match="token_embeddings: the model reads no tokens but pixel_values"):
         with model.trace(**inputs_of(model.hf_model)):
             model.token_embeddings
 
 
-@pytest.mark.parametrize(
-    "name", ["BertModel", "RobertaModel", "ModernBertModel", "DistilBertModel", "T5EncoderModel"]
-)
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "ModernBertModel", "DistilBertModel", "T5EncoderModel"])
 def test_padding_does_not_show_where_it_is_said_not_to(name: str) -> None:
     hf = build(name)
     model = StandardizedTransformer(hf)

@@ -82,9 +82,7 @@ def check(model: StandardizedTransformer, steps: list[Tensor], logits: Tensor, n
     single = model.hf_model.dtype == torch.float32 or model.config.model_type in ("bloom", "mpt")
     tolerance = 1e-5 * max(1.0, float(logits.abs().max())) if single else 1e-9
     assert len(steps) == STEPS
-    torch.testing.assert_close(
-        torch.stack(steps, 1), logits[:, n - 1 : n - 1 + STEPS], rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(torch.stack(steps, 1), logits[:, n - 1 : n - 1 + STEPS], rtol=0, atol=tolerance)
 
 
 def differs(one: Tensor, other: Tensor) -> bool:
@@ -273,9 +271,7 @@ def test_blocks_of_unequal_length_see_no_padding_in_any_cache(model_type: str, c
                 for layer in layers:
                     values = model.values[layer]
                     patterns.append(model.attention_probabilities[layer].clone())
-                    if (
-                        step == STEPS - 1
-                    ):  # each head takes what the first key's position says, and nothing else
+                    if step == STEPS - 1:  # each head takes what the first key's position says, and nothing else
                         only = torch.zeros_like(patterns[-1])
                         only[..., 0] = 1
                         model.attention_probabilities[layer] = only
@@ -323,9 +319,7 @@ def test_blocks_of_unequal_length_without_the_cache(model_type: str) -> None:
         return body
 
     with torch.no_grad():
-        with model.generate(
-            **{**GENERATE, "use_cache": False, "max_new_tokens": 3, "min_new_tokens": 3}
-        ) as tracer:
+        with model.generate(**{**GENERATE, "use_cache": False, "max_new_tokens": 3, "min_new_tokens": 3}) as tracer:
             invokes = [tracer.invoke(prompt, look(block)) for block, prompt in enumerate(prompts)]
         for block, prompt in enumerate(prompts):
             n = prompt.shape[1]

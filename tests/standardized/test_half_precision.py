@@ -72,9 +72,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Called]]:
 
     def record(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
         result = sdpa(query, key, value, attn_mask, **rest)
-        calls.append(
-            Called(query, key, value, attn_mask, rest.get("is_causal", False), rest.get("scale"), result)
-        )
+        calls.append(Called(query, key, value, attn_mask, rest.get("is_causal", False), rest.get("scale"), result))
         return result
 
     with monkeypatch.context() as patch:
@@ -159,12 +157,8 @@ def test_what_is_written_back_gives_what_sdpa_gives(
     assert back.dtype == halved.dtype == dtype
     assert near(back, call.result.double(), dtype, 2)
     assert logits.isfinite().all()
-    assert (
-        float((logits - plain).abs().max() / plain.abs().max()) < 0.1
-    )  # rounding, which the layers after it spread
-    pattern = (
-        call.scores.softmax(-1) / 2 if name == "attention_probabilities" else (call.scores / 2).softmax(-1)
-    )
+    assert float((logits - plain).abs().max() / plain.abs().max()) < 0.1  # rounding, which the layers after it spread
+    pattern = call.scores.softmax(-1) / 2 if name == "attention_probabilities" else (call.scores / 2).softmax(-1)
     assert near(halved, call.heads(pattern), dtype)
 
 
@@ -231,9 +225,7 @@ def test_under_autocast(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with recorded(monkeypatch) as calls:
             plain = hf(ids).logits
         call = calls[LAYER]
-        call = call._replace(
-            query=call.query.bfloat16(), key=call.key.bfloat16(), value=call.value.bfloat16()
-        )
+        call = call._replace(query=call.query.bfloat16(), key=call.key.bfloat16(), value=call.value.bfloat16())
         with model.trace(ids):
             pattern = model.attention_probabilities[LAYER]
             logits = model.logits

@@ -245,9 +245,7 @@ def test_what_is_no_tokenizer_is_not_assigned(demo: StandardizedTransformer) -> 
     before = demo.tokenizer
     with pytest.raises(InputError) as caught:
         demo.tokenizer = "gpt2"
-    text = (
-        "model.tokenizer = 'gpt2': it is a tokenizer, as AutoTokenizer.from_pretrained(...) gives, or None."
-    )
+    text = "model.tokenizer = 'gpt2': it is a tokenizer, as AutoTokenizer.from_pretrained(...) gives, or None."
     assert str(caught.value) == text
     assert demo.tokenizer is before
 

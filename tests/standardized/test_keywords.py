@@ -33,9 +33,7 @@ def test_unused_keywords_are_refused(model_type: str) -> None:
     ids, kind = zoo.ids(model.hf_model), type(model.hf_model).__name__
     calls: list[Callable[..., Any]] = [model, model.trace, model.scan, model.generate]
     for call in calls:
-        with pytest.raises(
-            InputError, match=rf"remote=...: {kind}\.(forward|generate) makes no use of such an"
-        ):
+        with pytest.raises(InputError, match=rf"remote=...: {kind}\.(forward|generate) makes no use of such an"):
             call(ids, remote=True)
         with pytest.raises(InputError, match=r"Did you mean .*attention_mask"):
             call(ids, attention_masks=torch.ones_like(ids))
@@ -103,17 +101,13 @@ def test_positions_are_those_given(model_type: str) -> None:
     model = loaded(model_type)
     ids, positions = zoo.ids(model.hf_model, seq=6), 2 * torch.arange(6)[None].expand(2, -1) + 1
     expected = first_logits(model, ids, positions)
-    assert not torch.allclose(
-        expected, first_logits(model, ids, torch.arange(6)[None].expand(2, -1)), atol=1e-2
-    )
+    assert not torch.allclose(expected, first_logits(model, ids, torch.arange(6)[None].expand(2, -1)), atol=1e-2)
     with torch.no_grad():
         with model.generate(ids, position_ids=positions, **GENERATE):
             logits = model.logits[:, -1]
         assert torch.allclose(logits, expected, atol=1e-5)
         tokens = model.generate(ids, position_ids=positions, **GENERATE).run()
-        plain = model.hf_model.generate(
-            ids, attention_mask=torch.ones_like(ids), position_ids=positions, **GENERATE
-        )
+        plain = model.hf_model.generate(ids, attention_mask=torch.ones_like(ids), position_ids=positions, **GENERATE)
         assert torch.equal(tokens, plain)
         for trace in (model.trace(), model.generate(**GENERATE)):
             with trace as tracer:

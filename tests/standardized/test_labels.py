@@ -73,9 +73,7 @@ def test_labels_where_prompts_are_padded_here() -> None:
     prompts = [LONG[0].tolist(), SHORT[0].tolist()]
     labels = torch.cat([torch.zeros(1, 3, dtype=torch.long), SHORT], 1)
     labels = torch.cat([LONG, labels])
-    with pytest.raises(
-        InputError, match="3 of the labels are where the prompts are padded, on the left.*-100"
-    ):
+    with pytest.raises(InputError, match="3 of the labels are where the prompts are padded, on the left.*-100"):
         model.trace(prompts, labels=labels)
     labels[1, :3] = -100
     with torch.no_grad():

@@ -69,9 +69,7 @@ def test_a_loaded_model_stays_the_users_own() -> None:
     model = StandardizedTransformer(hf)
     assert model.hf_model is hf
     assert hf.__dict__.keys() == before.keys()
-    with pytest.raises(
-        InputError, match="dtype: arguments of from_pretrained, but the model is already loaded"
-    ):
+    with pytest.raises(InputError, match="dtype: arguments of from_pretrained, but the model is already loaded"):
         StandardizedTransformer(hf, dtype=torch.float16)
 
 
@@ -87,9 +85,7 @@ def test_training_mode_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_an_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        LoadError, match=r"The model 'no-such/model' could not be loaded: .*Give the id of a causal"
-    ):
+    with pytest.raises(LoadError, match=r"The model 'no-such/model' could not be loaded: .*Give the id of a causal"):
         StandardizedTransformer("no-such/model", local_files_only=True)
 
 
@@ -99,9 +95,7 @@ def test_a_folder_with_no_model(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_is_not_there() -> None:
-    with pytest.raises(
-        LoadError, match="no demo model 'demo:bert': there are demo:gpt2, demo:llama, demo:smollm2"
-    ):
+    with pytest.raises(LoadError, match="no demo model 'demo:bert': there are demo:gpt2, demo:llama, demo:smollm2"):
         StandardizedTransformer("demo:bert")
 
 
@@ -152,9 +146,7 @@ def test_models_of_ones_own_that_are_not_as_hugging_faces() -> None:
     for kind in (NoMask, Tuple):
         model = StandardizedTransformer(kind(config))
         with torch.no_grad():
-            result = LlamaForCausalLM.forward(
-                model.hf_model, ids, output_hidden_states=True, return_dict=True
-            )
+            result = LlamaForCausalLM.forward(model.hf_model, ids, output_hidden_states=True, return_dict=True)
             with model.trace(ids):
                 assert torch.equal(model.layers_output[1], result.hidden_states[2])
                 assert torch.equal(model.logits, result.logits)

@@ -13,9 +13,7 @@ from nnatomy import StandardizedTransformer
 from nnatomy.errors import NotInThisModelError, ValidationError
 from nnatomy.names import OF_LAYERS, ROWS
 
-OF_ATTENTIONS = [
-    name for name in OF_LAYERS if ROWS[name].part == "attentions" and ROWS[name].place != "layer"
-]
+OF_ATTENTIONS = [name for name in OF_LAYERS if ROWS[name].part == "attentions" and ROWS[name].place != "layer"]
 
 
 def calls_of(hf: Any, module: nn.Module, ids: Tensor) -> list[Tensor]:
@@ -57,9 +55,7 @@ def test_layers_that_are_one_module_do_not_load() -> None:
     hf = build("llama")
     hf.config.use_cache = False
     hf.model.layers[1] = hf.model.layers[0]
-    with pytest.raises(
-        ValidationError, match=r"layers_output\[0\]: fires 2 times in a forward pass, not once"
-    ):
+    with pytest.raises(ValidationError, match=r"layers_output\[0\]: fires 2 times in a forward pass, not once"):
         StandardizedTransformer(hf)
 
 

@@ -41,9 +41,7 @@ def lora(model_type: str) -> Any:
     """A model in a wrapper, whose adapter matters."""
     model = peft.get_peft_model(build(model_type), config_of(model_type)).eval()
     with torch.no_grad():
-        assert not torch.allclose(
-            model(prompt_ids()).logits, build(model_type)(prompt_ids()).logits, rtol=0.1
-        )
+        assert not torch.allclose(model(prompt_ids()).logits, build(model_type)(prompt_ids()).logits, rtol=0.1)
     return model
 
 
@@ -333,9 +331,7 @@ def prefix_tuned(model_type: str) -> Any:
     wrapped = peft.get_peft_model(build(model_type), config).eval()
     torch.nn.init.normal_(wrapped.prompt_encoder["default"].embedding.weight)
     with torch.no_grad():
-        assert not torch.allclose(
-            wrapped(prompt_ids()).logits, build(model_type)(prompt_ids()).logits, atol=0.5
-        )
+        assert not torch.allclose(wrapped(prompt_ids()).logits, build(model_type)(prompt_ids()).logits, atol=0.5)
     return wrapped
 
 

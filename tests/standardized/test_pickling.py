@@ -22,9 +22,7 @@ def test_a_model_is_not_pickled_and_what_is_said_instead_works(tmp_path: Path) -
     edited = model.edit(lambda: model.steer(1, torch.ones(model.hidden_size)))
     for view in (model, edited, model.layers[0], model.layers_output, model.attentions, [model]):
         for dump in (pickle.dumps, lambda one: torch.save(one, io.BytesIO())):
-            with pytest.raises(
-                UsageError, match=r"cannot be pickled .* model\.hf_model\.save_pretrained\(folder\)"
-            ):
+            with pytest.raises(UsageError, match=r"cannot be pickled .* model\.hf_model\.save_pretrained\(folder\)"):
                 dump(view)
     expected = model(PROMPT).logits
     model.hf_model.save_pretrained(tmp_path)
@@ -89,7 +87,5 @@ def test_tokens_of_one_name_are_told_apart() -> None:
         assert [*row.values()] == pytest.approx(expected.sort(descending=True).values.tolist())
         odd = [token for token in order if token % 2 and token != 5]
         names = ["same", *(f"same[{token}]" for token in odd[1:])]
-        assert all(
-            row[name] == pytest.approx(float(expected[token])) for name, token in zip(names, odd, strict=True)
-        )
+        assert all(row[name] == pytest.approx(float(expected[token])) for name, token in zip(names, odd, strict=True))
         assert row["[5]"] == pytest.approx(float(expected[5]))

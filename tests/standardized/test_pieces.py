@@ -212,9 +212,7 @@ def test_embeddings_in_pieces() -> None:
 
 def test_prompts_one_by_one() -> None:
     _, model = loaded(PromptByPrompt)
-    with pytest.raises(
-        NotInThisModelError, match=r"mlps_output\[0\].* has 1 prompts, where the layer was given 2;"
-    ):
+    with pytest.raises(NotInThisModelError, match=r"mlps_output\[0\].* has 1 prompts, where the layer was given 2;"):
         with torch.no_grad(), model.trace(IDS.repeat(2, 1)):
             model.mlps_output[0]
 

@@ -103,9 +103,7 @@ def test_what_is_steered_is_each_prompts_own(model_type: str, side: str) -> None
                 ask()
                 logits, next_token = model.logits, model.next_token_probs
             for i, alone in enumerate(expected):
-                torch.testing.assert_close(
-                    logits[i][given["attention_mask"][i].bool()], alone, atol=2e-3, rtol=1e-3
-                )
+                torch.testing.assert_close(logits[i][given["attention_mask"][i].bool()], alone, atol=2e-3, rtol=1e-3)
                 assert close(next_token[i], alone[-1].softmax(-1)), positions
     for ids in each:  # and there is something to see
         plain = model.hf_model(input_ids=torch.tensor([ids])).logits[0]
@@ -168,9 +166,7 @@ def test_a_vector_for_each_position_or_prompt() -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_next_token_is_that_after_each_prompts_last(model_type: str, side: str) -> None:
     model, each = loaded(model_type), prompts(side)
-    expected = torch.stack([model.hf_model(input_ids=torch.tensor([i])).logits[0, -1] for i in each]).softmax(
-        -1
-    )
+    expected = torch.stack([model.hf_model(input_ids=torch.tensor([i])).logits[0, -1] for i in each]).softmax(-1)
     with model.trace(padded(each, side)):
         model.layers_output[0]
         assert close(model.next_token_probs, expected)
@@ -219,10 +215,7 @@ def test_the_side_that_the_user_sets_is_that_of_the_batch(demo: StandardizedTran
     prepared = demo.prepare(texts)
     assert prepared["attention_mask"].tolist() == right
     assert prepared["position_ids"].tolist()[1][:3] == [0, 1, 2]
-    assert (
-        demo.prepare([demo.tokenizer(text)["input_ids"] for text in texts])["attention_mask"].tolist()
-        == right
-    )
+    assert demo.prepare([demo.tokenizer(text)["input_ids"] for text in texts])["attention_mask"].tolist() == right
     assert demo.prepare(texts, padding_side="left")["attention_mask"].tolist() == left
     with demo.trace(texts):
         assert demo.attention_mask.tolist() == right
@@ -303,9 +296,7 @@ def test_prompts_that_share_a_row_have_no_positions_of_their_own() -> None:
 
 def test_logits_of_the_last_positions_alone() -> None:
     model, each = loaded("llama"), prompts("right")
-    expected = torch.stack([model.hf_model(input_ids=torch.tensor([i])).logits[0, -1] for i in each]).softmax(
-        -1
-    )
+    expected = torch.stack([model.hf_model(input_ids=torch.tensor([i])).logits[0, -1] for i in each]).softmax(-1)
     with model.trace(padded(each, "right"), logits_to_keep=4):
         assert close(model.next_token_probs, expected)
     with (
@@ -440,9 +431,7 @@ def test_a_soft_prompt_has_no_positions_and_padding_behind_it_shows(model_type: 
         model.trace(each)
     with model.trace(each, padding_side="right"):
         assert close(model.next_token_probs, torch.stack([alone(ids, None) for ids in each]))
-    with pytest.warns(
-        UserWarning, match=r"Prompts 1, 2 are padded on the left .* changes their values: it shows"
-    ):
+    with pytest.warns(UserWarning, match=r"Prompts 1, 2 are padded on the left .* changes their values: it shows"):
         model.prepare(padded(each, "left"))
 
 
@@ -458,9 +447,7 @@ def test_padding_that_has_not_been_checked_is_not_verified() -> None:
         "it could not be checked: other names have failed before",
     )
     assert not model.takes_padding
-    with pytest.raises(
-        InputError, match="whether it shows could not be checked: other names have failed before"
-    ):
+    with pytest.raises(InputError, match="whether it shows could not be checked: other names have failed before"):
         model.trace(each)
     expected = torch.stack([hf(input_ids=torch.tensor([ids])).logits[0, -1] for ids in each]).softmax(-1)
     with model.trace(padded(each, "right")):

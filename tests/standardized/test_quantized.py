@@ -60,9 +60,7 @@ def test_reads_edits_and_steps(model_type: str, weights: str, how: str, tmp_path
             logits = model.logits
         assert torch.equal(logits, plain)
         assert all(torch.equal(seen[point], value) for point, value in expected.items())
-        torch.testing.assert_close(
-            model.project_on_vocab(seen["layers_output", 2]), plain, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(model.project_on_vocab(seen["layers_output", 2]), plain, rtol=1e-4, atol=1e-4)
 
         with model.trace(ids):
             model.layers_output[1] = -model.layers_output[1]
@@ -75,9 +73,7 @@ def test_reads_edits_and_steps(model_type: str, weights: str, how: str, tmp_path
             for _ in tracer.iter[:]:
                 model.layers_output[1] = -model.layers_output[1]
             tokens = tracer.result
-        assert torch.equal(
-            tokens, edited(lambda: hf.generate(**arguments), layers[1], "output", lambda out: -out)
-        )
+        assert torch.equal(tokens, edited(lambda: hf.generate(**arguments), layers[1], "output", lambda out: -out))
         assert not torch.equal(tokens, hf.generate(**arguments))
 
 

@@ -159,9 +159,7 @@ def test_writing_them_is_what_a_hook_does(name: str) -> None:
             new = model.logits
         assert torch.equal(new, expected), one
         # FlexOlmo has a norm behind its experts: as large as one likes, the weights give the same.
-        assert torch.allclose(new, logits, atol=1e-3) == (
-            name == "zoo flex_olmo" and one == "routers_weights"
-        )
+        assert torch.allclose(new, logits, atol=1e-3) == (name == "zoo flex_olmo" and one == "routers_weights")
 
 
 @pytest.mark.parametrize("name", PLACE)
@@ -213,9 +211,7 @@ def test_writing_logits_chooses_anew(name: str) -> None:
     norm = top.values.sum(-1, keepdim=True) if name == "mixtral" else 1
     assert torch.equal(experts, top.indices)
     assert torch.allclose(weights, top.values / norm)
-    chosen, _ = run(
-        name, lambda: model.hf_model(ids).logits, lambda *_: (experts.flatten(0, 1), weights.flatten(0, 1))
-    )
+    chosen, _ = run(name, lambda: model.hf_model(ids).logits, lambda *_: (experts.flatten(0, 1), weights.flatten(0, 1)))
     assert torch.allclose(after, chosen, atol=1e-5)
 
 
@@ -262,9 +258,7 @@ def test_steps_of_a_generation() -> None:
         "do_sample": False,
         "pad_token_id": 0,
     }
-    expected, _ = run(
-        "mixtral", lambda: model.hf_model.generate(ids, **options), lambda i, w: (i, w.flip(-1))
-    )
+    expected, _ = run("mixtral", lambda: model.hf_model.generate(ids, **options), lambda i, w: (i, w.flip(-1)))
     shapes = []
     with torch.no_grad(), model.generate(ids, **options) as tracer:
         for _ in tracer.iter[:]:
@@ -326,9 +320,7 @@ def test_what_does_not_fit() -> None:
 # The proof at load.
 
 
-def broken(
-    monkeypatch: pytest.MonkeyPatch, name: str, choose: Callable[[Record, Value], Value], **changes: Any
-) -> Any:
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, choose: Callable[[Record, Value], Value], **changes: Any) -> Any:
     """What a model refuses with something else in the place of what was found."""
     find = inside.find_routers
 
@@ -353,9 +345,7 @@ def _of_function(function: str) -> Callable[[Record, Value], Value]:
         ("routers_weights", lambda record, found: found.inputs[1], "they are 1 a position, and experts 2"),
     ],
 )
-def test_what_does_not_hold_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, choose: Any, why: str
-) -> None:
+def test_what_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, choose: Any, why: str) -> None:
     reasons = broken(monkeypatch, name, choose)
     assert len(reasons) == 1
     assert why in next(iter(reasons))

@@ -193,9 +193,7 @@ def test_ten_threads_on_one_model_each_with_edits_of_its_own(model_type: str) ->
     assert not errors, errors
     assert not wrong
     # The answers are apart by more than the comparison allows.
-    assert not any(
-        right(expected[other], k) for k in range(20) for other in range(k % 5, 20, 5) if other != k
-    )
+    assert not any(right(expected[other], k) for k in range(20) for other in range(k % 5, 20, 5) if other != k)
     assert not gates.runs
     assert not model._blocks._by_thread
     for module in model.hf_model.modules():
@@ -279,9 +277,7 @@ def test_a_compiled_submodule_is_seen_from_outside() -> None:
     with torch.no_grad():
         for kind, by_hooks in KINDS:
             assert all(map(close, kind(model, 3), by_hooks(plain, 3)))
-        with pytest.raises(
-            NotReachedError, match=r"up_proj.output cannot be reached: .* compiled \(torch.compile\)"
-        ):
+        with pytest.raises(NotReachedError, match=r"up_proj.output cannot be reached: .* compiled \(torch.compile\)"):
             with model.trace(IDS):
                 model["model.layers.1.mlp._orig_mod.up_proj"].output
     torch._dynamo.reset()
@@ -290,9 +286,7 @@ def test_a_compiled_submodule_is_seen_from_outside() -> None:
 def test_a_module_compiled_in_place_says_so() -> None:
     hf = build("llama")
     hf.model.layers[1].mlp.compile(backend="eager")
-    with pytest.raises(
-        ValidationError, match=r"mlps_input\[1\]: fires 0 times .*what is compiled \(torch.compile\)"
-    ):
+    with pytest.raises(ValidationError, match=r"mlps_input\[1\]: fires 0 times .*what is compiled \(torch.compile\)"):
         StandardizedTransformer(hf)
     model = StandardizedTransformer(hf, validate=False)
     with torch.no_grad():
@@ -300,9 +294,7 @@ def test_a_module_compiled_in_place_says_so() -> None:
             hidden, logits = model.layers_output[1], model.logits
         with hooked((hf.model.layers[1], lambda out: torch.testing.assert_close(out, hidden) or out)):
             assert close(hf(IDS).logits, logits)
-        with pytest.raises(
-            NotReachedError, match=r"mlps_output\[1\] cannot be reached: .* compiled \(torch.compile\)"
-        ):
+        with pytest.raises(NotReachedError, match=r"mlps_output\[1\] cannot be reached: .* compiled \(torch.compile\)"):
             with model.trace(IDS):
                 model.mlps_output[1]
     torch._dynamo.reset()
@@ -396,9 +388,7 @@ def test_an_edit_inside_a_checkpointed_layer_is_refused(blocks: bool) -> None:
         model.mlps_output[1] = model.mlps_output[1] * 0.5
         model.logits
 
-    with pytest.raises(
-        AssignmentError, match="under gradient checkpointing.*activation_checkpointing_disable"
-    ):
+    with pytest.raises(AssignmentError, match="under gradient checkpointing.*activation_checkpointing_disable"):
         with model.trace(**({} if blocks else {"prompts": IDS}), use_cache=False) as tracer:
             if blocks:
                 tracer.invoke(IDS[:1], edit)

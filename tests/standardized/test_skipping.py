@@ -38,14 +38,8 @@ LEAVING = (
 STATIC = {"cache_implementation": "static"}
 IN_CHUNKS = {"prefill_chunk_size": 4}
 CACHES: list[tuple[str, dict[str, Any]]] = [
-    *(
-        (model_type, {})
-        for model_type in ("deepseek_v3", "zamba2", "minimax", "deepseek_v4", "rwkv", "hy_v4")
-    ),
-    *(
-        (model_type, STATIC)
-        for model_type in ("llama", "gemma2", "deepseek_v3", "jamba", "lfm2", "gemma4_text")
-    ),
+    *((model_type, {}) for model_type in ("deepseek_v3", "zamba2", "minimax", "deepseek_v4", "rwkv", "hy_v4")),
+    *((model_type, STATIC) for model_type in ("llama", "gemma2", "deepseek_v3", "jamba", "lfm2", "gemma4_text")),
     *((model_type, IN_CHUNKS) for model_type in ("llama", "gemma2")),
 ]
 each_cache = pytest.mark.parametrize(

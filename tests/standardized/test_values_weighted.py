@@ -125,9 +125,7 @@ def test_an_edit_in_each_step_of_a_generation_with_padding(implementation: str) 
 def test_what_cannot_be_is_said() -> None:
     model, ids = StandardizedTransformer(build("llama")), prompt_ids()
     with torch.no_grad(), model.trace(ids):
-        with pytest.raises(
-            AssignmentError, match=r"values_weighted\[1\] is torch.float32 of shape \(2, 4, 9, 9, "
-        ):
+        with pytest.raises(AssignmentError, match=r"values_weighted\[1\] is torch.float32 of shape \(2, 4, 9, 9, "):
             model.values_weighted[LAYER] = torch.zeros(2, HEADS, 9, 9)
         model.heads_output[LAYER]
         with pytest.raises(OutOfOrderError, match=r"values_weighted\[1\] was asked for"):

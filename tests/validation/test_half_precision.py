@@ -13,9 +13,7 @@ from nnatomy import StandardizedTransformer
 
 HALVES = (torch.bfloat16, torch.float16)
 #: Where queries and keys come from, in one family or another.
-PROJECTIONS = (
-    *("q_proj", "k_proj", "query", "key", "c_attn", "Wqkv", "qkv_proj", "query_key_value", "q_b_proj"),
-)
+PROJECTIONS = (*("q_proj", "k_proj", "query", "key", "c_attn", "Wqkv", "qkv_proj", "query_key_value", "q_b_proj"),)
 TYPES = (
     *("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "opt", "falcon", "mistral", "mixtral", "qwen2"),
     *("qwen2_moe", "gemma", "gemma3_text", "phi", "phi3", "granite", "starcoder2", "deepseek_v3", "glm4"),
@@ -73,9 +71,7 @@ def test_padding_that_shows_is_not_taken_for_rounding(model_type: str, dtype: to
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    "model_type", ["roberta", "camembert", "minimax", "moss_transcribe_diarize", "llama", "gpt2"]
-)
+@pytest.mark.parametrize("model_type", ["roberta", "camembert", "minimax", "moss_transcribe_diarize", "llama", "gpt2"])
 def test_padding_that_does_not_show(model_type: str, dtype: torch.dtype) -> None:
     """RoBERTa counts positions from another number, which the model does by itself; MiniMax rounds otherwise."""
     hf = zoo.build(model_type).to(dtype)

@@ -110,16 +110,12 @@ def test_a_failed_promise_comes_with_its_report() -> None:
     with pytest.raises(ValidationError) as error:
         StandardizedTransformer(shared("gpt2"), arch_config=wrong("gpt2", mlp="mlp.c_fc"))
     report = error.value.report
-    assert {(r.name, r.layer) for r in report if r.status == "failed"} == {
-        ("mlps_output", i) for i in range(3)
-    }
+    assert {(r.name, r.layer) for r in report if r.status == "failed"} == {("mlps_output", i) for i in range(3)}
     assert "load with allow_failures=True" in str(error.value)
 
 
 def test_failures_can_be_allowed_and_then_refuse() -> None:
-    model = StandardizedTransformer(
-        shared("gpt2"), arch_config=wrong("gpt2", mlp="mlp.c_fc"), allow_failures=True
-    )
+    model = StandardizedTransformer(shared("gpt2"), arch_config=wrong("gpt2", mlp="mlp.c_fc"), allow_failures=True)
     assert model.validation["mlps_output", 2].status == "failed"
     with pytest.raises(NotInThisModelError, match=r"mlps_output\[2\].*it failed validation: is \(2, 6, 48\)"):
         with model.trace([1, 2, 3]):
@@ -137,9 +133,7 @@ def test_failures_can_be_allowed_and_then_refuse() -> None:
     ],
 )
 def test_so_do_names_that_belong_to_no_layer(model_type: str, changes: Any, name: str) -> None:
-    model = StandardizedTransformer(
-        shared(model_type), arch_config=wrong(model_type, **changes), allow_failures=True
-    )
+    model = StandardizedTransformer(shared(model_type), arch_config=wrong(model_type, **changes), allow_failures=True)
     with pytest.raises(NotInThisModelError, match=f"{name}: it failed validation: "):
         with model.trace([1, 2, 3]):
             getattr(model, name)

@@ -86,9 +86,7 @@ def test_all_failures_come_at_once_with_their_numbers() -> None:
     lines = str(error.value).split("\n")
     assert lines[0] == "6 promise(s) of the standard names failed on LlamaForCausalLM:"
     assert [line.strip(" -") for line in lines[1:7]] == [
-        f"mlps_{kind}[{i}]: fires 2 times in a forward pass, not once"
-        for kind in ("input", "output")
-        for i in range(3)
+        f"mlps_{kind}[{i}]: fires 2 times in a forward pass, not once" for kind in ("input", "output") for i in range(3)
     ]
     assert lines[7].startswith("Give another ArchConfig")
 
@@ -125,9 +123,7 @@ def attending(to: Tensor, factor: float = 1.0) -> Iterator[None]:
     """Models built with `attn_implementation="of_the_test"` attend to what (query, key) says; rows times a factor."""
 
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
-        pattern = (q @ k.mT * scaling).masked_fill(~to[: q.shape[-2], : k.shape[-2]], -1e9).softmax(
-            -1
-        ) * factor
+        pattern = (q @ k.mT * scaling).masked_fill(~to[: q.shape[-2], : k.shape[-2]], -1e9).softmax(-1) * factor
         return (pattern @ v).transpose(1, 2), pattern
 
     AttentionInterface.register("of_the_test", attention)
@@ -205,9 +201,7 @@ def test_a_pattern_that_looks_ahead_on_a_model_that_does_not_is_found() -> None:
         AttentionInterface._global_mapping.pop("of_the_test")
     assert model.causal  # as seen before
     for layer in range(model.num_layers):
-        with pytest.raises(
-            NotInThisModelError, match=r"attention_probabilities.*attends to later positions, with"
-        ):
+        with pytest.raises(NotInThisModelError, match=r"attention_probabilities.*attends to later positions, with"):
             model.attention_probabilities.module(layer)
 
 
@@ -251,18 +245,12 @@ def test_without_validation_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> N
         ("ViTModel", "vit"),
     ],  # the one by what is padded; the other has nothing to pad
 )
-def test_a_reading_that_changes_the_model_is_found(
-    monkeypatch: pytest.MonkeyPatch, name: str, model_type: str
-) -> None:
+def test_a_reading_that_changes_the_model_is_found(monkeypatch: pytest.MonkeyPatch, name: str, model_type: str) -> None:
     from nnatomy.standardized.attention import AttentionMode
 
     sdpa = AttentionMode._sdpa
-    monkeypatch.setattr(
-        AttentionMode, "_sdpa", lambda self, *args, **kwargs: 1.01 * sdpa(self, *args, **kwargs)
-    )
-    with pytest.raises(
-        ValidationError, match=r"reading: it changes layers_output\[-1\], by .*e-0. \(relative\)"
-    ):
+    monkeypatch.setattr(AttentionMode, "_sdpa", lambda self, *args, **kwargs: 1.01 * sdpa(self, *args, **kwargs))
+    with pytest.raises(ValidationError, match=r"reading: it changes layers_output\[-1\], by .*e-0. \(relative\)"):
         StandardizedTransformer(zoo.build_class(name, model_type))
 
 
@@ -282,9 +270,7 @@ def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
     from nnatomy.standardized.attention import AttentionMode
 
     soften = AttentionMode._soften
-    monkeypatch.setattr(
-        AttentionMode, "_soften", lambda self, *args, **kwargs: 1.01 * soften(self, *args, **kwargs)
-    )
+    monkeypatch.setattr(AttentionMode, "_soften", lambda self, *args, **kwargs: 1.01 * soften(self, *args, **kwargs))
     hf = zoo.build_class("DeepseekV4ForCausalLM", "deepseek_v4")
     with pytest.raises(ValidationError, match=r"reading: it changes the logits, by .*e-0. \(relative\)"):
         StandardizedTransformer(hf)
@@ -303,9 +289,7 @@ def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
         ("heads_output", r"heads_output\[2\]: writing it changes no attention"),
     ],
 )
-def test_a_wrong_inside_of_the_attention_is_found(
-    monkeypatch: pytest.MonkeyPatch, broken: str, text: str
-) -> None:
+def test_a_wrong_inside_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatch, broken: str, text: str) -> None:
     from nnatomy.standardized import attention
 
     mode, scores = attention.AttentionMode, attention.sdpa_scores

@@ -79,9 +79,7 @@ def _fields(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """What the general rules say about a config class, its sub-configs included."""
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {name: SIZES[name] for name in names if name in SIZES}
-    if (
-        "kv_lora_rank" in names
-    ):  # latent attention: a head's keys are its own, and `head_dim` is the rotary part
+    if "kv_lora_rank" in names:  # latent attention: a head's keys are its own, and `head_dim` is the rotary part
         values |= {"num_key_value_heads": SIZES["num_attention_heads"], "head_dim": SIZES["qk_rope_head_dim"]}
     tokens = [name for name in names if name.endswith(("_token_id", "_token_index")) and name not in SIZES]
     values.update({name: 3 + i for i, name in enumerate(tokens)})

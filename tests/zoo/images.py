@@ -117,9 +117,7 @@ def inputs(hf: nn.Module, model_type: str) -> dict[str, Tensor]:
         given["image_attention_mask"] = torch.ones(*ids.shape, 1)
     if takes(hf, "bbox"):
         given["bbox"] = torch.linspace(0, 1, 4).expand(*ids.shape, 4)
-        given["attention_mask"] = torch.ones_like(
-            ids
-        )  # traces give one; with none UDOP reads its own padding
+        given["attention_mask"] = torch.ones_like(ids)  # traces give one; with none UDOP reads its own padding
     if model_type in WITH_MASK:
         given["attention_mask"] = torch.ones_like(ids)
     if has_decoder(hf):

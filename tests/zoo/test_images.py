@@ -117,9 +117,7 @@ def test_each_step_after_an_image_can_be_edited(name: str) -> None:
 
 
 def moved(logits: Tensor, plain: Tensor) -> bool:
-    return not close(
-        logits.clamp(min=-100), plain.clamp(min=-100)
-    )  # Chameleon's are the least number, of image tokens
+    return not close(logits.clamp(min=-100), plain.clamp(min=-100))  # Chameleon's are the least number, of image tokens
 
 
 def test_what_is_given_no_image_is_in_the_table() -> None:

@@ -20,9 +20,7 @@ def test_a_type(model_type: str, tmp_path: Path) -> None:
     if model_type not in zoo.NO_GRADIENTS:
         every_weight_matters(model)
     generates(model)
-    is_saved_and_loaded(
-        zoo.build(model_type), tmp_path
-    )  # a new one: rwkv divides its weights when first called
+    is_saved_and_loaded(zoo.build(model_type), tmp_path)  # a new one: rwkv divides its weights when first called
 
 
 def runs_and_repeats(model: nn.Module) -> None:
@@ -112,9 +110,7 @@ def test_the_checks_can_fail() -> None:
         is_causal(model, causal=False)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "causal"), [("xlnet", False), ("prophetnet", False), ("reformer", True)]
-)
+@pytest.mark.parametrize(("model_type", "causal"), [("xlnet", False), ("prophetnet", False), ("reformer", True)])
 def test_whether_it_is_causal_is_seen_where_no_layer_has_a_stream(model_type: str, causal: bool) -> None:
     model = zoo.loaded(model_type)
     ids = zoo.ids(model.hf_model, seq=6)
