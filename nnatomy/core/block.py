@@ -59,27 +59,21 @@ class Block:
         """
         run = self.run
         question = Question(module, kind, call, self.step, tap, name)
-        place = run.place(question)
-        if place is Place.AHEAD:
+        place = before = run.place(question)
+        if before is Place.AHEAD:
             if run.started and module._compiled_call_impl is not None:
                 raise self._not_reached(question)
             self.wait(question)
-            if run.place(question) is not Place.HERE:
-                if run.error is not None:
-                    raise run.error
-                raise self._not_reached(question)
-            run.last = question, user_line()
-        elif place is Place.PASSED:
+            place = run.place(question)
+        if place is not Place.HERE:
             if run.error is not None:
                 raise run.error
-            never_came = run.progress.never_came(question)
+            never_came = before is Place.AHEAD or run.progress.never_came(question)
             raise self._not_reached(question) if never_came else self._out_of_order(question)
+        if before is Place.AHEAD:
+            run.last = question, user_line()
         assert run.slot is not None
         return self.view(run.slot)
-
-    def place(self, module: Module, kind: str, call: int = 0) -> Place:
-        """Where that point lies in the step that the block's questions mean."""
-        return self.run.place(Question(module, kind, call, self.step, None, ""))
 
     def reach_end(self) -> None:
         """Let the forward pass run to its end."""
@@ -119,9 +113,8 @@ class Block:
                 "another step, do so inside `for step in tracer.iter[...]:`."
             )
         return OutOfOrderError(
-            f"{question} was asked for at {user_line()}, but the forward pass is already past it: it stands "
-            f"behind {last}, asked for at {line}. Ask for values in the order the model computes them: move "
-            f"this line above {line}.{steps}"
+            f"{question} was asked for at {user_line()}, but the forward pass is already past it: it stands behind {last}, "
+            f"asked for at {line}. Ask for values in the order the model computes them: move this line above {line}.{steps}"
         )
 
     def _not_reached(self, question: Question) -> NotReachedError:

@@ -103,10 +103,8 @@ def unseen() -> Iterator[None]:
 
 def is_seen(module: Module, within: Module) -> bool:
     """Whether that is `within` itself, or one of its submodules whose calls Python sees."""
-    if module is within:
-        return True
     hidden = is_compiled(within) or isinstance(within, torch.jit.ScriptModule)
-    return not hidden and any(is_seen(module, child) for child in within.children())
+    return module is within or (not hidden and any(is_seen(module, child) for child in within.children()))
 
 
 def is_compiled(module: Module) -> bool:

@@ -50,10 +50,8 @@ class OpenBlocks:
         In one thread several can be open: one in the other (the inner one is meant), in suspended generators (then
         the one is meant whose frame the line runs in), or in several tasks of asyncio, or those that made them.
         """
-        refs = self._by_thread.get(get_ident(), ())
-        if len(refs) == 1 and (block := refs[0]()) is not None:
-            return block
-        blocks = [block for other in refs if (block := other()) is not None]
+        opened_here = self._by_thread.get(get_ident(), ())
+        blocks = [block for other in opened_here if (block := other()) is not None]
         if not blocks:
             raise OutsideTraceError(
                 f"{name or 'the model'}: values exist only while the model runs. Ask for them inside "

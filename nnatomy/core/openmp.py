@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-_SOFT = 1  # omp_pause_soft
-
 
 def _pause_function() -> Callable[[int], Any]:
     """OpenMP's own, from the library that torch brings; where there is none, one that does nothing."""
@@ -34,7 +32,7 @@ _pause = _pause_function()
 
 def release_helpers() -> None:
     """End the OpenMP helper threads of the calling thread: 0.1 µs if there are none, else about 0.2 ms."""
-    _pause(_SOFT)
+    _pause(1)  # omp_pause_soft
 
 
 # A fork takes its thread along and none of its helpers: the child would wait for ever for those it knows of.

@@ -72,8 +72,3 @@ class Progress:
         self.calls.clear()
         self.found.clear()
         self.step_is_over = False
-
-    def end(self) -> None:
-        """The forward pass is over."""
-        self.stack.clear()
-        self.found.clear()

@@ -135,7 +135,6 @@ class Run(Coroutine):
             try:
                 yield
             finally:
-                self.progress.end()
                 self.taps.modes.clear()
 
     def _work(self) -> None:
@@ -193,8 +192,6 @@ class Run(Coroutine):
             look(slot)
 
     def _check_transforms(self, question: Question) -> None:
-        if _functorch.peek_interpreter_stack() is None:
-            return
         if len(_functorch.get_interpreter_stack() or ()) != self._transforms:
             raise UsageError(
                 f"{question} is inside a transform of torch.func (grad, vmap, ...) in the model's own code: its value is "

@@ -25,8 +25,7 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
     as it runs, and what the forward pass sets on the module (a counter, a cache) is taken back. The fakes live on the
     module's device, so that a module on the meta device, without weights, runs too.
     """
-    anchor = next(module.parameters(), None)
-    device = None if anchor is None else anchor.device
+    device = next((parameter.device for parameter in module.parameters()), None)
 
     def call() -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:

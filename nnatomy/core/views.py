@@ -80,8 +80,7 @@ class ModuleView(Values):
         try:
             name = names[which]
         except IndexError:
-            children = f"{self.path or 'the model'} has {len(names)} children"
-            raise IndexError(f"{children}, so no [{which}].") from None
+            raise IndexError(f"{self.path or 'the model'} has {len(names)} children, so no [{which}].") from None
         return self._child(name)
 
     def _child(self, name: str) -> Any:

@@ -43,6 +43,8 @@ def start(job: Job) -> None:
 
 def start_thread(job: Job) -> None:
     """Run `job` in a new worker."""
+    jobs: SimpleQueue[Job] = SimpleQueue()
+    jobs.put(job)
     begun = Lock()
     begun.acquire()
 
@@ -51,19 +53,16 @@ def start_thread(job: Job) -> None:
         # Not from the block's thread: Ctrl-C inside `Thread.start` can leave its lock taken, and the new thread
         # waiting for it for ever. Only the main thread is interrupted.
         try:
-            Thread(target=_work, args=(job,), name="nnatomy-forward", daemon=True).start()
+            Thread(target=_work, args=(jobs,), name="nnatomy-forward", daemon=True).start()
         except RuntimeError:  # no more threads to be had: then this one
-            _work(job)
+            _work(jobs)
 
     with starting:
         _thread.start_new_thread(begin, ())
         begun.acquire()
 
 
-def _work(first: Job) -> None:
-    jobs: SimpleQueue[Job] = SimpleQueue()
-    jobs.put(first)
-    del first
+def _work(jobs: SimpleQueue[Job]) -> None:
     again = True
     while again and (job := _next_job(jobs)):
         again, tell = job()

@@ -15,6 +15,7 @@ from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.open_blocks import OpenBlocks
+from nnatomy.core.points import Question
 from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
@@ -195,7 +196,8 @@ class LayerAccessor(NotPickled):
     def _read_many(self, layers: range) -> list[Tensor]:
         block = self._blocks.current(self.name)
         for layer in layers:
-            if block.place(self.module(layer), self.kind) is Place.PASSED:
+            first = Question(self.module(layer), self.kind, 0, block.step, self.tap, self.name)
+            if block.run.place(first) is Place.PASSED:
                 self._reach(layer, block)  # raises
         return read_together([(self, layers)])[0]
 

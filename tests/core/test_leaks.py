@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import pytest
 import torch
 from helpers import Calls, Weak, busy_threads, forward_threads, net, no_gc, no_leaks, settles, x
@@ -146,6 +148,20 @@ def test_idle_workers_end() -> None:
     assert not worker._idle
     with view.trace(x()):
         view.embed.output
+
+
+def test_an_idle_worker_holds_nothing() -> None:
+    view = Traceable(net())
+    assert settles(lambda: not forward_threads(), worker.IDLE_SECONDS + 5)
+    with no_gc():
+        for _ in range(2):  # by a new thread, and by one that has been idle
+            with view.trace(x()) as tracer:
+                view.embed.output
+                run = ref(tracer.block.run)
+            del tracer
+            assert settles(lambda: busy_threads() == 0)
+            assert run() is None
+        assert forward_threads()
 
 
 def test_a_tensor_is_pickled_without_us(tmp_path) -> None:
