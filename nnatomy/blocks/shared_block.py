@@ -118,7 +118,8 @@ class SharedBlock(Block):
     def view(self, slot: Slot) -> Slot:
         batch = self.batch
         if self.rows is None:
-            batch.merge_edits()
+            if batch.views:
+                batch.merge_edits()
             return slot
         if self not in batch.views:
             batch.views[self] = RowSlot(slot, self._rows_at(slot), batch.replaced())

@@ -28,8 +28,7 @@ def _module(frame: FrameType) -> str:
 
 def is_ours(frame: FrameType) -> bool:
     """Whether a frame is this library's, or one of the run-time checks around it."""
-    checks = frame.f_code.co_filename.startswith("<@beartype")
-    return checks or _module(frame).startswith(("nnatomy.", "jaxtyping."))
+    return _module(frame).startswith(("nnatomy.", "jaxtyping.")) or frame.f_code.co_filename.startswith("<@beartype")
 
 
 def user_frames() -> Iterator[FrameType]:
@@ -39,14 +38,16 @@ def user_frames() -> Iterator[FrameType]:
 
 def warn(text: str) -> None:
     """Warn of what will run, but is not likely to be meant, at the innermost line that is not ours nor torch's."""
-    frame = next(one for one in user_frames() if not _module(one).startswith("torch."))
+    frame = next(one for one in frames() if not (is_ours(one) or _module(one).startswith("torch.")))
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
 def user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
-    frame = next(user_frames())
+    frame = sys._getframe(1)
+    while is_ours(frame) and frame.f_back is not None:
+        frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
