@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from nnatomy.blocks.schedule import Schedule
 from nnatomy.core.block import Block
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView
-from nnatomy.errors import UsageError
+from nnatomy.errors import NotReachedError, UsageError
 from nnatomy.tracing.attach import Attachment
 from nnatomy.tracing.save import mount_save
 from nnatomy.tracing.steps import Steps
@@ -55,8 +56,11 @@ class Trace(core.Trace):
         return self
 
     def _edit_every_step(self, edit: Callable[[], Any]) -> None:
-        for _ in self.iter[:]:
-            edit()
+        edit()  # in step 0, to which what is called before the model itself belongs (an encoder, in a generation)
+        for step in self.iter[:]:
+            if step:
+                with suppress(NotReachedError):  # that step has no such point: an encoder runs in the first alone
+                    edit()
 
     @property
     def block(self) -> Block:

@@ -144,6 +144,30 @@ def test_steps_of_a_generation_are_the_decoders(name: str) -> None:
     assert widths == [1] * 4
 
 
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_a_lasting_edit_of_the_encoder_acts_in_a_generation(name: str) -> None:
+    """The encoder runs before the first step and in none after it; the decoder in each."""
+    hf = build(name)
+    model, ids = StandardizedTransformer(hf), zoo.ids(hf)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 5}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    generate: Callable[[], Tensor] = lambda: torch.stack(hf.generate(input_ids=ids, **options).logits)  # noqa: E731
+    encoder, decoder = model.encoder_layers_output.module(1), model.layers_output.module(1)
+    expected = edited(generate, encoder, "output", change)
+    both = edited(lambda: edited(generate, decoder, "output", change), encoder, "output", change)
+
+    def edit(accessor: str) -> Callable[[], None]:
+        return lambda: getattr(model, accessor).__setitem__(1, change(getattr(model, accessor)[1]))
+
+    once = model.edit(edit("encoder_layers_output"))
+    twice = once.edit(edit("layers_output"))
+    with torch.no_grad():
+        assert torch.equal(torch.stack(once.generate(ids, **options).run().logits), expected)
+        assert torch.equal(torch.stack(twice.generate(ids, **options).run().logits), both)
+    assert not torch.allclose(expected, generate(), atol=1e-2)
+    assert not torch.allclose(both, expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_the_head_is_exact(name: str) -> None:
     hf = build(name)
