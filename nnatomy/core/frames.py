@@ -56,8 +56,8 @@ def frame_of_with() -> FrameType:
     outwards = user_frames()
     this = next(outwards)
     for outer in outwards:
-        by_contextlib = _module(outer) == "contextlib"  # `this` is a generator it made enter
-        if not by_contextlib and this.f_code.co_name not in ("__enter__", "enter_context"):
+        # Where contextlib is the outer one, `this` is a generator that it makes enter.
+        if _module(outer) != "contextlib" and this.f_code.co_name not in ("__enter__", "enter_context"):
             break
         this = outer
     return this

@@ -29,11 +29,8 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     def call() -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-
-            def fake(tensor: Tensor) -> Tensor:
-                return mode.from_tensor(tensor if device is None else tensor.to(device))
-
-            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
+            on_device = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device=device), (args, kwargs))
+            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, on_device)
             before = [_state(submodule) for submodule in module.modules()]
             try:
                 for submodule in module.modules():
