@@ -20,6 +20,7 @@ from nnatomy.methods.reading import Reader, Selection, Wanted
 from nnatomy.methods.tokens import tokens_of
 from nnatomy.names import TABLE
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.choice import check_kept_as
 from nnatomy.standardized.positions import numbers
 
 Points = str | Sequence[str] | Mapping[str, int | Sequence[int] | None]
@@ -120,12 +121,7 @@ def collect_activations(
         (6, torch.Size([8, 96]), [0, 5, 8])
     """
     several("prompts", prompts)
-    if not (dtype is None or isinstance(dtype, torch.dtype)):
-        raise InputError(f"dtype={dtype!r}: give a torch.dtype, such as torch.float32.")
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    check_kept_as(dtype, device)
     wanted = _wanted(model, points)
     if isinstance(prompts, (str, Prompt)):
         prompts = [prompts]

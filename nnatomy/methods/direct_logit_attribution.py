@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.errors import InputError
@@ -17,6 +17,7 @@ from nnatomy.methods.metrics import Answer, Answers
 from nnatomy.methods.points import has
 from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.activation_cache import ActivationCache
 from nnatomy.standardized.positions import own_positions
 
 
@@ -91,8 +92,7 @@ def direct_logit_attribution(
         >>> found.parts[:2], found.values.shape, bool(torch.isclose(found.values.sum(), found.logits[0]))
         (('embeddings', 'L0'), torch.Size([1, 10]), True)
     """
-    if by not in ("layer", "component", "head"):
-        raise InputError(f"by={by!r}: take 'layer', 'component' or 'head'.")
+    _check_by(by)
     if by == "head":
         model._shards.refuse_inner_gradients("direct_logit_attribution(by='head')")
     with torch.set_grad_enabled(by == "head"), FrozenNorms(), model.trace(plain(prompts), use_cache=False):
@@ -100,14 +100,66 @@ def direct_logit_attribution(
         rows = torch.arange(len(first))
         own = own_positions(model, "direct_logit_attribution", first.shape[:2])
         columns, _ = own.columns(torch.full_like(rows, position), rows)
-        parts = [_Part("embeddings", first)]
-        for i in range(model.num_layers):
-            parts += _read_layer(model, i, by) if by != "layer" else ()
-            if by == "layer":
-                output = model.layers_output[i]
-                parts.append(_Part(f"L{i}", output - first.to(output.device)))
-                first = output
+        parts = _parts(model, model, by)
         hidden = model.layers_output[-1]
+    return _attributed(model, parts, hidden, columns, answer, wrong)
+
+
+@method
+def of_cache(
+    cache: ActivationCache,
+    answer: Answer,
+    wrong: Answer | None = None,
+    *,
+    by: str = "component",
+    position: int = -1,
+) -> LogitAttribution:
+    """See `ActivationCache.logit_attribution`."""
+    _check_by(by)
+    if (model := cache.model) is None:
+        raise InputError("The cache was loaded without its model: ActivationCache.load(path, model).")
+    if by == "head":
+        if cache.inputs is None:
+            raise InputError(
+                "by='head': the model is run on the prompts once more, and this cache has them not (those of run_with_cache have, "
+                "but where a KV cache was given): call nnatomy.methods.direct_logit_attribution on the prompts."
+            )
+        return direct_logit_attribution(model, cache.inputs, answer, wrong, by=by, position=position)
+    columns = cache.columns(position)
+    with torch.no_grad():
+        parts = _parts(model, cache, by)
+    hidden = cache.layers_output[model.num_layers - 1].to(model.device, model.steps_of.dtype)
+    return _attributed(model, parts, hidden, columns, answer, wrong)
+
+
+def _check_by(by: str) -> None:
+    if by not in ("layer", "component", "head"):
+        raise InputError(f"by={by!r}: take 'layer', 'component' or 'head'.")
+
+
+def _parts(model: StandardizedTransformer, values: Any, by: str) -> list[_Part]:
+    """The parts of the last layer's stream; their `values` by name and layer, in a trace or a cache."""
+    first = values.layers_input[0]
+    parts = [_Part("embeddings", first)]
+    for i in range(model.num_layers):
+        parts += _read_layer(model, values, i, by) if by != "layer" else ()
+        if by == "layer":
+            output = values.layers_output[i]
+            parts.append(_Part(f"L{i}", output - first.to(output.device)))
+            first = output
+    return parts
+
+
+def _attributed(
+    model: StandardizedTransformer,
+    parts: list[_Part],
+    hidden: Float[Tensor, "batch seq hidden"],
+    columns: Int[Tensor, " batch"],
+    answer: Answer,
+    wrong: Answer | None,
+) -> LogitAttribution:
+    """What each part adds at those columns, of which the last layer's stream is `hidden`."""
+    rows = torch.arange(len(columns))
     direction, logits = _direction(model, _at(hidden, columns).detach(), answer, wrong)
     names: list[str] = []
     values: list[Tensor] = []
@@ -139,7 +191,7 @@ class _Part(NamedTuple):
     heads: Float[Tensor, "batch seq head dim"] | None = None
 
 
-def _read_layer(model: StandardizedTransformer, i: int, by: str) -> Iterator[_Part]:
+def _read_layer(model: StandardizedTransformer, values: Any, i: int, by: str) -> Iterator[_Part]:
     """What one layer adds to the stream, in the order in which it does."""
     mixes, has_mlp = has(model.mixers_contribution, i), has(model.mlps_contribution, i)
     kinds = model.layer_kinds[i].split(" + ")
@@ -151,17 +203,17 @@ def _read_layer(model: StandardizedTransformer, i: int, by: str) -> Iterator[_Pa
     if by == "head" and i in model.attention_layers:
         heads = model.heads_output[i].detach().requires_grad_()
         model.heads_output[i] = heads
-        attention = model.attentions_contribution[i]
+        attention = values.attentions_contribution[i]
         yield _Part(f"L{i} attention", attention, heads)
         if kinds != ["attention"]:
             kinds.remove("attention")
-            yield _Part(f"L{i} {' + '.join(kinds)}", model.mixers_contribution[i] - attention)
+            yield _Part(f"L{i} {' + '.join(kinds)}", values.mixers_contribution[i] - attention)
     elif mixes:
-        yield _Part(f"L{i} {' + '.join(kinds)}", model.mixers_contribution[i])
+        yield _Part(f"L{i} {' + '.join(kinds)}", values.mixers_contribution[i])
     if crosses:
-        yield _Part(f"L{i} cross-attention", model.cross_attentions_contribution[i])
+        yield _Part(f"L{i} cross-attention", values.cross_attentions_contribution[i])
     if has_mlp:
-        yield _Part(f"L{i} mlp", model.mlps_contribution[i])
+        yield _Part(f"L{i} mlp", values.mlps_contribution[i])
 
 
 def _direction(

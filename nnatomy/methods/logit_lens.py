@@ -17,6 +17,7 @@ from nnatomy.methods.by_length import Part, by_length
 from nnatomy.methods.packed_rows import NotPackedError, packed
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
 from nnatomy.methods.prompts import plain
+from nnatomy.names import Name
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
 from nnatomy.standardized.positions import positions_from_end
@@ -126,7 +127,7 @@ def _together(model: StandardizedTransformer, parts: Iterable[Part], where: list
     return torch.cat([found[i] for i in range(len(where))])
 
 
-def _at(hidden: Tensor, rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
+def _at(hidden: Tensor, _: Name, rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
     return hidden[rows, columns].to(device)
 
 

@@ -16,6 +16,7 @@ from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method, several
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import mask_of
+from nnatomy.standardized.text import token_texts as token_texts
 
 #: What a word is put behind, to see its tokens in the middle of a text. A tokenizer that puts a space before every text puts
 #: it before these. If nothing of them merges with the word, the word's tokens are what they would be alone.
@@ -281,11 +282,3 @@ def prepared(model: StandardizedTransformer, prompts: Any, **kwargs: Any) -> dic
 
     inputs = {name: moved(value) for name, value in inputs.items()}
     return {**inputs, **model._prompts.positions(inputs)}
-
-
-def token_texts(model: Any, ids: Any) -> list[str]:
-    """Each token's text as it stands in the prompt; its number where there is no tokenizer."""
-    ids = [int(token) for token in ids]
-    if model.tokenizer is None:
-        return [str(token) for token in ids]
-    return [model.tokenizer.decode([token]) for token in ids]

@@ -13,6 +13,7 @@ from torch import Tensor
 from nnatomy.methods.activations import Activations, Key
 from nnatomy.methods.by_length import TOKENS, batches
 from nnatomy.methods.tokens import Tokens, arguments_of
+from nnatomy.names import Name
 from nnatomy.standardized import LayerAccessor, StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
 
@@ -73,7 +74,7 @@ class Reader:
             [(b, starts[b] + at) for b, prompt in enumerate(batch) for at in prompt.positions]
         ).unbind(1)
 
-        def keep(value: Tensor) -> Tensor:
+        def keep(value: Tensor, _: Name) -> Tensor:
             chosen = value[rows.to(value.device), columns.to(value.device)]
             return chosen.to(self.device, self.dtype)
 

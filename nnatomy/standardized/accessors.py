@@ -18,7 +18,14 @@ from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Question
 from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, NotReachedError, RowsError
+from nnatomy.errors import (
+    AssignmentError,
+    LayerIndexError,
+    NotInThisModelError,
+    NotReachedError,
+    OutOfOrderError,
+    RowsError,
+)
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
 from nnatomy.standardized.pickling import NotPickled
@@ -31,6 +38,10 @@ _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = 
     "input": (input_of, with_input),
     "output": (output_of, with_output),
 }
+
+
+#: What is said where a slice is asked for behind another: no order of the two will do.
+_READ = 'Where that is a slice as well, read both at once: model.read("layers_output", "attention_probabilities").'
 
 
 class LayerAccessor(NotPickled):
@@ -198,12 +209,15 @@ class LayerAccessor(NotPickled):
         for layer in layers:
             first = Question(self.module(layer), self.kind, 0, block.step, self.tap, self.name)
             if block.run.place(first) is Place.PASSED:
-                self._reach(layer, block)  # raises
+                try:
+                    self._reach(layer, block)  # raises
+                except OutOfOrderError as error:
+                    raise OutOfOrderError(f"{error} {_READ}") from None
         return read_together([(self, layers)])[0]
 
 
 def read_together(
-    wanted: Sequence[tuple[LayerAccessor, Sequence[int]]], keep: Callable[[Tensor], Tensor] | None = None
+    wanted: Sequence[tuple[LayerAccessor, Sequence[int]]], keep: Callable[[Tensor, Name], Tensor] | None = None
 ) -> list[list[Tensor]]:
     """The values of several names on several layers, in whatever order the model computes them.
 
@@ -212,7 +226,7 @@ def read_together(
 
     Args:
         wanted: each name with its layers.
-        keep: what to keep of each value, in memory of its own; the value itself if None.
+        keep: what to keep of each value, given with its name, in memory of its own; the value itself if None.
 
     Returns:
         A list for each name, with a tensor for each of its layers, in the order given.
@@ -238,7 +252,7 @@ class _Collected(Collector):
         accessor: LayerAccessor,
         block: Block,
         layers: Sequence[int],
-        keep: Callable[[Tensor], Tensor] | None,
+        keep: Callable[[Tensor, Name], Tensor] | None,
     ) -> None:
         self.modules = {accessor.module(layer) for layer in layers}
         self.kinds = {accessor.kind: accessor.tap}
@@ -255,7 +269,7 @@ class _Collected(Collector):
         accessor._check_whole(slot, accessor.modules.index(slot.module), self._block.run)
         value = accessor.get(self._block.peek(slot).value)
         if self._keep is not None:
-            value = self._keep(value)
+            value = self._keep(value, accessor.row)
         elif accessor._may_change(slot.module):
             value = value.clone()
         self.values[slot.module] = value

@@ -22,9 +22,10 @@ from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
+from nnatomy.standardized.text import text_ids
 
 #: Arguments of `prepare` that do not go to the model.
-OPTIONS = ("padding_side", *TEMPLATE_OPTIONS)
+OPTIONS = ("padding_side", "prepend_bos", *TEMPLATE_OPTIONS)
 
 #: Why a model of somebody's takes no padding.
 NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
@@ -107,7 +108,7 @@ class Prompts:
             InputError: if there is nothing to run, an id is outside of the vocabulary, the prompt is of
                 no kind above, or is text and there is no tokenizer.
         """
-        side, template, kwargs = self._options(kwargs)
+        side, texts, kwargs = self._options(kwargs)
         if prompts is None:
             given: dict[str, Any] = {}
         elif isinstance(prompts, Mapping):
@@ -142,7 +143,7 @@ class Prompts:
             del given["attention_mask"]  # a tokenizer's without padding: nothing is masked
             kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
         are_tensor = isinstance(given["input_ids"], Tensor)
-        ids, mask = self._ids_and_mask(given["input_ids"], side, template)
+        ids, mask = self._ids_and_mask(given["input_ids"], side, texts)
         given["input_ids"] = ids
         self._check_labels(given.get("labels"), mask)
         given = self._with_decoder(given)
@@ -184,14 +185,14 @@ class Prompts:
             )
 
     def _options(self, kwargs: dict[str, Any]) -> tuple[str, dict[str, bool], dict[str, Any]]:
-        """The side on which a batch is padded, what the chat template is told, and the other arguments."""
+        """The side on which a batch is padded, how texts and chats become tokens, and the other arguments."""
         kwargs = dict(kwargs)
-        template = {name: kwargs.pop(name) for name in TEMPLATE_OPTIONS if name in kwargs}
+        texts = {name: kwargs.pop(name) for name in ("prepend_bos", *TEMPLATE_OPTIONS) if name in kwargs}
         if (side := kwargs.pop("padding_side", None)) is None:
-            return self.side, template, kwargs
+            return self.side, texts, kwargs
         if side not in ("left", "right"):
             raise InputError(f"padding_side={side!r}: it is 'left' or 'right'.")
-        return side, template, kwargs
+        return side, texts, kwargs
 
     @property
     def side(self) -> str:
@@ -247,9 +248,12 @@ class Prompts:
         return next((name for name in names if given.get(name) is not None), "")
 
     def _ids_and_mask(
-        self, prompts: Any, side: str, template: dict[str, bool]
+        self, prompts: Any, side: str, texts: dict[str, bool]
     ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+        texts = {name: value for name, value in texts.items() if value is not None}
         if isinstance(prompts, Tensor):
+            if texts:
+                raise InputError(f"{' and '.join(texts)}: for texts and chats, and the prompts are token ids.")
             rows = prompts
             if rows.ndim not in (1, 2) or rows.is_floating_point() or rows.dtype == torch.bool:
                 raise InputError(
@@ -261,7 +265,7 @@ class Prompts:
             mask = torch.ones_like(ids)
             self._check_vocabulary(*(int(bound) for bound in ids.aminmax()))
         else:
-            lists = self.token_lists(prompts, side, template)
+            lists = self.token_lists(prompts, side, texts)
             ids, mask = self.padded(lists, max(map(len, lists)))
             if (
                 side == "right" or self.decoder_start is not None
@@ -270,14 +274,16 @@ class Prompts:
                 ids, mask = ids.gather(1, order), mask.gather(1, order)
         return ids, mask
 
-    def token_lists(
-        self, prompts: Any, side: str = "left", template: Mapping[str, bool] | None = None
-    ) -> list[list[int]]:
+    def token_lists(self, prompts: Any, side: str = "left", texts: Mapping[str, Any] | None = None) -> list[list[int]]:
         """The tokens of each prompt: strings, chats, ids (see `prepare`). Raises InputError."""
         batch = _as_batch(prompts)
+        template = dict(texts or {})
+        prepend_bos = template.pop("prepend_bos", None)
         if template and not any(map(is_chat, batch)):
             raise InputError(f"{' and '.join(template)}: for chats, and there is none among the prompts.")
-        lists = [self._one(prompt, i, template or {}) for i, prompt in enumerate(batch)]
+        if prepend_bos is not None and not any(isinstance(prompt, str) for prompt in batch):
+            raise InputError("prepend_bos: for texts, and there is none among the prompts.")
+        lists = [self._one(prompt, i, template, prepend_bos) for i, prompt in enumerate(batch)]
         self.check_lengths([len(one) for one in lists], side)
         self._check_vocabulary(min(map(min, lists)), max(map(max, lists)))
         return lists
@@ -308,10 +314,10 @@ class Prompts:
             "input_ids and an attention_mask of your own goes to the model as it is.)"
         )
 
-    def _one(self, prompt: Any, index: int, template: Mapping[str, bool]) -> list[int]:
+    def _one(self, prompt: Any, index: int, template: Mapping[str, bool], prepend_bos: bool | None) -> list[int]:
         if isinstance(prompt, str):
             tokenizer = self._need_tokenizer()
-            ids = list(tokenizer(prompt)["input_ids"])
+            ids = text_ids(tokenizer, prompt, prepend_bos)
             warn_of_two_beginnings(tokenizer, prompt, ids, index)
         elif is_chat(prompt):
             ids = chat_ids(self._need_tokenizer(), prompt, **template)

@@ -203,6 +203,28 @@ class OwnPositions:
         prompts = torch.arange(len(self.own))
         return self.columns(torch.full_like(prompts, -1), prompts)[0]
 
+    def rectangle(self, where: int | slice | Sequence[int] | Tensor) -> Int[Tensor, "batch position"]:
+        """The columns that are meant, as many of each prompt.
+
+        Raises:
+            InputError: as `columns`; for a slice of which prompts have different numbers; and for a position that this step does
+                not compute.
+        """
+        if isinstance(where, slice):
+            chosen = self.chosen(where)
+            counts = chosen.sum(1).tolist()
+            if len({*counts}) > 1 or not counts[0]:
+                raise InputError(
+                    f"positions={where}: the prompts have {', '.join(map(str, counts))} such positions. Of all prompts there have to "
+                    "be as many, one or more: count from the end, or leave out positions for all columns of the batch."
+                )
+            return chosen.nonzero()[:, 1].reshape(len(chosen), -1)
+        wanted = torch.tensor(numbers("positions", where))
+        columns, there = self.columns(*torch.broadcast_tensors(wanted, torch.arange(len(self.own))[:, None]))
+        if not bool(there.all()):
+            raise InputError(f"positions={where!r}: step {self.step} does not compute all of them.")
+        return columns
+
     def _counted(self, at: int) -> Tensor:
         """The columns' positions as counted where `at` is: from the start, or from the end."""
         return self.own if at >= 0 else self._to_end
@@ -222,7 +244,7 @@ def own_positions(model: Any, name: str, shape: Sequence[int | None], of_encoder
     block = model._blocks.current(name)
     recorded = next((one for one in block.run.collectors if isinstance(one, RootInputs)), None)
     if of_encoder:  # which runs before the model's forward, in a generation
-        return _of_encoder(name, shape, None if recorded is None else recorded.given.mask)
+        return of_encoder_alone(name, shape, None if recorded is None else recorded.given.mask)
     arguments, total = model._root_inputs(name)
     step = block.step or 0
     decoder = model._prompts.decoder_start is not None
@@ -269,7 +291,7 @@ def own_positions(model: Any, name: str, shape: Sequence[int | None], of_encoder
     return OwnPositions(own[:, own.shape[1] - seq :], step, step == 0 and not in_chunks)
 
 
-def _of_encoder(name: str, shape: Sequence[int | None], mask: Any) -> OwnPositions:
+def of_encoder_alone(name: str, shape: Sequence[int | None], mask: Any) -> OwnPositions:
     """`own_positions` of what an encoder reads, by the attention mask that the model was given."""
     if mask is None:
         mask = torch.ones([size or 1 for size in shape])

@@ -155,8 +155,7 @@ class Running(Parts):
             >>> model.generate_text("The capital of France is", max_new_tokens=2)
             ' Paris.'
         """
-        if self.tokenizer is None:
-            raise InputError("Text needs a tokenizer: StandardizedTransformer(model, tokenizer).")
+        self._need_tokenizer()
         result = self.generate(prompts, **kwargs).run()
         sequences = getattr(result, "sequences", result)
         inputs = self.prepare(prompts, **kwargs)
@@ -164,6 +163,10 @@ class Running(Parts):
         new = sequences if read is None else sequences[:, read.shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=skip_special_tokens)
         return texts[0] if len(texts) == 1 and not is_batch(prompts) else texts
+
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise InputError("Text needs a tokenizer: StandardizedTransformer(model, tokenizer).")
 
     def _trace(
         self,

@@ -41,7 +41,8 @@ from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView
 from nnatomy.standardized.loading import load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
-from nnatomy.standardized.running import Running
+from nnatomy.standardized.prompt_texts import PromptTexts
+from nnatomy.standardized.reading import Reading
 from nnatomy.standardized.values import Values
 from nnatomy.tracing import ModuleView, Trace, Traceable
 from nnatomy.tracing.attach import Attachment
@@ -49,7 +50,7 @@ from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
 
 
-class StandardizedTransformer(NotPickled, Running, Values, Edits):
+class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Edits):
     """A Hugging Face transformer, open to read and edit under the same names on any architecture.
 
     The accessors take a layer index (negative too, or a slice) inside a trace, and can be assigned:

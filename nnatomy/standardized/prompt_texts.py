@@ -1,0 +1,141 @@
+"""Text and tokens of a model's own: what a prompt is made into, and back; how probable an answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nnatomy.errors import InputError
+from nnatomy.standardized.inputs import is_batch
+from nnatomy.standardized.running import Running
+from nnatomy.standardized.text import token_texts
+
+
+class PromptTexts(Running):
+    """A model whose prompts are text."""
+
+    def to_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch seq"]:
+        """The token ids that a trace of these prompts would read, where none is padded.
+
+        Args:
+            prompts: as in `trace`.
+            prepend_bos: whether each text begins with the tokenizer's token for that (BOS). None: as the tokenizer does it by
+                itself, and so a trace (GPT-2's puts none, Llama's one). `trace`, `generate` and `run_with_cache` take it, too.
+
+        Returns:
+            A row for each prompt, on the model's device.
+
+        Raises:
+            InputError: for prompts of several lengths (padded ids would not say what is padding); for no tokenizer, or no BOS.
+
+        Example:
+            >>> from nnatomy import StandardizedTransformer
+            >>> model = StandardizedTransformer("demo:gpt2")
+            >>> model.to_tokens("Japan is in").shape, model.to_string(model.to_tokens("Japan is in")[0])
+            (torch.Size([1, 3]), 'Japan is in')
+        """
+        lists = self._prompts.token_lists(prompts, texts={"prepend_bos": prepend_bos})
+        if len(lengths := {len(one) for one in lists}) > 1:
+            raise InputError(
+                f"The prompts are of {', '.join(map(str, sorted(lengths)))} tokens, and padded ids alone would not say "
+                "which are padding: give the prompts themselves to trace, run_with_cache and methods, or take "
+                "model.prepare(prompts), which has input_ids and the attention_mask."
+            )
+        return torch.tensor(lists, device=self.device)
+
+    def to_str_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+        """The text of each token that a trace of these prompts reads, BOS and the like among them, without padding.
+
+        Args:
+            prompts, prepend_bos: as in `to_tokens`; ids too.
+
+        Returns:
+            A list of texts; of several prompts, or a 2-D tensor, a list of such lists.
+
+        Raises:
+            InputError: for no prompt; if there is no tokenizer.
+
+        Example:
+            >>> from nnatomy import StandardizedTransformer
+            >>> StandardizedTransformer("demo:gpt2").to_str_tokens("Japan is in")
+            ['Japan', ' is', ' in']
+        """
+        self._need_tokenizer()
+        rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+        texts = [token_texts(self, ids) for ids in self._prompts.token_lists(rows, texts={"prepend_bos": prepend_bos})]
+        return texts if is_batch(prompts) else texts[0]
+
+    def to_string(self, tokens: int | Sequence[Any] | Int[Tensor, "*batch seq"]) -> str | list[str]:
+        """The text of tokens, as it is, special tokens too.
+
+        Args:
+            tokens: an id; ids, as a list or (seq); several of these, or (batch, seq), for a list of texts.
+
+        Raises:
+            InputError: if there is no tokenizer.
+        """
+        self._need_tokenizer()
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        if not isinstance(ids, int) and any(not isinstance(one, int) for one in ids):
+            return [str(self.to_string(one)) for one in ids]
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def test_prompt(self, prompt: str, answer: str, *, top: int = 5, prepend_bos: bool | None = None) -> None:
+        """Print the prompt's tokens, and how probable each token of the answer is behind it: a table.
+
+        Args:
+            answer: as it would be written behind the prompt: a word in a text begins with a space. Of several tokens each is asked
+                for behind those before it. Of an encoder-decoder it is what the decoder writes.
+            top: of how many of the most probable tokens there are names.
+            prepend_bos: as in `to_tokens`.
+
+        Raises:
+            InputError: if either is no text, or their last and first token are one in the text; if there is no tokenizer.
+
+        Example:
+            >>> from nnatomy import StandardizedTransformer
+            >>> StandardizedTransformer("demo:gpt2").test_prompt("The capital of France is", " Paris", top=2)
+            5 tokens: 'The' ' capital' ' of' ' France' ' is'
+            answer    rank  probability  most probable
+            ' Paris'  1     99.5 %       ' Paris' 99.5 %, ' Par' 0.1 %
+        """
+        self._need_tokenizer()
+        if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
+            raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
+        options: dict[str, Any] = {"prepend_bos": prepend_bos}
+        (read,) = self._prompts.token_lists(prompt, texts=options)
+        given: dict[str, Any] = {"input_ids": [read]}
+        if (start := self._prompts.decoder_start) is None:
+            (whole,) = self._prompts.token_lists(prompt + answer, texts=options)
+            wanted = whole[len(read) :]
+            if whole[: len(read)] != read or not wanted:
+                raise InputError(
+                    f"In {prompt + answer!r} the tokens of the prompt are not those of {prompt!r}: they merge, or the tokenizer "
+                    "ends each text with a token of its own. Leave no space at the end of the prompt; begin the answer with it."
+                )
+            given = {"input_ids": [whole[:-1]]}
+        else:
+            wanted = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            given["decoder_input_ids"] = [[start, *wanted[:-1]]]
+        model: Any = self
+        with torch.no_grad(), model.trace(**given):
+            probs = model.logits[0, -len(wanted) :].float().softmax(-1)
+        lines = [("answer", "rank", "probability", "most probable")]
+        for row, token in zip(probs, wanted, strict=True):
+            best = row.topk(min(top, len(row)))
+            named = [
+                f"{text!r} {p:.1%}"
+                for text, p in zip(token_texts(self, best.indices), best.values.tolist(), strict=True)
+            ]
+            rank = int((row > row[token]).sum()) + 1
+            lines.append((repr(token_texts(self, [token])[0]), str(rank), f"{float(row[token]):.1%}", ", ".join(named)))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        tokens = f"{len(read)} tokens: {' '.join(map(repr, token_texts(self, read)))}"
+        table = (
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        print(tokens, *table, sep="\n")  # noqa: T201

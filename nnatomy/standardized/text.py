@@ -1,0 +1,45 @@
+"""Text: the tokens of one, and the text of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnatomy.errors import InputError
+
+
+def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
+    """The tokens of a text, with what the tokenizer puts around it.
+
+    Args:
+        prepend_bos: whether the token of the beginning (BOS) stands before it; None: as the tokenizer has it.
+
+    Raises:
+        InputError: if there is no such token to put there.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if prepend_bos is None:
+        return ids
+    if prepend_bos not in (True, False):
+        raise InputError(
+            f"prepend_bos={prepend_bos!r}: it is True, False, or None for what the tokenizer does by itself."
+        )
+    if prepend_bos:
+        if bos is None:
+            raise InputError("prepend_bos=True: the tokenizer has no token for the beginning of a text (bos_token).")
+        return ids if ids[:1] == [bos] else [bos, *ids]
+    written = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[max(0, _leading(bos, ids) - _leading(bos, written)) :]
+
+
+def _leading(token: int | None, ids: list[int]) -> int:
+    """How many tokens at the beginning are that one."""
+    return next((i for i, one in enumerate(ids) if one != token), len(ids))
+
+
+def token_texts(model: Any, ids: Any) -> list[str]:
+    """Each token's text as it stands in the prompt; its number where there is no tokenizer."""
+    ids = [int(token) for token in ids]
+    if model.tokenizer is None:
+        return [str(token) for token in ids]
+    return [model.tokenizer.decode([token]) for token in ids]
