@@ -205,15 +205,17 @@ class LayerAccessor(NotPickled):
             raise piece_error(f"{self.name}[{layer}]", *missing)
 
     def _read_many(self, layers: range) -> list[Tensor]:
-        block = self._blocks.current(self.name)
+        try:
+            return read_together([(self, layers)])[0]
+        except OutOfOrderError as error:
+            raise OutOfOrderError(f"{error} {_READ}") from None
+
+    def _check_ahead(self, layers: Sequence[int], block: Block) -> None:
+        """Raise OutOfOrderError if one of them has been passed."""
         for layer in layers:
             first = Question(self.module(layer), self.kind, 0, block.step, self.tap, self.name)
             if block.run.place(first) is Place.PASSED:
-                try:
-                    self._reach(layer, block)  # raises
-                except OutOfOrderError as error:
-                    raise OutOfOrderError(f"{error} {_READ}") from None
-        return read_together([(self, layers)])[0]
+                self._reach(layer, block)  # raises
 
 
 def read_together(
@@ -232,6 +234,8 @@ def read_together(
         A list for each name, with a tensor for each of its layers, in the order given.
     """
     block = wanted[0][0]._blocks.current(wanted[0][0].name)
+    for accessor, layers in wanted:
+        accessor._check_ahead(layers, block)
     collected = [_Collected(accessor, block, layers, keep) for accessor, layers in wanted]
     with block.run.collecting(*collected):
         for (accessor, layers), one in zip(wanted, collected, strict=True):

@@ -182,7 +182,10 @@ class ActivationCache:
         """
         from nnatomy.methods.direct_logit_attribution import of_cache
 
-        return of_cache(self, answer, wrong, by=by, position=position)
+        try:
+            return of_cache(self, answer, wrong, by=by, position=position)
+        except NoSuchModuleError as error:
+            raise CacheError(str(error)) from None
 
     def save(self, path: str | Path) -> None:
         """Write all values, and the prompts' tokens, to a file in the safetensors format. (A graph of gradients is left behind.)
@@ -209,6 +212,8 @@ class ActivationCache:
         path = Path(path)
         part = path.with_name(f"{path.name}.part")
         try:
+            with part.open("wb"):  # an OSError, and not another library's, where it cannot be written
+                pass
             save_file(tensors, part, {"nnatomy": json.dumps(about)})
             os.replace(part, path)
         finally:

@@ -184,7 +184,7 @@ class Prompts:
                 "-100 there."
             )
 
-    def _options(self, kwargs: dict[str, Any]) -> tuple[str, dict[str, bool], dict[str, Any]]:
+    def _options(self, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """The side on which a batch is padded, how texts and chats become tokens, and the other arguments."""
         kwargs = dict(kwargs)
         texts = {name: kwargs.pop(name) for name in ("prepend_bos", *TEMPLATE_OPTIONS) if name in kwargs}
@@ -248,7 +248,7 @@ class Prompts:
         return next((name for name in names if given.get(name) is not None), "")
 
     def _ids_and_mask(
-        self, prompts: Any, side: str, texts: dict[str, bool]
+        self, prompts: Any, side: str, texts: dict[str, Any]
     ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
         texts = {name: value for name, value in texts.items() if value is not None}
         if isinstance(prompts, Tensor):

@@ -69,7 +69,7 @@ class PromptTexts(Running):
         texts = [token_texts(self, ids) for ids in self._prompts.token_lists(rows, texts={"prepend_bos": prepend_bos})]
         return texts if is_batch(prompts) else texts[0]
 
-    def to_string(self, tokens: int | Sequence[Any] | Int[Tensor, "*batch seq"]) -> str | list[str]:
+    def to_string(self, tokens: int | Sequence[Any] | Int[Tensor, "*rows"]) -> str | list[str]:
         """The text of tokens, as it is, special tokens too.
 
         Args:

@@ -69,7 +69,6 @@ class Reading(Running):
             >>> cache.stack("layers_output").shape
             torch.Size([6, 2, 1, 96])
         """
-        names = (names,) if isinstance(names, str) else names
         options: Any = {"layers": layers, "positions": positions, "device": device, "dtype": dtype}
         self._wanted(names, layers)  # refused before anything is run
         inputs = self.prepare(prompts, **kwargs)
@@ -122,7 +121,7 @@ class Reading(Running):
 
     def _read_names(
         self,
-        names: Sequence[str] | None,
+        names: str | Sequence[str] | None,
         layers: Layers,
         positions: Where,
         device: torch.device | str | None,
@@ -163,25 +162,26 @@ class Reading(Running):
         collectors = self._blocks.current("read").run.collectors
         return next((one.given.mask for one in collectors if isinstance(one, RootInputs)), None)
 
-    def _wanted(self, names: Sequence[str] | None, layers: Layers) -> Wanted:
+    def _wanted(self, names: str | Sequence[str] | None, layers: Layers) -> Wanted:
         """The names, each with its layers. Raises InputError, LayerIndexError, NotInThisModelError."""
+        chosen = layers if layers is None or isinstance(layers, slice) else numbers("layers", layers)
         if names is not None:
-            if not names:
-                raise InputError("names: give at least one, or None for all.")
-            accessors = [accessor_of(self, name) for name in dict.fromkeys(names)]
-            return [(one, layers_of(one, layers)) for one in accessors]
+            if not isinstance(names, Sequence) or not names:
+                raise InputError(f"names={names!r}: give one standard name or several, or None for all.")
+            asked = [accessor_of(self, name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
+            return [(one, layers_of(one, chosen)) for one in asked]
         accessors = [one for one in accessors_of(self).values() if one.row.name not in NAMED_ONLY]
         most = max(map(len, accessors))
-        if layers is None or isinstance(layers, slice):
-            every = slice(None) if layers is None else layers
-            meant: dict[str, Sequence[int]] = {one.name: range(len(one))[every] for one in accessors}
-        else:
-            chosen = numbers("layers", layers)
+        if isinstance(chosen, list):
             if wrong := [one for one in chosen if not -most <= one < most]:
                 raise LayerIndexError(
                     f"layers={layers!r}: the model has {most} layers, 0 to {most - 1}; none is {wrong[0]}."
                 )
-            meant = {one.name: [i % len(one) for i in chosen if -len(one) <= i < len(one)] for one in accessors}
+            meant: dict[str, Sequence[int]] = {
+                one.name: [i % len(one) for i in chosen if -len(one) <= i < len(one)] for one in accessors
+            }
+        else:
+            meant = {one.name: range(len(one))[chosen or slice(None)] for one in accessors}
         wanted = [(one, [layer for layer in meant[one.name] if has(one, layer)]) for one in accessors]
         if not any(chosen for _, chosen in wanted):
             raise InputError(f"layers={layers!r}: there is nothing to read.")

@@ -87,10 +87,11 @@ class Running(Parts):
                 left as a whole pass leaves it, or, where the pass fails or is stopped, as it was.) With PEFT's
                 `adapter_names`, give False: it takes back what they put on the model only if the call returns.
             **kwargs: `padding_side="right"` pads a batch on the right (so does `model.tokenizer.padding_side`, if it is changed
-                after loading); `continue_final_message` and `add_generation_prompt` are the chat template's. All others
-                go to the model's forward, which has to make use of them. Several prompts in one row, told apart by
-                `position_ids` that begin anew, are given with `attention_mask=None` and `use_cache=False`, as Transformers
-                has it.
+                after loading); `prepend_bos` says whether a text begins with the tokenizer's token for that, which it
+                puts as it likes by default (`to_tokens`); `continue_final_message` and `add_generation_prompt` are the chat
+                template's. All others go to the model's forward, which has to make use of them. Several prompts in one row,
+                told apart by `position_ids` that begin anew, are given with `attention_mask=None` and `use_cache=False`, as
+                Transformers has it.
 
         Raises:
             InputError: if there is nothing to run, the prompts cannot be run on this model, or it makes no use of an argument.

@@ -999,6 +999,18 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "AssignmentError",
         "skip_with of layer 1 is a tensor; a int was assigned.",
     ),
+    (lambda: m.run_with_cache(P, 5), "InputError", "names=5: give one standard name or several, or None for all."),
+    (lambda: m.run_with_cache(P, layers="all"), "InputError", "layers='all': give a whole number, or several."),
+    (lambda: m.run_with_cache(P, "keys", layers=1.5), "InputError", "layers=1.5: give a whole number, or several."),
+    (lambda: m.run_with_cache(P, dtype="fp16"), "InputError", "dtype='fp16': give a torch.dtype"),
+    (lambda: m.run_with_cache(P, positions="last"), "InputError", "positions='last': give a whole number, or several."),
+    (
+        lambda: m.run_with_cache(P)[1].logit_attribution(1, by=3),
+        "InputError",
+        "by=3: take 'layer', 'component' or 'head'.",
+    ),
+    (lambda: m.trace(P, prepend_bos="no"), "InputError", "prepend_bos='no': it is True, False, or None for what"),
+    (lambda: m.test_prompt(P, 5), "InputError", "prompt='The capital of France is', answer=5: both are text."),
 ]
 
 
