@@ -126,6 +126,8 @@ def of_cache(
             )
         return direct_logit_attribution(model, cache.inputs, answer, wrong, by=by, position=position)
     columns = cache.columns(position)
+    for accessor in (model.layers_input, model.layers_output):
+        accessor.module(0)  # raises where the model has none
     with torch.no_grad():
         parts = _parts(model, cache, by)
     hidden = cache.layers_output[model.num_layers - 1].to(model.device, model.steps_of.dtype)

@@ -87,6 +87,9 @@ class ActivationCache:
         lengths: how many tokens each prompt has. (Of an encoder-decoder both are the decoder's. None: nothing says it.)
         model: the view that was run.
         inputs: what its forward was given, where that can be run again.
+
+    Attributes:
+        tensors: all values, by name and layer.
     """
 
     def __init__(

@@ -183,9 +183,10 @@ class Reading(Running):
         else:
             meant = {one.name: range(len(one))[chosen or slice(None)] for one in accessors}
         wanted = [(one, [layer for layer in meant[one.name] if has(one, layer)]) for one in accessors]
-        if not any(chosen for _, chosen in wanted):
-            raise InputError(f"layers={layers!r}: there is nothing to read.")
-        return [(one, chosen) for one, chosen in wanted if chosen]
+        if wanted := [(one, there) for one, there in wanted if there]:
+            return wanted
+        layers_of(accessors_of(self)["layers_output"], chosen)  # raises, with the reason
+        raise InputError(f"layers={layers!r}: there is nothing to read.")
 
 
 def _kept(

@@ -389,7 +389,7 @@ def test_in_the_steps_of_a_generation() -> None:
         ({"names": []}, InputError, "names=[]: give one standard name or several, or None for all."),
         ({"layers": 3}, LayerIndexError, "layers=3: the model has 3 layers, 0 to 2; none is 3."),
         ({"layers": [0, 7]}, LayerIndexError, "layers=[0, 7]: the model has 3 layers"),
-        ({"layers": slice(3, None)}, InputError, "there is nothing to read."),
+        ({"layers": slice(3, None)}, InputError, "layers: give at least one."),
         ({"names": "layers_output", "layers": 3}, LayerIndexError, "layers_output[3]: the model has 3 layers, 0 to 2."),
         ({"device": "gpu"}, InputError, "device='gpu': "),
         ({"positions": 4}, InputError, "prompt 0 has 4 tokens, at 0 to 3 (or -4 to -1); there is no position 4."),
@@ -546,6 +546,30 @@ def test_of_an_edited_view_and_an_encoder_decoder() -> None:
         for by in ("layer", "component", "head"):
             expected = direct_logit_attribution(one, prompts, 20, by=by)
             assert torch.equal(cache.logit_attribution(20, by=by).values, expected.values)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "roberta"])
+@pytest.mark.parametrize("by", ["layer", "component"])
+def test_where_the_stream_is_no_sum_the_method_says_why(model_type: str, by: str) -> None:
+    model = zoo.loaded(model_type)
+    ids = zoo.ids(model.hf_model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids)
+    try:
+        expected = direct_logit_attribution(model, ids, 5, by=by)
+    except NotInThisModelError as error:
+        with pytest.raises(NotInThisModelError) as found:
+            cache.logit_attribution(5, by=by)
+        assert str(found.value) == str(error)
+    else:
+        assert (model_type, by) == ("roberta", "layer")
+        assert torch.equal(cache.logit_attribution(5, by=by).values, expected.values)
+
+
+def test_a_model_of_which_no_layer_has_a_name_says_why() -> None:
+    model = zoo.loaded("reformer")
+    with pytest.raises(NotInThisModelError, match=r"^layers_output\[0\]: this layer has none: "):
+        model.run_with_cache(zoo.ids(model.hf_model))
 
 
 @torch.no_grad()

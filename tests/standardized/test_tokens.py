@@ -122,7 +122,8 @@ def expected_rows(logits: Any, answer: list[int]) -> list[list[str]]:
     found = []
     for row, token in zip(logits.float().softmax(-1), answer, strict=True):
         order = row.argsort(descending=True).tolist()
-        best = ", ".join(f"{WORDS[i]!r} {row[i]:.1%}" for i in order[:5])
+        names = [*WORDS, *[""] * len(order)]  # ids beyond the tokenizer's
+        best = ", ".join(f"{names[i]!r} {row[i]:.1%}" for i in order[:5])
         found.append([f"'w{token}'", str(order.index(token) + 1), f"{row[token]:.1%}", best])
     return found
 
