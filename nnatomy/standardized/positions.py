@@ -262,8 +262,8 @@ def own_positions(model: Any, name: str, shape: Sequence[int | None], of_encoder
     seq = seq or (tokens.shape[1] if tokens is not None else total)
     before = 0  # what a wrapper has put before the prompts
     prompt = None if given is None or decoder else given.seq
-    if prompt is not None and recorded is not None and recorded.length:
-        before = max(0, recorded.length - prompt)
+    if prompt is not None and recorded is not None:  # whose length is 0 where the first step is just being asked
+        before = max(0, (recorded.length or positions_in(arguments)) - prompt)
     mask = arguments.get("decoder_attention_mask" if decoder else "attention_mask")
     reason = "" if given is None or decoder else given.untold
     if reason and (batch is None or batch > 1 or "inputs_embeds" not in reason):

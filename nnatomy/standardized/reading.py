@@ -69,13 +69,12 @@ class Reading(Running):
             >>> cache.stack("layers_output").shape
             torch.Size([6, 2, 1, 96])
         """
-        options: Any = {"layers": layers, "positions": positions, "device": device, "dtype": dtype}
-        self._wanted(names, layers)  # refused before anything is run
+        wanted = [one.name for one, _ in self._wanted(names, layers)]  # refused before anything is run
         inputs = self.prepare(prompts, **kwargs)
         kept = None if states_in(inputs) else dict(inputs)  # a cache of keys and values is another one then
         model: Any = self
         with model.trace(**inputs):
-            cache = self._read_names(names, **options)
+            cache = self.read(*wanted if names else (), layers=layers, positions=positions, device=device, dtype=dtype)
             logits = None if "logits" in self._refused else model.logits
         cache.inputs = kept
         return logits, cache
@@ -117,18 +116,8 @@ class Reading(Running):
             >>> found.attention_probabilities.layers, found.layers_output[-1].shape
             ((1, 7), torch.Size([1, 8, 96]))
         """
-        return self._read_names(names or None, layers, positions, device, dtype)
-
-    def _read_names(
-        self,
-        names: str | Sequence[str] | None,
-        layers: Layers,
-        positions: Where,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> ActivationCache:
         check_kept_as(dtype, device)
-        wanted = self._wanted(names, layers)
+        wanted = self._wanted(names or None, layers)
         found: dict[tuple[str, int], Tensor] = {}
         own: OwnPositions | None = None
         for of_encoder in (True, False):  # the encoder has run before anything is known of a decoder's step
@@ -172,17 +161,17 @@ class Reading(Running):
             return [(one, layers_of(one, chosen)) for one in asked]
         accessors = [one for one in accessors_of(self).values() if one.row.name not in NAMED_ONLY]
         most = max(map(len, accessors))
-        if isinstance(chosen, list):
-            if wrong := [one for one in chosen if not -most <= one < most]:
-                raise LayerIndexError(
-                    f"layers={layers!r}: the model has {most} layers, 0 to {most - 1}; none is {wrong[0]}."
-                )
-            meant: dict[str, Sequence[int]] = {
-                one.name: [i % len(one) for i in chosen if -len(one) <= i < len(one)] for one in accessors
-            }
-        else:
-            meant = {one.name: range(len(one))[chosen or slice(None)] for one in accessors}
-        wanted = [(one, [layer for layer in meant[one.name] if has(one, layer)]) for one in accessors]
+        if isinstance(chosen, list) and (wrong := [one for one in chosen if not -most <= one < most]):
+            raise LayerIndexError(
+                f"layers={layers!r}: the model has {most} layers, 0 to {most - 1}; none is {wrong[0]}."
+            )
+
+        def meant(count: int) -> Sequence[int]:
+            if isinstance(chosen, list):
+                return [layer % count for layer in chosen if -count <= layer < count]
+            return range(count)[chosen or slice(None)]
+
+        wanted = [(one, [layer for layer in meant(len(one)) if has(one, layer)]) for one in accessors]
         if wanted := [(one, there) for one, there in wanted if there]:
             return wanted
         layers_of(accessors_of(self)["layers_output"], chosen)  # raises, with the reason

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import encoder_decoders
+import peft
 import pytest
 import torch
 import zoo
@@ -136,6 +137,9 @@ def test_layers_of_several_kinds() -> None:
     one = next(i for i in range(model.num_layers) if i not in model.attention_layers)
     with pytest.raises(CacheError, match=rf"^queries\[{one}\] is not in the cache: of that name it has layers "):
         cache.queries[one]
+    both = [one, model.attention_layers[0]]
+    found = model.run_with_cache(ids, layers=both)[1]
+    assert found.tensors.keys() == {key for key in cache.tensors if key[1] in both}
     with pytest.raises(NotInThisModelError, match=rf"queries\[{one}\]: this layer has none"):
         model.run_with_cache(ids, "queries", layers=[one])
 
@@ -361,6 +365,44 @@ def test_in_the_steps_of_a_generation() -> None:
         column = max(LENGTHS) - 1 + step
         assert torch.allclose(cache.layers_output[2], whole.layers_output[2][:, column : column + 1], atol=1e-4)
         assert torch.allclose(cache.queries[2], whole.queries[2][:, :, column : column + 1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_in_the_first_step_of_an_encoder_decoder() -> None:
+    hf: Any = encoder_decoders.build("T5ForConditionalGeneration")
+    hf.generation_config.decoder_start_token_id = 0
+    model = StandardizedTransformer(hf)
+    whole = model.run_with_cache(PROMPTS)[1]  # the decoder reads its start alone
+    for positions in (None, -1):
+        with model.generate(PROMPTS, max_new_tokens=3):
+            found = model.read(positions=positions)
+        expected = whole if positions is None else model.run_with_cache(PROMPTS, positions=positions)[1]
+        assert found.tensors.keys() == expected.tensors.keys()
+        for key, value in expected.tensors.items():
+            assert torch.allclose(found.tensors[key], value, atol=1e-4), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # peft, by a cache's name before 5.24
+def test_what_a_wrapper_puts_before_prompts_has_no_position(kind: str) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    hf = peft.get_peft_model(build("llama"), config).eval()
+    model, ids = StandardizedTransformer(hf), prompt_ids()
+    logits, whole = model.run_with_cache(ids)
+    assert torch.equal(logits, hf(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    names = ["layers_output", "attention_probabilities"]
+    _, cut = model.run_with_cache(ids, names, positions=[0, -1])
+    columns = [whole.layers_output[0].shape[1] - ids.shape[1], -1]
+    assert torch.equal(cut.layers_output[1], whole.layers_output[1][:, columns])
+    assert torch.equal(cut.attention_probabilities[1], whole.attention_probabilities[1][:, :, columns])
+    if kind == "PrefixTuningConfig":  # whose keys come before those that the step computes
+        with pytest.raises(
+            InputError, match="keys: the values are of 2 rows and 12 positions, and the step computes 2 and 9"
+        ):
+            model.run_with_cache(ids, "keys", positions=-1)
 
 
 # What is refused.
