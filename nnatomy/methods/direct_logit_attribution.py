@@ -121,8 +121,8 @@ def of_cache(
     if by == "head":
         if cache.inputs is None:
             raise InputError(
-                "by='head': the model is run on the prompts once more, and this cache has them not (those of run_with_cache have, "
-                "but where a KV cache was given): call nnatomy.methods.direct_logit_attribution on the prompts."
+                "by='head' runs the model on the prompts once more, and this cache does not have them: call "
+                "nnatomy.methods.direct_logit_attribution on the prompts. (run_with_cache keeps them, except beside a KV cache.)"
             )
         return direct_logit_attribution(model, cache.inputs, answer, wrong, by=by, position=position)
     columns = cache.columns(position)

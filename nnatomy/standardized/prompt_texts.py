@@ -101,7 +101,7 @@ class PromptTexts(Running):
             >>> StandardizedTransformer("demo:gpt2").test_prompt("The capital of France is", " Paris", top=2)
             5 tokens: 'The' ' capital' ' of' ' France' ' is'
             answer    rank  probability  most probable
-            ' Paris'  1     99.5 %       ' Paris' 99.5 %, ' Par' 0.1 %
+            ' Paris'  1     99.4%        ' Paris' 99.4%, ' Bratislava' 0.1%
         """
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:

@@ -114,7 +114,7 @@ class Reading(Running):
             ...     found = model.read("layers_output", "attention_probabilities", layers=[1, -1])
             ...     logits = model.logits
             >>> found.attention_probabilities.layers, found.layers_output[-1].shape
-            ((1, 7), torch.Size([1, 8, 96]))
+            ((1, 7), torch.Size([1, 5, 96]))
         """
         check_kept_as(dtype, device)
         wanted = self._wanted(names or None, layers)

@@ -571,7 +571,7 @@ def test_it_is_taken_apart_where_positions_are_cut() -> None:
     ):
         read.logit_attribution(20)
     with pytest.raises(
-        InputError, match="by='head': the model is run on the prompts once more, and this cache has them not"
+        InputError, match="by='head' runs the model on the prompts once more, and this cache does not have them"
     ):
         read.logit_attribution(20, by="head")
     with pytest.raises(InputError, match="by='neuron': take 'layer', 'component' or 'head'"):
@@ -622,7 +622,7 @@ def test_a_kv_cache_of_the_callers_is_run_on_from() -> None:
     logits, cache = model.run_with_cache(ids[:, 5:], "layers_output", past_key_values=past)
     assert torch.allclose(cache.layers_output[2], whole.layers_output[2][:, 5:], atol=1e-4)
     assert logits.shape[1] == 4
-    with pytest.raises(InputError, match="this cache has them not"):
+    with pytest.raises(InputError, match="this cache does not have them"):
         cache.logit_attribution(20, by="head")
 
 
