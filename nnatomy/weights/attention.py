@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.weights.codes import PATTERNS, codes, is_plain, match, response, written
+from nnatomy.validation.near import is_near
+from nnatomy.weights.codes import PATTERNS, ROWS, codes, is_plain, match, response, written
 from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
@@ -47,7 +48,7 @@ class _Attention:
             size = heads[0, 0].numel()
             signs = codes(size, 0)
             new = heads.clone()
-            new[:, 0] = written(signs).to(heads).view_as(new[:, 0])
+            new[:ROWS, 0] = written(signs).to(heads).view_as(new[:ROWS, 0])
             self.model.heads_output[self.i] = new
         output = self._value("attentions_output")
         for role, value in values.items():
@@ -81,16 +82,17 @@ class _Attention:
                 f"they are not, entry by entry, what matrices of the attention give{self._without_weights()}"
             )
         probe, own = owner(probes, index, "they come of")
-        if not torch.equal(value[:1, :, 1].expand_as(value[:, :, 1]), value[:, :, 1]):
+        seconds = value[:ROWS, :, 1]  # where the same code is written in all rows
+        if not torch.equal(seconds[:1].expand_as(seconds), seconds):
             raise RefusedError("positions are mixed behind the projection (by a convolution, say)")
         if given is None or not is_same(probe.seen.given, given[0]):
+            normed = any(is_same(one.gave, probe.seen.given) for one in self.norms)
+            what = "a norm" if normed else "another matrix (low-rank, latent) or the like"
             raise RefusedError(
-                f"{probe.path}, which gives them, does not read what the attention is given (but what another matrix gives, as in a "
-                "low-rank or latent projection, say)"
+                f"{probe.path}, which gives them, does not read what the attention is given, but what {what} in it gives"
             )
-        sizes = value[0].float().norm(dim=-1)  # the same code is written at all positions
-        if float((sizes - sizes[:, :1]).abs().max()) > max(1e-3, 8 * torch.finfo(value.dtype).eps) * float(sizes.max()):
-            raise RefusedError(f"beside what {probe.path} gives, they come of something else (an adapter, a position)")
+        if not is_near(value[-1, :, 0], value[0, :, 0], 64):  # another prompt, with the same code
+            raise RefusedError(f"beside what {probe.path} gives, they come of something else: an adapter, say")
         plain = is_plain(value[:, :, 0].flatten(1), signs[:, index])
         return self._proved(probe, _once(own.view(value.shape[1], value.shape[3])), "gives", plain)
 

@@ -38,7 +38,7 @@ def _sizes(patterns: int) -> Tensor:
 def response(value: Float[Tensor, "rows entries"]) -> Codes:
     """What has come of the codes, without what does not depend on them."""
     value = value.detach().float().cpu()
-    return (value[:PATTERNS] - value[PATTERNS:]) / 2
+    return (value[:PATTERNS] - value[PATTERNS:ROWS]) / 2
 
 
 def match(came: Float[Tensor, "patterns values"], signs: Codes) -> Int[Tensor, " values"]:
@@ -53,8 +53,8 @@ def match(came: Float[Tensor, "patterns values"], signs: Codes) -> Int[Tensor, "
     return torch.where(whole.sum(1) == 1, whole.int().argmax(1), -1)
 
 
-def is_plain(value: Float[Tensor, "rows values"], signs: Float[Tensor, "patterns values"]) -> bool:
+def is_plain(value: Float[Tensor, "batch values"], signs: Float[Tensor, "patterns values"]) -> bool:
     """Whether a value is what was written, times one number."""
-    came, sized = value.detach().float().cpu(), written(signs)
+    came, sized = value[:ROWS].detach().float().cpu(), written(signs)
     factor = float((came * sized).mean() / (sized * sized).mean())
     return bool((came - factor * sized).abs().max() <= 0.02 * abs(factor))

@@ -63,19 +63,30 @@ def find_unembedding(model: Any) -> Projection:
     """The matrix from what the final norm gives to logits."""
     model._check_refused("lm_head")
     head, path, norm = model._anatomy.lm_head, model.lm_head.path, model._anatomy.ln_final
-    if norm is None:
-        raise RefusedError("no norm reads what the last layer gives: see model.ln_final")
-    calls = _calls(model, [head, norm])
-    if any(len(calls[one]) != 1 for one in (head, norm)):
-        raise RefusedError(f"the final norm or {path} is called several times, or not at all")
-    (given, gave), (_, normed) = calls[head][0], calls[norm][0]
-    given, gave, normed = (one.reshape(-1, one.shape[-1]) for one in (given, gave, normed))
-    normed = normed[-len(given) :]
-    if given.shape != normed.shape or not _is_multiple(given, normed):
-        raise RefusedError(f"{path} does not read what the final norm gives, but what is made of it")
+    last = model._anatomy.layers[-1]
+    calls = _calls(model, [head, last] if norm is None else [head, norm])
+    if any(len(one) != 1 for one in calls.values()):
+        raise RefusedError(f"the last layer, the final norm or {path} is called several times, or not at all")
+    (given, gave), before = calls[head][0], calls[last if norm is None else norm][0][1]
+    before = model.layers_output.get(before)
+    given, gave, before = (one.reshape(-1, one.shape[-1]) for one in (given, gave, before))
+    before = before[-len(given) :]
+    # A norm without parameters may be no module.
+    either = (before, *_normed(before)) if norm is None else (before,)
+    if not any(given.shape == one.shape and _is_multiple(given, one) for one in either):
+        raise RefusedError(
+            f"{path} does not read what the final norm (or the last layer) gives, but what is made of it"
+        )
     return Projection(head, path, None, "gives", is_transposed(head, path, Seen(given, gave)), norm=norm)
+
+
+def _normed(stream: Tensor) -> tuple[Tensor, Tensor]:
+    """By its size, without its mean and with it."""
+    centered = stream - stream.mean(-1, keepdim=True)
+    one, other = (each / each.square().mean(-1, keepdim=True).sqrt() for each in (centered, stream))
+    return one, other
 
 
 def _is_multiple(one: Tensor, other: Tensor) -> bool:
     factor = (one.double() * other.double()).sum() / other.double().square().sum().clamp(min=1e-30)
-    return is_near(other * float(factor), one, 16) and bool(torch.isfinite(factor))
+    return is_near(other * float(factor), one) and bool(torch.isfinite(factor))

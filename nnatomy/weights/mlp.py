@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnatomy.validation.near import is_near
-from nnatomy.weights.codes import match
+from nnatomy.weights.codes import ROWS, match
 from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
@@ -28,9 +28,13 @@ def find_mlps(model: Any) -> list[Roles]:
     model._sums.find()
     layers = [_MLP(model, i) for i in range(len(model._anatomy.layers))]
     looked_at = (one for layer in layers for one in layer.looked_at)
-    with passing(model) as inputs, looking(looked_at), model.trace(**inputs, early_stop=False):
+    with passing(model) as inputs, looking(looked_at), model.trace(**inputs) as tracer:
         for layer in layers:
             layer.read()
+        if model.layers_output.modules[-1] is None:
+            tracer.result  # noqa: B018
+        else:  # so that the last neurons have been read
+            model.layers_output[-1]
     for layer in layers:
         layer.find_down()
     return [layer.found for layer in layers]
@@ -64,11 +68,9 @@ class _MLP:
         try:
             if not probes:
                 raise RefusedError("no matrix of its MLP gives something for each position")
-            if not is_near(
-                neurons[0], neurons[0, :1].expand_as(neurons[0]), 64
-            ):  # the same code is written at all positions
+            if not is_near(neurons[-1, 0], neurons[0, 0], 64):  # another prompt, with the same code
                 raise RefusedError("neurons come of something else beside what matrices of its MLP give")
-            by_sign, by_size = _decoded(neurons[:, 0].float().cpu(), torch.cat([one.signs for one in probes], 1))
+            by_sign, by_size = _decoded(neurons[:ROWS, 0].float().cpu(), torch.cat([one.signs for one in probes], 1))
             self.found["gate"] = NO_GATE
             for role, index in (("in", by_sign), ("gate", by_size)):
                 if index is not None:

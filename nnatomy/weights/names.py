@@ -69,7 +69,11 @@ TABLE = (
     WeightName("b_gate", "mlp", "gate", "neuron", "see `W_gate`"),
     WeightName("b_out", "mlp", "out", "hidden", "see `W_out`"),
     WeightName(
-        "W_U", "unembedding", "U", "hidden vocab", "`ln_final.output @ W_U + b_U`: logits before caps and scales"
+        "W_U",
+        "unembedding",
+        "U",
+        "hidden vocab",
+        "`ln_final.output @ W_U + b_U` (with no norm there: what the last layer gives): logits before caps and scales",
     ),
     WeightName("b_U", "unembedding", "U", "vocab", "see `W_U`"),
 )

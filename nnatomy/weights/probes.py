@@ -17,7 +17,9 @@ from nnatomy.weights.codes import ROWS, codes
 from nnatomy.weights.projection import RefusedError, Seen
 
 #: Positions of the prompt.
-SEQ = 4
+SEQ = 2
+#: Behind the rows with a code each comes another prompt, with the first row's.
+BATCH = ROWS + 1
 
 
 class Probe:
@@ -49,20 +51,20 @@ class Probe:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
         if given is None or not (given.is_floating_point() and isinstance(output, Tensor)):
             return None
-        if {given.numel() // given.shape[-1], output.numel() // output.shape[-1]} != {ROWS * SEQ}:
+        if {given.numel() // given.shape[-1], output.numel() // output.shape[-1]} != {BATCH * SEQ}:
             return None
         self.calls += 1
-        given, gave = (one.detach().reshape(ROWS, SEQ, -1) for one in (given, output))
+        given, gave = (one.detach().reshape(BATCH, SEQ, -1) for one in (given, output))
         self.seen = Seen(given[0].clone(), gave[0].clone())
         if self._writes is None:
             self.signs = codes(gave.shape[-1], self._seed, ROWS)
             table = self.signs.to(gave)
         else:
-            self.first = given[:, 0].clone()
+            self.first = given[:ROWS, 0].clone()
             self.signs = codes(gave.shape[-1], self._seed)
             table = self._writes(self.signs).to(gave)
         new = table[0].expand_as(gave).clone()
-        new[:, 0] = table
+        new[:ROWS, 0] = table
         return new.view_as(output)
 
 
@@ -78,8 +80,8 @@ class Norm:
         self.gave = torch.zeros(0)
 
     def __call__(self, _module: Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.numel() == ROWS * SEQ * output.shape[-1]:
-            self.gave = output.detach().reshape(ROWS, SEQ, -1)[0].clone()
+        if isinstance(output, Tensor) and output.numel() == BATCH * SEQ * output.shape[-1]:
+            self.gave = output.detach().reshape(BATCH, SEQ, -1)[0].clone()
 
 
 def matrices(parts: Iterable[Module], without: Iterable[Module] = ()) -> list[Module]:
@@ -118,17 +120,17 @@ def looking(probes: Iterable[Probe | Norm]) -> Iterator[None]:
 
 @contextmanager
 def passing(model: Any, rows: int = ROWS) -> Iterator[dict[str, Any]]:
-    """For a pass without dropout and gradients: its arguments, one prompt in so many rows."""
+    """For a pass without dropout and gradients: its arguments, one prompt in so many rows, and another one in the last row."""
     if model._shards:
         raise InputError("The model's parameters are sharded (FSDP2): take its weights before fully_shard.")
     if model.device.type == "meta":
         raise InputError("The model is on the meta device: there are no values by which its weights could be told.")
-    inputs = example_inputs(model.steps_of, 1, SEQ, model.device)
+    inputs = example_inputs(model.steps_of, 2, SEQ, model.device)
     training = [module for module in model.hf_model.modules() if module.training]
     model.hf_model.eval()
     try:
         with torch.no_grad():
-            yield {name: value.repeat_interleave(rows, 0) for name, value in inputs.items()}
+            yield {name: torch.cat([value[:1].repeat_interleave(rows, 0), value[1:]]) for name, value in inputs.items()}
     finally:
         for module in training:
             module.training = True
