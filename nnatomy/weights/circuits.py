@@ -59,6 +59,6 @@ def _check_plain(model: Any, name: str, layer: int, roles: dict[str, str]) -> No
     for role, what in roles.items():
         if not model._weights.projection(model, role, layer).plain:
             raise NotInThisModelError(
-                f"{name}[{layer}]: there is none: between the projection and {what} stands a norm or a gate, so that no one matrix "
-                f"is what the heads compute. FactoredMatrix of W_{' and W_'.join(roles)} is the product without it."
+                f"{name}[{layer}]: there is none: between the projection and {what} stands a norm, a gate or clipping, so that no "
+                f"one matrix is what the heads compute. FactoredMatrix of W_{' and W_'.join(roles)} is the product without it."
             )

@@ -69,8 +69,9 @@ def find_unembedding(model: Any) -> Projection:
         raise RefusedError(f"the last layer, the final norm or {path} is called several times, or not at all")
     (given, gave), before = calls[head][0], calls[last if norm is None else norm][0][1]
     before = model.layers_output.get(before)
+    if given.ndim == before.ndim == 3:  # of some positions alone, it may be
+        before = before[:, -given.shape[1] :]
     given, gave, before = (one.reshape(-1, one.shape[-1]) for one in (given, gave, before))
-    before = before[-len(given) :]
     # A norm without parameters may be no module.
     either = (before, *_normed(before)) if norm is None else (before,)
     if not any(given.shape == one.shape and _is_multiple(given, one) for one in either):

@@ -36,12 +36,18 @@ class WeightName(NamedTuple):
         return self.name.startswith("b_")
 
 
-_BEHIND = "behind which are norms, rotary embedding and scale"
+_BEHIND = "behind which are norms, clipping, rotary embedding and scale"
 TABLE = (
     WeightName("W_E", "embedding", "E", "vocab hidden", "`W_E[input_ids]` is `token_embeddings`"),
     WeightName("W_Q", "attention", "Q", "head hidden head_dim", f"`attentions_input @ W_Q + b_Q`: queries, {_BEHIND}"),
     WeightName("W_K", "attention", "K", "kv_head hidden head_dim", f"`attentions_input @ W_K + b_K`: keys, {_BEHIND}"),
-    WeightName("W_V", "attention", "V", "kv_head hidden value_dim", "`attentions_input @ W_V + b_V`: values"),
+    WeightName(
+        "W_V",
+        "attention",
+        "V",
+        "kv_head hidden value_dim",
+        "`attentions_input @ W_V + b_V`: values, behind which may be norms and clipping",
+    ),
     WeightName(
         *("W_O", "attention", "O", "head value_dim hidden"),
         "`heads_output @ W_O`, summed over heads, `+ b_O`: what the output projection gives",

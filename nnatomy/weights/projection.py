@@ -76,8 +76,8 @@ def weight_of(module: Module, path: str) -> Tensor:
     others = sorted({one for one, _ in module.named_parameters()} - _OWN)
     if others:
         raise RefusedError(
-            f"{name} computes with {', '.join(others[:2])}{', ...' * (len(others) > 2)} beside a weight. Merge the adapter "
-            "(PEFT: hf_model.merge_and_unload(), a model without it) and have it looked at again: model.refresh()"
+            f"{name} computes with {', '.join(others[:2])}{', ...' * (len(others) > 2)} beside a weight. If that is an adapter, "
+            "merge it (PEFT: hf_model.merge_and_unload(), a model without it) and have the model looked at again: model.refresh()"
         )
     if not isinstance(weight, Tensor):
         raise RefusedError(f"{name} has no weight: it is quantized, say. {_QUANTIZED}")

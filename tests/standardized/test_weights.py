@@ -527,6 +527,7 @@ def test_training_mode_and_the_model_are_left_as_they_were() -> None:
         gpt2(attention_of(model), stream())[0],
     )
     assert model.W_out[LAYER].shape == (NEURONS, WIDTH)
+    assert model.W_O[LAYER].shape == (HEADS, 8, WIDTH)
     assert all(module.training for module in hf.modules())
     assert not any(module._forward_hooks for module in hf.modules())
     assert all(torch.equal(one, before[name]) for name, one in hf.state_dict().items())
@@ -583,9 +584,19 @@ def test_ov_gives_what_heads_write(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "gemma3_text"])
 def test_norms_behind_queries_and_keys_leave_no_qk(model_type: str) -> None:
     model = loaded(model_type)
-    with pytest.raises(NotInThisModelError, match=r"QK\[1\]: there is none: .*a norm or a gate"):
+    with pytest.raises(NotInThisModelError, match=r"QK\[1\]: there is none: .*a norm, a gate or clipping"):
         model.QK(LAYER)
     assert model.OV(LAYER).shape == (HEADS, WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "dbrx"])
+def test_clipped_values_leave_no_circuits(model_type: str) -> None:
+    """Each of these clips its queries, keys and values, beyond what random weights give."""
+    model = StandardizedTransformer(zoo.build(model_type))
+    for circuit in (model.QK, model.OV):
+        with pytest.raises(NotInThisModelError, match="a norm, a gate or clipping"):
+            circuit(LAYER)
+    assert model.W_V[LAYER].shape[1] == model.hidden_size
 
 
 def test_norms_that_do_not_scale_are_norms() -> None:
@@ -593,7 +604,7 @@ def test_norms_that_do_not_scale_are_norms() -> None:
     for name, one in hf.named_parameters():
         if "q_norm" in name or "k_norm" in name:
             one.data.fill_(1.0)
-    with pytest.raises(NotInThisModelError, match="a norm or a gate"):
+    with pytest.raises(NotInThisModelError, match="a norm, a gate or clipping"):
         StandardizedTransformer(hf).QK(LAYER)
 
 

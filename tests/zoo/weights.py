@@ -42,8 +42,8 @@ def row(model_type: str, model: StandardizedTransformer) -> str:
                 of(i)
                 where.append(i)
             except ModelError as error:
-                if "a norm or a gate" in str(error):
-                    refused.setdefault(("a norm or a gate stands behind its weights", everywhere), []).append(
+                if "a norm, a gate or clipping" in str(error):
+                    refused.setdefault(("a norm, a gate or clipping stands behind its weights", everywhere), []).append(
                         f"`{name}`"
                     )
                     break
