@@ -44,13 +44,15 @@ from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.prompt_texts import PromptTexts
 from nnatomy.standardized.reading import Reading
 from nnatomy.standardized.values import Values
+from nnatomy.standardized.weights import Weights
 from nnatomy.tracing import ModuleView, Trace, Traceable
 from nnatomy.tracing.attach import Attachment
 from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
+from nnatomy.weights import Found as FoundWeights
 
 
-class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Edits):
+class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights, Edits):
     """A Hugging Face transformer, open to read and edit under the same names on any architecture.
 
     The accessors take a layer index (negative too, or a slice) inside a trace, and can be assigned:
@@ -208,6 +210,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Edits):
         no_tokenizer, arch_config, validate, allow_failures = self._options
         hf_model, tokenizer = self.hf_model, self.tokenizer
         self._facts = None
+        self._weights = FoundWeights()
         self.steps_of = causal = causal_lm(hf_model)
         self._shards = Shards(hf_model)
         if self._shards.around(causal) or (self._shards and has_decoder(causal)):

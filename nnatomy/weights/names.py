@@ -1,0 +1,86 @@
+"""The table of the names of weights: axes, and what they promise."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+#: Which pass finds them.
+Group = Literal["attention", "mlp", "embedding", "unembedding"]
+
+
+class WeightName(NamedTuple):
+    """A name: its axes, and what is proved of it by value when it is first asked for.
+
+    Attributes:
+        name: as an attribute of the model; where it begins with `b_` it is the bias beside the matrix of that name.
+        group: which weights are found together; those of ends are tensors, all others are by layer.
+        role: of which projection.
+        shape: its axes.
+        doc: what it promises.
+    """
+
+    name: str
+    group: Group
+    role: str
+    shape: str
+    doc: str
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether there is one for each layer."""
+        return self.group in ("attention", "mlp")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a vector, zero where the projection has none."""
+        return self.name.startswith("b_")
+
+
+_BEHIND = "behind which are norms, clipping, rotary embedding and scale"
+TABLE = (
+    WeightName("W_E", "embedding", "E", "vocab hidden", "`W_E[input_ids]` is `token_embeddings`"),
+    WeightName("W_Q", "attention", "Q", "head hidden head_dim", f"`attentions_input @ W_Q + b_Q`: queries, {_BEHIND}"),
+    WeightName("W_K", "attention", "K", "kv_head hidden head_dim", f"`attentions_input @ W_K + b_K`: keys, {_BEHIND}"),
+    WeightName(
+        "W_V",
+        "attention",
+        "V",
+        "kv_head hidden value_dim",
+        "`attentions_input @ W_V + b_V`: values, behind which may be norms and clipping",
+    ),
+    WeightName(
+        *("W_O", "attention", "O", "head value_dim hidden"),
+        "`heads_output @ W_O`, summed over heads, `+ b_O`: what the output projection gives",
+    ),
+    WeightName("b_Q", "attention", "Q", "head head_dim", "see `W_Q`"),
+    WeightName("b_K", "attention", "K", "kv_head head_dim", "see `W_K`"),
+    WeightName("b_V", "attention", "V", "kv_head value_dim", "see `W_V`"),
+    WeightName("b_O", "attention", "O", "hidden", "see `W_O`"),
+    WeightName(
+        "W_in",
+        "mlp",
+        "in",
+        "hidden neuron",
+        "`mlps_input @ W_in + b_in`: what neurons are proportional to, or a function of",
+    ),
+    WeightName(
+        "W_gate",
+        "mlp",
+        "gate",
+        "hidden neuron",
+        "`mlps_input @ W_gate + b_gate`: what the activation function is of, beside `W_in`",
+    ),
+    WeightName("W_out", "mlp", "out", "neuron hidden", "`neurons @ W_out + b_out`: what the down projection gives"),
+    WeightName("b_in", "mlp", "in", "neuron", "see `W_in`"),
+    WeightName("b_gate", "mlp", "gate", "neuron", "see `W_gate`"),
+    WeightName("b_out", "mlp", "out", "hidden", "see `W_out`"),
+    WeightName(
+        "W_U",
+        "unembedding",
+        "U",
+        "hidden vocab",
+        "`ln_final.output @ W_U + b_U` (with no norm there: what the last layer gives): logits before caps and scales",
+    ),
+    WeightName("b_U", "unembedding", "U", "vocab", "see `W_U`"),
+)
+ROWS = {row.name: row for row in TABLE}
