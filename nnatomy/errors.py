@@ -13,12 +13,15 @@
     │   ├── RowsError               a value of which nobody can tell which rows are a block's
     │   ├── MissingPackageError     an optional package is not installed    (also ImportError)
     │   └── InputError              a prompt or token ids that cannot be run
-    └── ModelError                  the model is not what was thought
-        ├── LoadError               the model or its tokenizer could not be loaded
-        ├── UnknownArchitectureError  no naming config fits the model
-        ├── ModelChangedError       the model is no longer what its names were found on
-        ├── NotInThisModelError     a standard name for something this model does not have
-        └── ValidationError         a loaded model broke a promise of a standard name
+    ├── ModelError                  the model is not what was thought
+    │   ├── LoadError               the model or its tokenizer could not be loaded
+    │   ├── UnknownArchitectureError  no naming config fits the model
+    │   ├── ModelChangedError       the model is no longer what its names were found on
+    │   ├── NotInThisModelError     a standard name for something this model does not have
+    │   └── ValidationError         a loaded model broke a promise of a standard name
+    └── RemoteError                 a model that lives elsewhere: what its server said
+        ├── ConnectionLostError     the server cannot be reached, or is gone        (also ConnectionError)
+        └── NotRemoteError          something that only a local model can do
 
 An exception of the user's own code or of the model's code is never wrapped in one of these: it
 arrives as it was raised.
@@ -114,3 +117,15 @@ class ValidationError(ModelError):
     def __init__(self, text: str, report: Any = None) -> None:
         super().__init__(text)
         self.report = report
+
+
+class RemoteError(NnatomyError):
+    """What the server of a remote model has refused, or what has failed there."""
+
+
+class ConnectionLostError(RemoteError, ConnectionError):
+    """The server of a remote model cannot be reached, or is gone."""
+
+
+class NotRemoteError(RemoteError):
+    """Something that only a model in this process can do."""

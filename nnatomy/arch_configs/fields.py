@@ -31,7 +31,7 @@ KNOWN = frozenset(
     use_sliding_window w_init_variance_scale window_size
 
     alpha_initializer alpha_type logit_scale_init_value scale_decoder_outputs
-    """.split()  # noqa: SIM905 (a table)
+    """.split()
 )
 
 

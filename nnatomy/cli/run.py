@@ -16,6 +16,7 @@ import torch
 
 from nnatomy.cli.load import DTYPES
 from nnatomy.cli.report import Report, page, text
+from nnatomy.cli.serve import add_serve, serve
 from nnatomy.errors import InputError, NnatomyError
 
 _FAILED, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "serve":
+            return serve(options)
         with redirect_stdout(sys.stderr):  # whatever the model's own code prints
             report: Report = getattr(import_module(f"nnatomy.cli.{options.command}"), options.command)(options)
             if options.html:
@@ -55,14 +58,17 @@ def _write(shown: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("model", metavar="ID", help="the model")
+    loading = argparse.ArgumentParser(add_help=False)
+    loading.add_argument("model", metavar="ID", help="the model")
+    loading.add_argument("--dtype", choices=DTYPES, help="load the weights in this precision")
+    loading.add_argument("--device", type=_device, default="cpu", help="where to run it: cpu, cuda, cuda:1, mps, ...")
+    loading.add_argument(
+        "--trust-remote-code", action="store_true", help="run the model's own code from its repository"
+    )
+    loading.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[loading])
     common.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page too")
     common.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
-    common.add_argument("--dtype", choices=DTYPES, help="load the weights in this precision")
-    common.add_argument("--device", type=_device, default="cpu", help="where to run it: cpu, cuda, cuda:1, mps, ...")
-    common.add_argument("--trust-remote-code", action="store_true", help="run the model's own code from its repository")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(
         prog="nnatomy",
         description="Look into a Hugging Face transformer.",
@@ -85,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--answer", required=True, metavar="X", help="the token after CLEAN, with its space: ' Paris'")
     patch.add_argument("--wrong", required=True, metavar="Y", help="the token after CORRUPTED")
     patch.add_argument("--point", default="layers_output", metavar="NAME", help="what is patched (layers_output)")
+    add_serve(commands, loading)
     return parser
 
 

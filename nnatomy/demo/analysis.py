@@ -173,9 +173,9 @@ PROMPT = "The capital of France is"
 TWO_HOPS = "The currency of the country whose capital is Tokyo is the"
 
 
-def analyse(name: str) -> Results:
-    """Load `demo:name` and run everything on it."""
-    model = StandardizedTransformer(f"demo:{name}")
+def analyse(name: str, server: str | None = None) -> Results:
+    """Load `demo:name`, here or at a server, and run everything on it."""
+    model = StandardizedTransformer(f"demo:{name}", server=server)
     early, middle = model.num_layers // 3, model.num_layers // 2
     return Results(
         name=name,

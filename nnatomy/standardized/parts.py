@@ -84,6 +84,9 @@ class Parts(Traceable):
         if not self._blocks.is_open_here:
             self._check_current()
 
+    def _block_is_over(self, well: bool) -> None:
+        """A block of one of its traces is; `well`: without an exception. (A remote model brings the values here.)"""
+
     @property
     def num_layers(self) -> int:
         """How many layers the model has."""

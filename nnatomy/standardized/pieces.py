@@ -72,21 +72,39 @@ class Extent(NamedTuple):
         shape = value.shape
         if len(shape) < self.axes:  # all positions in one axis, and not as many as there are
             return f"{len(shape)} axes", f"{self.axes}"
-        given = _given(run, layers) or (0, 0)
+        there: Elsewhere | None = getattr(run, "elsewhere", None)
+        given = (stream_given(run, layers) if there is None else there.given) or (0, 0)
         tokens = 0 if prompts is None else prompts.new_positions(run.progress.step, self.of_encoder)
         least = given[0], max(given[1], tokens)
         for axis, of, what in self.least if len(shape) == self.axes else ():
             if shape[axis] < least[of]:
                 return f"{shape[axis]} {what}", f"{least[of]}"
         if self.sums_keys:
-            modes: list[Any] = [mode for *_, mode in run.taps.modes]
-            keys = next((one.keys for one in modes if getattr(one, "module", None) is module), 0)
+            keys = keys_seen(run, module) if there is None else there.keys
             if 0 < keys < least[1]:
                 return f"what {keys} keys' positions add", f"{least[1]}"
         return None
 
 
-def _given(run: Run, layers: Iterable[nn.Module]) -> tuple[int, ...] | None:
+class Elsewhere(NamedTuple):
+    """What a run whose model is elsewhere is told of where the pass stands; its `elsewhere`.
+
+    Attributes:
+        given: see `stream_given`.
+        keys: see `keys_seen`.
+    """
+
+    given: tuple[int, ...] | None
+    keys: int
+
+
+def keys_seen(run: Run, module: nn.Module) -> int:
+    """How many keys the attention at work there has; 0 if nobody has looked."""
+    modes: list[Any] = [mode for *_, mode in run.taps.modes]
+    return next((int(one.keys) for one in modes if getattr(one, "module", None) is module), 0)
+
+
+def stream_given(run: Run, layers: Iterable[nn.Module]) -> tuple[int, ...] | None:
     """The shape of the stream that the innermost of these layers that is at work was given; None if none is."""
     frame = sys._current_frames().get(run.thread)
     while frame is not None:

@@ -221,6 +221,15 @@ class PromptTrace(Trace):
         run.collect(RootInputs(run, self._given, needed, recorded.look, self._opened))
         return self
 
+    def _exit(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        well, root = False, self._root
+        try:
+            super()._exit(kind, error, traceback)
+            well = error is None
+        finally:
+            assert isinstance(root, Parts)
+            root._block_is_over(well)
+
     def _block_of(self, run: Run) -> Schedule:
         return _PromptSchedule(run, self._root._blocks, self._joining)
 

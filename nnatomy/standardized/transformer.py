@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.arch_configs import (
+    Anatomy,
     ArchConfig,
     Shards,
     accepts,
@@ -98,6 +100,9 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         validate: check at load that each standard name means what it promises. `"shapes"` checks the shapes alone, which
             a model on the meta device has too; False checks nothing. `validation` says what was found.
         allow_failures: load though a promise failed; the names that failed then refuse to be read.
+        server: the address of a server that has the model (`nnatomy serve`), by which everything is run: no weights are here.
+            By default what NNATOMY_SERVER says, if it says one; see docs/remote.md.
+        api_key: the server's key; by default what NNATOMY_API_KEY says.
         **kwargs: go to `from_pretrained`: dtype, device_map, revision, quantization_config,
             attn_implementation, trust_remote_code, ...
 
@@ -123,6 +128,17 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         ' Paris'
     """
 
+    def __new__(cls, model: Any = None, *_: Any, server: str | None = None, **__: Any) -> StandardizedTransformer:
+        if (
+            cls is StandardizedTransformer
+            and isinstance(model, (str, Path))
+            and (server or os.environ.get("NNATOMY_SERVER"))
+        ):
+            from nnatomy.remote.model import RemoteTransformer
+
+            return object.__new__(RemoteTransformer)
+        return object.__new__(cls)
+
     def __init__(
         self,
         model: str | Path | Module,
@@ -131,8 +147,14 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         arch_config: ArchConfig | None = None,
         validate: bool | Literal["shapes"] = True,
         allow_failures: bool = False,
+        server: str | None = None,
+        api_key: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if server is not None or api_key is not None:
+            raise InputError(
+                "server=..., api_key=...: they are for a model given by its name, which a server has loaded."
+            )
         if validate not in (True, False, "shapes"):
             raise InputError(f"validate={validate!r}: it is True, False or 'shapes'.")
         if not (tokenizer is None or isinstance(tokenizer, (str, Path)) or callable(tokenizer)):
@@ -217,9 +239,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             # FSDP takes for its root what is run first, which is to be no part of the model.
             with torch.no_grad():
                 hf_model(**example_inputs(causal, 1, 3, next(causal.parameters()).device))
-        with self._shards.gathered(causal):
-            anatomy = resolve(causal, arch_config)
-        self._anatomy = anatomy
+        self._anatomy = anatomy = self._resolve(causal, arch_config)
         self._head = Head(Traceable(causal), anatomy, self._shards)
         self.dimensions = dimensions(text_config(causal), anatomy)
         known = self.__dict__.get("_prompts")  # when it is read again
@@ -264,7 +284,17 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         if why := anatomy.absent["token_embeddings"][0]:
             self._refused["token_embeddings"] = why
         self._causal: bool | None = None
-        encoder: Any = causal.get_encoder() if has_decoder(causal) else None  # type: ignore[operator]
+        self._check_names(causal, validate, allow_failures)
+        self._facts = Facts(hf_model, causal, anatomy)
+
+    def _resolve(self, causal: Module, arch_config: ArchConfig | None) -> Anatomy:
+        """Its standard modules."""
+        with self._shards.gathered(causal):
+            return resolve(causal, arch_config)
+
+    def _check_names(self, causal: Any, validate: bool | Literal["shapes"], allow_failures: bool) -> None:
+        """Find the names of its encoder, and check all."""
+        encoder: Any = causal.get_encoder() if has_decoder(causal) else None
         with self._shards.gathered(encoder):
             add_encoder(self, validate, allow_failures)
         if encoder is not None:
@@ -273,7 +303,6 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             self.validation = validate_shapes(self)
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
-        self._facts = Facts(hf_model, causal, anatomy)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""

@@ -1,0 +1,1 @@
+"""The client of a model that lives at a server: see `nnatomy.serve`."""

@@ -1,0 +1,1 @@
+"""A server that holds a model for clients elsewhere: see `nnatomy.remote`."""

@@ -1,0 +1,124 @@
+"""A session: the commands of one client on the tensors that it holds.
+
+A frame has commands, which are carried out one after the other, and perhaps a question, which is answered. A command that fails
+leaves its error in the place of what it was to give; the next question is answered by that error. No command writes
+to the model's parameters and buffers, or gives them gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nnatomy.remote.wire import FrameError, pack, unpack
+from nnatomy.serve.commands import Commands
+from nnatomy.serve.forward import Points
+from nnatomy.serve.limits import Limits
+from nnatomy.serve.policy import Refused
+from nnatomy.serve.tensors import Failed, FailedBefore, Weights
+
+#: What commands are to give, as numbers: from their arguments.
+_GIVES: dict[str, Callable[[list[Any]], Any]] = {
+    "op": lambda given: given[3],
+    "put": lambda given: [given[0]],
+    "grads": lambda given: given[5],
+}
+
+
+class Session(Commands):
+    """What one client has at the server. Its methods are called by one thread.
+
+    Args:
+        hello: what a client is told of the model.
+    """
+
+    def __init__(self, model: Any, points: Points, weights: Weights, limits: Limits, hello: dict[str, Any]) -> None:
+        super().__init__(model, points, weights, limits, hello)
+        self._command = 0
+        self._failed: Failed | None = None
+        self.seconds = 0.0
+
+    def handle(self, frame: Any) -> bytes | None:
+        """Carry out the commands of a frame; the frame to answer its question with, if it has one.
+
+        Raises:
+            FrameError: for what is no frame: the session is over.
+            Refused: if the session has used up its time.
+        """
+        began = time.monotonic()
+        try:
+            header, self._blobs = unpack(frame)
+            commands, question = header.get("c", []), header.get("q")
+            if not isinstance(commands, list) or len(commands) > self._limits.commands:
+                raise FrameError(f"`c` is a list of {self._limits.commands:,} commands at most")
+            self._blobs.reverse()
+            for command in commands:
+                if self.seconds + time.monotonic() - began > self._limits.compute_seconds:
+                    break
+                self._do(command)
+            return None if question is None else self._answer(question, header.get("n"))
+        finally:
+            self._blobs = []
+            self.seconds += time.monotonic() - began
+            if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
+                raise Refused(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds")
+
+    def close(self) -> None:
+        """Drop everything."""
+        for forward in self._forwards.values():
+            forward.end()
+        self._forwards.clear()
+        self._tensors.clear()
+        self._failed = None
+
+    def _do(self, command: Any) -> None:
+        self._command += 1
+        if not isinstance(command, list) or not command or not isinstance(command[0], str):
+            raise FrameError("a command is a list with its name first")
+        name, *given = command
+        try:
+            method = getattr(self, f"_do_{name}", None) if name.isalpha() else None
+            if method is None:
+                raise Refused(f"there is no command {name!r:.40}")
+            with torch.set_grad_enabled(self._grad):
+                method(*given)
+        except Exception as error:  # noqa: BLE001 - told to the client
+            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
+            self._failed = self._failed or failed
+            self._leave_failed(name, given, failed)
+
+    def _leave_failed(self, name: str, given: list[Any], failed: Failed) -> None:
+        gives = _GIVES.get(name)
+        try:
+            for number in [] if gives is None else gives(given):
+                self._tensors.keep(number, failed)
+        except (Refused, IndexError, TypeError):
+            pass  # what was given are no numbers
+
+    def _answer(self, question: Any, serial: Any) -> bytes:
+        self._command += 1
+        try:
+            if self._failed is not None:
+                failed, self._failed = self._failed, None
+                raise FailedBefore(failed)
+            if not isinstance(question, list) or not question or not isinstance(question[0], str):
+                raise Refused("a question is a list with its name first")
+            name, *given = question
+            method = getattr(self, f"_ask_{name}", None) if name.isalpha() else None
+            if method is None:
+                raise Refused(f"there is no question {name!r:.40}")
+            with torch.set_grad_enabled(self._grad):
+                answer, blobs = method(*given)
+            return pack({"n": serial, "ok": answer}, blobs)
+        except Exception as error:  # noqa: BLE001 - told to the client
+            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
+            told = {
+                "type": type(failed.error).__name__,
+                "text": str(failed.error)[:4000],
+                "command": failed.command,
+            }
+            return pack({"n": serial, "error": told})
