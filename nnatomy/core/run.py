@@ -180,7 +180,7 @@ class Run(Coroutine):
                 break
         for collector in tuple(self.collectors):
             if collector.takes(module, kind):
-                self._let_edit(slot, collector.take, collector)
+                collector.take(slot)
         if self.taps.waiting and not slot.skipped:
             self.taps.enter(self)
         return slot

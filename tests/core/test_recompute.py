@@ -12,7 +12,6 @@ from helpers import Calls, hooks, no_leaks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nnatomy.core import Collector, Slot
 from nnatomy.errors import AssignmentError
 from nnatomy.tracing import Traceable
 
@@ -158,20 +157,3 @@ def test_a_module_that_one_of_several_blocks_skips_inside_is_refused(reentrant: 
         tracer.invoke(START[:1], skips)
         other = tracer.invoke(START[1:], lambda: tracer.result)
     assert torch.allclose(other.value, model(START.clone().requires_grad_())[1:])
-
-
-@pytest.mark.parametrize("before_the_blocks", [True, False])
-def test_a_collector_that_edits_inside_is_refused(before_the_blocks: bool) -> None:
-    class Halve(Collector):
-        def __init__(self, module: nn.Module) -> None:
-            self.modules, self.kinds = {module}, {"output": None}
-
-        def take(self, slot: Slot) -> None:
-            slot.value = slot.value * 0.5
-
-    model = parts(reentrant=False)
-    with no_leaks(model), pytest.raises(AssignmentError, match="gradient checkpointing"):
-        with Traceable(model).trace(START) as tracer:
-            run = tracer.block.run
-            (run.replace if before_the_blocks else run.collect)(Halve(model.part[0]))
-            tracer.result
