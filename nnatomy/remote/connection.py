@@ -31,6 +31,8 @@ except ImportError as error:
 #: Commands are sent, and not waited for, when so many or so many bytes of tensors have gathered.
 COMMANDS, BYTES = 128, 4 << 20
 _LINES = 20_000
+#: Commands that do not fail.
+_SURE = ("end", "drop", "clear")
 #: Packages in whose code no line is the user's.
 _OTHERS = ("torch.", "transformers.", "einops.", "websockets.", "contextlib", "threading")
 #: What is raised here for an error of that name there; all are RemoteErrors too.
@@ -52,6 +54,7 @@ class Connection:
         gradients: how often gradients may have changed (see `RemoteTensor`).
         pinned: what has been sent for the next command, and lives until then.
         quiet: a thread in which no line of the user's is at work: a forward pass that runs by commands.
+        unanswered: whether something has been asked for since the last answer that may have failed.
         dead: the numbers of tensors that nobody holds any more.
         live: the others, by number.
 
@@ -79,6 +82,7 @@ class Connection:
         self._process = os.getpid()
         self.lost = ""
         self.quiet = 0
+        self.unanswered = False
         url = urlsplit(self.server)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
@@ -107,6 +111,7 @@ class Connection:
         """Have something done, after all that has been asked for before."""
         with self._lock:
             self._add([*command], blob)
+            self.unanswered = self.unanswered or command[0] not in _SURE
             if blob is None:
                 self.pinned.clear()
             if len(self._commands) >= COMMANDS or self._bytes >= BYTES:
@@ -122,6 +127,7 @@ class Connection:
         with self._lock:
             serial = self._send([*question])
             self.pinned.clear()
+            self.unanswered = False
             self.trips += 1
             header, blobs = self._receive()
             while header.get("n") != serial:  # of a question that somebody has not waited for: Ctrl-C

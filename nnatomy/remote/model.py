@@ -142,13 +142,11 @@ class RemoteTransformer(StandardizedTransformer):
             return
         held = [tensor for one in list(connection.live.values()) if (tensor := one()) is not None]
         wanted = [one for one in held if one.here is None and _size(one) <= _AT_ONCE]
-        while True:
+        while wanted or connection.unanswered:
             now: list[RemoteTensor] = []
             while wanted and sum(map(_size, now)) + _size(wanted[-1]) <= _AT_ONCE:
                 now.append(wanted.pop())
             fetch(connection, now, leave_out=True)
-            if not wanted:
-                return
 
     def server_status(self) -> dict[str, Any]:
         """What the server tells of itself: versions, its model with the hash of its weights and its validation, sessions."""
