@@ -13,7 +13,7 @@ class EditBlock:
     """A `with` whose body becomes an edit.
 
     Args:
-        with_edit: makes the view that has the edit, a function without arguments; `with` gives it.
+        with_edit: takes an edit, a function without arguments, and makes the view that has it, which `with` gives.
     """
 
     def __init__(self, with_edit: Callable[[Callable[[], None]], Any]) -> None:

@@ -66,7 +66,7 @@ class RowSlot(Slot):
         self._replaced = replaced
         self._given: list[Any] | None = None
         self.module, self.kind, self.call, self.step = whole.module, whole.kind, whole.call, whole.step
-        self.axes, self.skipped, self.recomputed = whole.axes, False, whole.recomputed
+        self.axes, self.skipped, self.instead, self.recomputed = whole.axes, False, None, whole.recomputed
 
     @property
     def value(self) -> Any:

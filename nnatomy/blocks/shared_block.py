@@ -193,6 +193,8 @@ class _ReplaceOutput(Collector):
             leaves = [new if isinstance(new, Tensor) else old for old, new in both]
             mine.value = pytree.tree_unflatten(leaves, structure)
             merge(slot, [mine])
+            self._block.run.replacements.remove(self)  # the call is over: a generation makes many
+            self._block.run.watch()
 
     def __str__(self) -> str:
         return f"skip of {type(self._at.module).__name__}"

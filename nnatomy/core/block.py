@@ -64,14 +64,13 @@ class Block:
             if run.started and module._compiled_call_impl is not None:
                 raise self._not_reached(question)
             self.wait(question)
+            run.last = question, user_line()
             place = run.place(question)
         if place is not Place.HERE:
             if run.error is not None:
                 raise run.error
             never_came = before is Place.AHEAD or run.progress.never_came(question)
             raise self._not_reached(question) if never_came else self._out_of_order(question)
-        if before is Place.AHEAD:
-            run.last = question, user_line()
         assert run.slot is not None
         return self.view(run.slot)
 
@@ -80,6 +79,7 @@ class Block:
         run = self.run
         if not run.ended:
             self.wait(None)
+            run.last = "its end", user_line()
         if run.error is not None:
             raise run.error
 
@@ -99,7 +99,8 @@ class Block:
     # Errors of order.
 
     def _out_of_order(self, question: Question) -> OutOfOrderError:
-        run, step = self.run, self.run.progress.step
+        run = self.run
+        step = run.progress.step - run.ended  # the last one, if all are over
         last, line = run.last
         if run.cancelled:
             return OutOfOrderError(

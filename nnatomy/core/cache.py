@@ -68,7 +68,7 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
         self._clone = clone
         #: By module, and then by step and call.
         self._calls: dict[Module, dict[tuple[int, int], CachedCall]] = {}
-        #: The values that are the model's own, by module, with the versions of their tensors.
+        #: The values that are no clones, by module, with the versions of their tensors.
         self._shared: dict[Module, list[tuple[Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
@@ -105,6 +105,8 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
             return module.module
         mine = next((known for known, path in self._paths.items() if path == module), None)
         return mine or dict(self._root.named_modules(remove_duplicate=False)).get(module)
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's would compare tensors
 
     def __iter__(self) -> Iterator[str]:
         return (self._paths[module] for module in self._calls)

@@ -1,7 +1,7 @@
 """A coroutine on a thread: work that takes turns with the thread that resumes it, so that exactly one of the two runs.
 
-A forward pass is one (its owner is the user's block), and so is each of several blocks on one pass. `resume` and `cancel`
-are called by the owner, `suspend` by the work itself.
+A forward pass is one, and so is each of several blocks on one pass. `resume` and `cancel` are called by whoever has the turn,
+`suspend` by the work itself.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Coroutine:
         """What the work has raised, if it has, and not because it had been cancelled; with the traceback that it had."""
         return None if self._error is None else self._error[0].with_traceback(self._error[1])
 
-    # Called by the owner.
+    # Called by whoever has the turn.
 
     def resume(self) -> None:
         """Let the work begin or go on, until it is suspended or over."""
@@ -98,7 +98,7 @@ class Coroutine:
             raise
 
     def cancel(self) -> None:
-        """End the work where it stands, and wait until it is gone."""
+        """End the work where it stands, and wait until it is gone; called once more, for a second at most."""
         if self.ended:
             return
         again, self.cancelled = self.cancelled, True

@@ -43,7 +43,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     progress = run.progress
     calls, stack = progress.calls, progress.stack
     call = calls.get(self, 0)
-    if call and not stack and run.root in calls:  # the root's last call was left by an exception
+    if not stack and run.root in calls:  # the root's last call was left by an exception
         run.end_step()
         call = 0
     calls[self] = call + 1

@@ -10,7 +10,7 @@ from nnatomy.core.worker import starting
 
 
 class Cancelled(BaseException):
-    """Ends a forward pass nobody needs any more; seen by the model's code alone."""
+    """Ends a coroutine's work that nobody needs any more: a forward pass, or a block of `invoke`."""
 
 
 class Interruptible:

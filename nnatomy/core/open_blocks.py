@@ -26,7 +26,7 @@ class OpenBlocks:
         self.example: Callable[[OpenBlocks], AbstractContextManager[Any]] | None = None
 
     def add(self, block: Block) -> None:
-        """Open a block whose `with` is being entered in this thread."""
+        """Open a block whose `with` is being entered, or whose body runs, in this thread."""
         block.frame, block.thread = frame_of_with(), get_ident()
         self._by_thread.setdefault(block.thread, []).append(ref(block))
         before = (other for other in _opened_here.get() if (outer := other()) and outer.frame is not None)

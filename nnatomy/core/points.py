@@ -82,12 +82,10 @@ class Report(NamedTuple):
 
     def awaited(self, kind: str) -> bool:
         """Whether anybody waits for that kind. If not, it need not be reported, and is passed from here on."""
-        run, module = self.run, self.module
-        if any(question.module is module and question.kind == kind for question in run.questions):
+        waiting = self.run.taps.waiting.get(self.module, ())
+        if any(waited_for == kind for waited_for, _ in waiting):
             return True
-        if any(one.takes(module, kind) for one in (*run.replacements, *run.collectors)):
-            return True
-        run.progress.found.add((module, self.call, kind))
+        self.run.progress.found.add((self.module, self.call, kind))
         return False
 
 
@@ -112,7 +110,7 @@ class Question(NamedTuple):
 
 
 class Collector:
-    """Takes values as the forward pass makes them, without stopping it; it may put others in their place.
+    """Takes values as the forward pass makes them, without stopping it; told before the blocks, it may put others in their place.
 
     Attributes:
         modules: the modules to be told about.

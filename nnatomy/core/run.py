@@ -104,7 +104,10 @@ class Run(Coroutine):
         self.watch()
 
     def watch(self) -> None:
-        """Look again at which modules the forward pass has to stop and tell somebody."""
+        """Look again at which modules the forward pass has to stop and tell somebody.
+
+        A module that a tap waits in is watched at both ends: at its output it shows that the value did not come.
+        """
         waited = [({question.module}, {question.kind: question.tap}) for question in self.questions]
         waited += [(one.modules, one.kinds) for one in (*self.replacements, *self.collectors)]
         inputs: set[Module] = set()

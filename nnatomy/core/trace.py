@@ -93,7 +93,7 @@ class Trace:
 
     @property
     def block(self) -> Block:
-        """The block that the user's line stands in."""
+        """This trace's block."""
         if self._block is None:
             state = "has not been entered" if self._call else "is over"
             raise OutsideTraceError(f"This trace {state}: ask inside `with model.trace(...) as tracer:`.")

@@ -45,7 +45,7 @@ class ModuleView(Values):
     @property
     def calls(self) -> Calls[ModuleView]:
         """The calls of this module in one forward pass: `view.calls[1].output` is its second call's."""
-        return Calls(self.path, partial(self._module_view, self.module, self.path))
+        return Calls(self.path or "the model", partial(self._module_view, self.module, self.path))
 
     def _module_view(self, module: Module, path: str, call: int = 0) -> ModuleView:
         """A view of one of the model's modules, of the kind that this model's views are."""
@@ -53,7 +53,7 @@ class ModuleView(Values):
 
     def _asking(self, kind: str, name: str, tap: Tap | None = None) -> Callable[[], Slot]:
         reach = self._blocks.current(self.path).reach
-        return partial(reach, self.module, kind, f"{self.path}.{name}", self._call, tap)
+        return partial(reach, self.module, kind, f"{self.path or 'the model'}.{name}", self._call, tap)
 
     # The module tree.
 

@@ -6,27 +6,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-_SHAPES: dict[Any, Any] = {}
-_MOST_SHAPES = 20_000
+from nnatomy.remote.shapes import Shapes
 
-
-def meta_of(tensor: Tensor) -> Tensor:
-    """The same without elements."""
-    meta = getattr(tensor, "_meta", None)
-    if isinstance(meta, Tensor):
-        return meta
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def on_meta(value: Any) -> Any:
-    """Arguments, with tensors that have no elements."""
-    if isinstance(value, Tensor):
-        return meta_of(value)
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    return type(value)(map(on_meta, value)) if type(value) in (list, tuple) else value
+_shapes = Shapes(20_000)
 
 
 def leaves(args: Any, kwargs: Any) -> list[Any]:
@@ -97,33 +80,11 @@ class Function:
 
     def shaped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What it gives, on tensors without elements; None if that depends on elements."""
-        key: Any
         try:
-            key = (self.op, *map(_key, args), *((name, _key(one)) for name, one in kwargs.items()))
-            known = _SHAPES.get(key)
-        except TypeError:  # something that has no hash
-            key = known = None
-        if known is not None:
-            return known
-        try:
-            with torch.no_grad():
-                made = self.op(*map(on_meta, args), **{name: on_meta(one) for name, one in kwargs.items()})
+            return _shapes.of(self.op, args, kwargs)
         except NotImplementedError:
             return None
         except RuntimeError as error:
             if "nonzero" in str(error) or "meta" in str(error).lower():
                 return None
             raise
-        if key is not None:
-            if len(_SHAPES) > _MOST_SHAPES:
-                _SHAPES.clear()
-            _SHAPES[key] = made
-        return made
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return (list, *map(_key, value))
-    return type(value), value

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nnatomy.errors import NotRemoteError
 from nnatomy.remote.connection import Connection
-from nnatomy.remote.functions import Function, meta_of
+from nnatomy.remote.functions import Function
+from nnatomy.remote.shapes import meta_of
 from nnatomy.remote.wire import decode, encode, from_bytes, to_bytes
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from nnatomy.remote.shapes import Shapes
 from nnatomy.serve.policy import GIVE_VALUES, SIZED_BY_VALUES, Refused
 
 
@@ -49,15 +50,7 @@ class Limits:
     waiting: int = 256
 
 
-def on_meta(tree: Any) -> Any:
-    """The same, with tensors that have shapes and no elements."""
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
-        return torch.device("meta") if isinstance(leaf, torch.device) else leaf
-
-    return pytree.tree_map(one, tree)
+_shapes = Shapes(50_000)
 
 
 def check_size(op: OpOverload, args: Any, kwargs: dict[str, Any], limits: Limits, held: int) -> None:
@@ -90,37 +83,10 @@ def check_size(op: OpOverload, args: Any, kwargs: dict[str, Any], limits: Limits
         raise Refused(f"{op}: {count:,} operations; {limits.operations:,} are allowed")
 
 
-#: By function and the shapes of its arguments: what it gives, the most elements and all bytes.
-_known: dict[Any, tuple[int, int]] = {}
-_MOST_KNOWN = 50_000
-
-
 def _predicted(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
-    key: Any
-    try:
-        key = op, _key(args), *((name, _key(one)) for name, one in kwargs.items())
-        known = _known.get(key)
-    except TypeError:  # something that has no hash
-        key = known = None
-    if known is not None:
-        return known
-    with torch.no_grad():
-        result = op(*on_meta(args), **on_meta(kwargs))
-    made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    found = max((one.numel() for one in made), default=0), sum(one.untyped_storage().nbytes() for one in made)
-    if key is not None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = found
-    return found
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return (list, *map(_key, value))
-    return type(value), value
+    """The most elements of a tensor that it gives, and the bytes of all."""
+    made = [one for one in pytree.tree_leaves(_shapes.of(op, args, kwargs)) if isinstance(one, Tensor)]
+    return max((one.numel() for one in made), default=0), sum(one.untyped_storage().nbytes() for one in made)
 
 
 def _has_mask(args: Any) -> bool:

@@ -59,6 +59,7 @@ class Steps:
         question = Question(run.root, "input", 0, step, None, f"step {step}")
         if not run.ended:
             block.wait(question)
+            run.last = question, user_line()
             if run.error is not None:
                 raise run.error
         if run.ended and run.progress.calls and not (run.progress.step or run.cancelled):

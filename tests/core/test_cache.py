@@ -182,3 +182,11 @@ def test_a_shared_module_is_there_under_each_of_its_paths() -> None:
             assert all(torch.equal(call.output, one) for call, one in zip(cache[path], expected, strict=True))
     with pytest.raises(CacheError, match="'c' is not in the cache"):
         cache["c"]
+
+
+def test_two_caches_are_equal_only_if_they_are_one() -> None:
+    view = Traceable(net())
+    with view.trace(x()) as tracer:
+        one, other = tracer.cache(clone=True), tracer.cache(clone=True)
+    assert one != other
+    assert {one: 1, other: 2}[one] == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -246,3 +246,23 @@ def test_tensors_against_plain_calls() -> None:
     assert torch.equal(heads[1], second)
     assert torch.equal(result, heads[2][:, :2])
     assert torch.equal(result, generate(x()))
+
+
+def test_what_is_called_after_a_root_call_that_raised_is_of_the_next_step() -> None:
+    def forward(self, v):
+        if self.child(v) < 0:
+            raise ValueError
+        return v
+
+    model = Calls(forward, child=nn.Identity(), encoder=nn.Identity())
+
+    def generate():
+        with suppress(ValueError):
+            model(-1)
+        model.encoder(7)
+        return model(2)
+
+    with no_leaks(model), Traceable(model).trace_call(generate) as tracer:
+        cache = tracer.cache()
+    assert [(call.step, call.output) for call in cache["child"]] == [(0, -1), (1, 2)]
+    assert [(call.step, call.output) for call in cache["encoder"]] == [(1, 7)]

@@ -353,6 +353,21 @@ def test_skipping_replaces_a_blocks_own_rows() -> None:
         assert torch.allclose(two, tracer.result)
 
 
+def test_what_has_been_put_in_place_of_a_module_is_let_go_when_the_call_is_over() -> None:
+    """A generation makes many such calls."""
+    view = Traceable(net())
+    with torch.no_grad(), view.trace() as tracer:
+        run = tracer.block.run
+        with tracer.invoke(ONE):
+            before = len(run.replacements)
+        with tracer.invoke(TWO):
+            view.layers[0].skip((view.embed.output, 0.5))
+            view.layers[1].skip((view.layers[0].output[0], 0.5))
+            view.layers[2].input
+            after = len(run.replacements)
+    assert after == before
+
+
 @torch.no_grad()
 def test_of_two_values_put_in_place_of_a_module_the_second_counts() -> None:
     view = Traceable(net())

@@ -435,3 +435,18 @@ def test_parts_that_are_compiled_in_a_trace() -> None:
                 result = tracer.result
             assert torch.equal(first, root.first(x))
             assert torch.allclose(result, root(x))
+
+
+def test_after_the_end_of_a_plain_pass_the_error_names_the_line_that_ran_it_there(net: Traceable) -> None:
+    with net.trace(X) as tracer:
+        with pytest.raises(NotReachedError):
+            _ = net.blocks[0].shared.calls[5].output
+        with pytest.raises(OutOfOrderError, match=r"stands behind blocks.0.shared.output \(call 5\), asked for at"):
+            _ = net.blocks[0].output
+    with net.trace(X) as tracer:
+        _ = tracer.result
+        with pytest.raises(OutOfOrderError) as error:
+            _ = net.output
+    assert "the model.output was asked for" in str(error.value)
+    assert "it stands behind its end, asked for at" in str(error.value)
+    assert "tracer.iter" not in str(error.value)
