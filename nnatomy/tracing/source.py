@@ -148,7 +148,7 @@ class SourceMode(TorchFunctionMode):
     def hint(name: str) -> str:
         """What may help where there is no such call."""
         return (
-            f" print({name.rpartition('.source.')[0] or 'model'}.source) lists its calls. (Of a call in a loop, ask before "
+            f" print({name.rpartition('.source.')[0].removeprefix('the ')}.source) lists its calls. (Of a call in a loop, ask before "
             "anything else in the module: once it is at work nobody has counted the rounds.)"
         )
 
