@@ -191,7 +191,9 @@ def test_gradients() -> None:
 
 def test_too_late_and_not_there() -> None:
     view = Traceable(attention())
-    with pytest.raises(OutOfOrderError, match=r"source.transpose.output was asked for at .*behind the model.source.attend"):
+    with pytest.raises(
+        OutOfOrderError, match=r"source.transpose.output was asked for at .*behind the model.source.attend"
+    ):
         with view.trace(x()):
             view.source.attend.softmax.output
             view.source.transpose.output
