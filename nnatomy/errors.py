@@ -5,6 +5,7 @@
     │   ├── OutsideTraceError       a value was asked for and no trace is open here
     │   ├── OutOfOrderError         the forward pass is already past that point
     │   ├── NotReachedError         the forward pass ended without coming to that point
+    │   │   └── NotCalledError      ..., or a step of it, without that call of the module
     │   ├── NoSuchModuleError       a name that is no submodule            (also AttributeError)
     │   ├── LayerIndexError         a layer that the model does not have   (also IndexError)
     │   ├── AssignmentError         a value that does not fit where it was put
@@ -50,6 +51,10 @@ class OutOfOrderError(UsageError):
 
 class NotReachedError(UsageError):
     """The forward pass ended without coming to the point asked for."""
+
+
+class NotCalledError(NotReachedError):
+    """The forward pass, or a step of a generation, ended without that call of the module."""
 
 
 class NoSuchModuleError(UsageError, AttributeError):

@@ -12,7 +12,7 @@ from nnatomy.core.gates import is_seen
 from nnatomy.core.points import Question, Slot, Tap
 from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
-from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.errors import NotCalledError, NotReachedError, OutOfOrderError
 
 
 class Block:
@@ -133,7 +133,7 @@ class Block:
             return NotReachedError(f"{question} was asked for, but the module has run without computing one.{hint}")
         in_step = not run.ended or progress.step > question.step
         end = f"step {question.step}" if in_step else "the forward pass"
-        return NotReachedError(
+        return NotCalledError(
             f"{question} was asked for at {user_line()}, but {end} ended without coming to it: with these inputs "
             "the model does not call that module (or not that often, or not that many steps), or calls it in "
             "compiled code (torch.compile), where Python does not see it."

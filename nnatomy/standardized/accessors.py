@@ -189,7 +189,7 @@ class LayerAccessor(NotPickled):
         except NotReachedError as error:
             if not self._unreached:
                 raise
-            raise NotReachedError(f"{error} {self._unreached}") from None
+            raise type(error)(f"{error} {self._unreached}") from None
         except Exception as error:
             hide_our_frames(error)  # two of ours are enough
             raise

@@ -16,7 +16,7 @@ from nnatomy.blocks.schedule import Schedule
 from nnatomy.core.block import Block
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView
-from nnatomy.errors import NotReachedError, UsageError
+from nnatomy.errors import NotCalledError, UsageError
 from nnatomy.tracing.attach import Attachment
 from nnatomy.tracing.save import mount_save
 from nnatomy.tracing.steps import Steps
@@ -59,7 +59,7 @@ class Trace(core.Trace):
         edit()  # in step 0, to which what is called before the model itself belongs (an encoder, in a generation)
         for step in self.iter[:]:
             if step:
-                with suppress(NotReachedError):  # that step has no such point: an encoder runs in the first alone
+                with suppress(NotCalledError):  # an encoder runs in the first step alone
                     edit()
 
     @property

@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
-from helpers import hooks, net, no_gc, no_leaks, settles, x
+from helpers import Calls, hooks, net, no_gc, no_leaks, settles, x
+from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import OutOfOrderError, UsageError
+from nnatomy.errors import NotReachedError, OutOfOrderError, UsageError
 from nnatomy.tracing import Traceable
 
 
@@ -61,6 +62,37 @@ def test_edits_stack_and_can_be_listed() -> None:
     with hooks((model.embed, "output", lambda out: 3 * (out + 1))):
         expected = model(x())
     assert torch.equal(edited(x()), expected)
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_an_edit_of_what_a_later_step_has_not(called: bool) -> None:
+    """A module that a step does not call is not edited there; one that is called, and does not compute the value, is an error."""
+
+    class Once(nn.Module):
+        count = 0
+
+        def forward(self, v: Tensor) -> Tensor:
+            self.count += 1
+            return v.softmax(-1) if self.count == 1 else v
+
+    part = Once()
+    model = Calls(lambda self, v: self.part(v) if called or not part.count else v, part=part)
+    view = Traceable(model)
+    v = torch.ones(1, 2)
+
+    def edit() -> None:
+        view.part.source.softmax.output = 3 * v
+
+    traced = view.edit(edit).trace_call(lambda: [model(v) for _ in range(3)])
+    if called:
+        with pytest.raises(
+            NotReachedError, match=r"softmax.output of step 1 was asked for, but the module has run without"
+        ):
+            traced.run()
+    else:
+        first, *others = traced.run()
+        assert torch.equal(first, 3 * v)
+        assert all(torch.equal(other, v) for other in others)
 
 
 def test_an_edit_as_a_block() -> None:
