@@ -106,7 +106,7 @@ class Schedule(SharedBlock):
                 self.run.call = call
             for invoke, mine in zip(with_inputs, rows, strict=True):
                 invoke.rows = mine
-            self.run.replace(self.batch)
+            self.run.replace(self.batch, 0)
         self.started = True
 
     # Names.

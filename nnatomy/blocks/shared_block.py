@@ -134,8 +134,9 @@ class SharedBlock(Block):
         if view.skipped:
             view.skipped = False
             # It comes before modules that are attached, and after what has been skipped before (the same call, perhaps).
-            index = sum(isinstance(one, _ReplaceOutput) for one in self.run.replacements)
-            self.run.replace(_ReplaceOutput(self, view.whole, view.instead), index)
+            replacements = self.run.replacements
+            skips = sum(isinstance(one, _ReplaceOutput) for one in replacements)
+            self.run.replace(_ReplaceOutput(self, view.whole, view.instead), replacements.index(self.batch) + 1 + skips)
 
     def peek(self, slot: Slot) -> Slot:
         return slot if self.rows is None else RowSlot(slot, self._rows_at(slot))

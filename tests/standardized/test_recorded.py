@@ -113,6 +113,27 @@ def test_of_one_prompt_of_two() -> None:
     assert torch.equal(states[LAYER + 1][1:], new)
 
 
+def test_a_layer_that_runs_for_others_alone() -> None:
+    """One prompt of two skips it by the module's own name: what it made of that prompt's rows is not what went on."""
+    hf, ids = build("llama"), prompt_ids()[:1]
+    model = StandardizedTransformer(build("llama"))
+    with torch.no_grad():
+        plain = model.hf_model(ids, output_hidden_states=True).hidden_states
+    layer = hf.model.layers[LAYER]
+    expected = hooked(hf, layer, lambda _: plain[LAYER], input_ids=ids, output_hidden_states=True).hidden_states
+    assert not same(plain, expected)
+    attached = model.attach(f"layers_output[{LAYER + 1}]", nn.Identity())
+    for view in (model, attached):
+        with torch.no_grad(), view.trace(output_hidden_states=True) as tracer:
+            with tracer.invoke(ids):
+                view.model.layers[LAYER].skip(view.layers_input[LAYER])
+                skipped = view.output.hidden_states
+            with tracer.invoke(ids):
+                kept = view.output.hidden_states
+        assert same(skipped, expected)
+        assert same(kept, plain)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "bloom"])
 def test_patterns_are_those_that_went_on(model_type: str) -> None:
     hf = build(model_type)
