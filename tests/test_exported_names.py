@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import types
 
+import pytest
+
 import nnatomy
 import nnatomy.cli
 import nnatomy.core
 import nnatomy.methods
 import nnatomy.plots
 import nnatomy.validation
+from nnatomy.tracing import Traceable
 
 
 def public(module: types.ModuleType) -> set[str]:
@@ -21,7 +24,18 @@ def public(module: types.ModuleType) -> set[str]:
 
 
 def test_top_level() -> None:
-    assert public(nnatomy) == {"ArchConfig", "StandardizedTransformer", "Traceable"}
+    """They are imported when they are used, all the same `dir` and `import *` know them."""
+    names = {"ArchConfig", "StandardizedTransformer", "Traceable"}
+    assert {*nnatomy.__all__} == names | {"__version__"}
+    assert {*dir(nnatomy)} >= names | {"methods", "plots", "errors"}
+    assert nnatomy.Traceable is Traceable
+    with pytest.raises(AttributeError, match=r"^module 'nnatomy' has no attribute 'nothing'$"):
+        nnatomy.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", [nnatomy.methods, nnatomy.plots])
+def test_a_star_brings_no_submodules(module: types.ModuleType) -> None:
+    assert sorted(module.__all__) == sorted(public(module))
 
 
 def test_core() -> None:

@@ -13,7 +13,6 @@ from nnatomy.errors import InputError
 from nnatomy.methods.prompts import token_texts
 from nnatomy.plots import heat_map
 from nnatomy.plots.labels import visible
-from nnatomy.plots.save import page
 
 
 @torch.no_grad()
@@ -47,9 +46,9 @@ def lens(options: argparse.Namespace) -> Report:
     def table(room: int) -> Any:
         return grid("layer", rows, tokens, [[_cell(cell) for cell in row] for row in cells], room)
 
-    def drawn() -> str:
+    def drawn() -> Any:
         hover = [["\n".join(f"{visible(token)}: {p:.1%}" for token, p in cell) for cell in row] for row in cells]
-        figure = heat_map(
+        return heat_map(
             probs[..., 0],
             rows=rows,
             columns=tokens,
@@ -58,7 +57,6 @@ def lens(options: argparse.Namespace) -> Report:
             title=f"Logit lens: {options.prompt}",
             value_name="probability",
         )
-        return page(figure)
 
     return Report(data, table, drawn)
 

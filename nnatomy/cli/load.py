@@ -12,8 +12,6 @@ from nnatomy.errors import InputError
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.loading import load_model, load_tokenizer
 
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-
 
 def load(options: argparse.Namespace, *, prompts: bool = False) -> StandardizedTransformer:
     """Load and validate the model on the device it is to run on.
@@ -33,4 +31,4 @@ def load(options: argparse.Namespace, *, prompts: bool = False) -> StandardizedT
     hf_model = load_model(options.model, kwargs)
     if prompts and tokenizer is None:
         raise InputError(f"{options.model} reads no text: {why}")
-    return StandardizedTransformer(hf_model.to(options.device), tokenizer)
+    return StandardizedTransformer(hf_model.to(options.device or "cpu"), tokenizer)

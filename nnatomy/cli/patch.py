@@ -9,20 +9,22 @@ from nnatomy.cli.load import load
 from nnatomy.cli.report import Report, grid, plain_numbers
 from nnatomy.methods import activation_patching, logit_difference
 from nnatomy.plots.labels import visible
-from nnatomy.plots.save import page
 
 
 def patch(options: argparse.Namespace) -> Report:
     """The effect of putting each activation of the clean run into the corrupted one."""
     model = load(options, prompts=True)
+    point = options.point or ("heads_output" if options.heads else "layers_output")
     found = activation_patching(
         model,
         clean=options.clean,
         corrupted=options.corrupted,
-        point=options.point,
+        point=point,
+        heads="each" if options.heads else None,
         metric=logit_difference(options.answer, options.wrong, model),
     )
     tokens = list(found.tokens[0])
+    columns = tokens if found.heads is None else [f"H{head}" for head in found.heads]
     effect = plain_numbers(found.normalized)
     rows = [str(layer) for layer in found.layers]
     metric = f"logit({visible(options.answer)}) - logit({visible(options.wrong)})"
@@ -31,11 +33,12 @@ def patch(options: argparse.Namespace) -> Report:
         "model": options.model,
         "clean": options.clean,
         "corrupted": options.corrupted,
-        "point": options.point,
+        "point": point,
         "metric": metric,
         "metric_clean": float(found.clean),
         "metric_corrupted": float(found.corrupted),
         "layers": list(found.layers),
+        "heads": found.heads,
         "tokens": tokens,
         "effect": plain_numbers(found.effect),
         "normalized": effect,
@@ -50,6 +53,6 @@ def patch(options: argparse.Namespace) -> Report:
             return Text(shown, style="bold" if abs(value or 0) > 0.5 else "dim" if abs(value or 0) < 0.1 else "")
 
         cells = [[cell(value) for value in row] for row in effect]
-        return Group(Text(f"{options.point}, {ends}"), Text(""), grid("layer", rows, tokens, cells, room))
+        return Group(Text(f"{point}, {ends}"), Text(""), grid("layer", rows, columns, cells, room))
 
-    return Report(data, table, lambda: page(found.plot()))
+    return Report(data, table, found.plot)

@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nnatomy.errors import MissingPackageError
 from nnatomy.plots.labels import visible, width
+from nnatomy.plots.look import Figure
+from nnatomy.plots.save import save
 
 _PIPE = 160  # columns, where there is no terminal
 _PAGE = """<!doctype html>
@@ -33,40 +36,42 @@ class Report:
     Attributes:
         data: for `--json`.
         table: a rich renderable for that many columns.
-        page: for `--html`; the table if None.
+        figure: the plot; None if the command draws none.
         ok: whether all is well with the model.
     """
 
     data: dict[str, Any]
     table: Callable[[int], Any]
-    page: Callable[[], str] | None = None
+    figure: Callable[[], Figure] | None = None
     ok: bool = True
 
+    def text(self) -> str:
+        """The table as it fits stdout: in color on a terminal that wants it."""
+        console = _console()
+        with console.capture() as captured:
+            console.print(self.table(console.width))
+        return "\n".join(line.rstrip() for line in captured.get().split("\n"))
 
-def text(report: Report) -> str:
-    """The table as it fits stdout: in color on a terminal that wants it."""
-    console = _console()
-    with console.capture() as captured:
-        console.print(report.table(console.width))
-    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+    def write(self, path: Path) -> None:
+        """The plot, or where there is none the table as a page that needs nothing else."""
+        if self.figure is not None:
+            save(self.figure(), path)
+        else:
+            path.write_text(self._page(), encoding="utf-8")
 
+    def _page(self) -> str:
+        console = _console(file=io.StringIO(), width=_PIPE)
+        from rich.segment import Segment
 
-def page(report: Report) -> str:
-    """The report as a page that needs nothing else."""
-    if report.page is not None:
-        return report.page()
-    console = _console(file=io.StringIO(), width=_PIPE)
-    from rich.segment import Segment
+        def span(content: str, style: Any) -> str:
+            marks = {"bold": style.bold, "dim": style.dim} if style else {}
+            names = [name for name, on in marks.items() if on]
+            names += [style.color.name] if style and style.color else []
+            return f'<span class="{" ".join(names)}">{html.escape(content)}</span>'
 
-    def span(content: str, style: Any) -> str:
-        marks = {"bold": style.bold, "dim": style.dim} if style else {}
-        names = [name for name, on in marks.items() if on]
-        names += [style.color.name] if style and style.color else []
-        return f'<span class="{" ".join(names)}">{html.escape(content)}</span>'
-
-    lines = console.render_lines(report.table(_PIPE), pad=False)
-    code = "\n".join("".join(span(one.text, one.style) for one in Segment.simplify(line)) for line in lines)
-    return _PAGE.format(title=html.escape(str(report.data["model"])), code=code)
+        lines = console.render_lines(self.table(_PIPE), pad=False)
+        code = "\n".join("".join(span(one.text, one.style) for one in Segment.simplify(line)) for line in lines)
+        return _PAGE.format(title=html.escape(str(self.data["model"])), code=code)
 
 
 def _console(**options: Any) -> Any:

@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nnatomy.cli.load import DTYPES
-from nnatomy.cli.report import Report, page, text
+import nnatomy
 from nnatomy.cli.serve import add_serve, serve
 from nnatomy.errors import InputError, NnatomyError
 
+if TYPE_CHECKING:
+    from nnatomy.cli.report import Report
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+#: The commands that draw a plot, and the pictures that one is written as.
+_DRAW, _PICTURES = ("lens", "patch"), (".png", ".svg", ".pdf")
 _FAILED, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _ENDING = """exit codes: 0 all is well; 1 the model fails the check, cannot be loaded, or an error; 2 wrong usage;
 130 interrupted. Where ID is: a model's id on the Hugging Face hub, a folder, demo:gpt2, demo:llama or demo:smollm2."""
@@ -34,11 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "serve":
             return serve(options)
+        if options.out:
+            _check_file(options.out, options.command in _DRAW)
         with redirect_stdout(sys.stderr):  # whatever the model's own code prints
             report: Report = getattr(import_module(f"nnatomy.cli.{options.command}"), options.command)(options)
-            if options.html:
-                options.html.write_text(page(report), encoding="utf-8")
-        _write(f"{json.dumps(report.data, indent=1)}\n" if options.json else text(report))
+        _write(f"{json.dumps(report.data, indent=1)}\n" if options.json else report.text())
+        if options.out:
+            report.write(options.out)
+            sys.stderr.write(f"nnatomy: written to {options.out}\n")
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader has enough; what is still buffered goes nowhere
@@ -51,6 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.ok else _FAILED
 
 
+def _check_file(path: Path, draws: bool) -> None:
+    """Raise InputError if nothing can be written there, before the work is done."""
+    endings = (".html", *_PICTURES) if draws else (".html",)
+    if path.suffix not in endings:
+        raise InputError(f"--out {path}: this command writes {' or '.join(endings)}, as the file's name ends.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(
+            f"--out {path}: {'that is a folder' if path.is_dir() else f'there is no folder {path.parent}'}."
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"--out {path}: it may not be written.")
+
+
 def _write(shown: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -60,14 +80,15 @@ def _write(shown: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     loading = argparse.ArgumentParser(add_help=False)
     loading.add_argument("model", metavar="ID", help="the model")
-    loading.add_argument("--dtype", choices=DTYPES, help="load the weights in this precision")
-    loading.add_argument("--device", type=_device, default="cpu", help="where to run it: cpu, cuda, cuda:1, mps, ...")
+    loading.add_argument("--dtype", choices=_DTYPES, help="load the weights in this precision")
+    loading.add_argument("--device", type=_device, help="where to run it: cpu (the default), cuda, cuda:1, mps, ...")
     loading.add_argument(
         "--trust-remote-code", action="store_true", help="run the model's own code from its repository"
     )
     loading.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common = argparse.ArgumentParser(add_help=False, parents=[loading])
-    common.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page too")
+    out = "write a self-contained page too (.html), or the plot (.png, .svg, .pdf)"
+    common.add_argument("--out", "--html", type=Path, metavar="FILE", help=out)
     common.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     parser = argparse.ArgumentParser(
         prog="nnatomy",
@@ -75,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_ENDING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"nnatomy {nnatomy.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, what: str) -> argparse.ArgumentParser:
@@ -90,12 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("corrupted", metavar="CORRUPTED", help="one of as many tokens with another")
     patch.add_argument("--answer", required=True, metavar="X", help="the token after CLEAN, with its space: ' Paris'")
     patch.add_argument("--wrong", required=True, metavar="Y", help="the token after CORRUPTED")
-    patch.add_argument("--point", default="layers_output", metavar="NAME", help="what is patched (layers_output)")
+    patch.add_argument("--point", metavar="NAME", help="what is patched (layers_output; with --heads heads_output)")
+    patch.add_argument("--heads", action="store_true", help="one head at a time, at all positions")
     add_serve(commands, loading)
     return parser
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> Any:
+    import torch
+
     try:
         return torch.device(name)
     except RuntimeError as error:

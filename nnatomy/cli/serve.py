@@ -8,8 +8,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from nnatomy.cli.load import load
-
 #: What can be set of what one session may use: see `nnatomy.serve.limits`.
 _LIMITS = ("held_bytes", "tokens", "compute_seconds", "idle_seconds", "sessions")
 
@@ -38,6 +36,7 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Load and check the model, and serve until interrupted; returns the exit code."""
+    from nnatomy.cli.load import load
     from nnatomy.serve.app import Server, run
     from nnatomy.serve.keys import Keys, check_address, new_key
     from nnatomy.serve.limits import Limits

@@ -27,7 +27,7 @@ dark.addEventListener("change", paint); paint();
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as one self-contained page (.html), or as a picture (.png, .svg).
+    """Write a figure as one self-contained page (.html), or as a picture (.png, .svg, .pdf).
 
     The page needs no network, and is light or dark as its reader's system is.
 
@@ -42,10 +42,10 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix == ".html":
         path.write_text(page(figure), encoding="utf-8")
-    elif path.suffix in (".png", ".svg"):
+    elif path.suffix in (".png", ".svg", ".pdf"):
         _picture(figure, path)
     else:
-        raise InputError(f"{path.name}: a figure is saved as .html, .png or .svg.")
+        raise InputError(f"{path.name}: a figure is saved as .html, .png, .svg or .pdf.")
 
 
 def page(figure: Figure) -> str:

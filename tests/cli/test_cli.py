@@ -22,6 +22,7 @@ from reference import edited
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import nnatomy
 from nnatomy import StandardizedTransformer
 from nnatomy.cli import main
 from nnatomy.cli.anatomy import node
@@ -243,10 +244,58 @@ def test_a_page_is_written_beside_the_table(arguments: list[str], run: Run, tmp_
     assert {"check": "heads_output", "anatomy": "c_attn", "lens": "Paris", "patch": "France"}[arguments[0]] in page
 
 
-def test_a_page_that_cannot_be_written_is_an_error(run: Run, tmp_path: Path) -> None:
-    code, out, err = run("anatomy", GPT2, "--html", str(tmp_path / "none" / "a.html"))
-    assert (code, out) == (1, "")
-    assert err.startswith("nnatomy: FileNotFoundError: ")
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none/a.html", "there is no folder {folder}/none."),
+        (".", "this command writes .html, as the file's name ends."),
+        ("folder.html", "that is a folder."),
+        ("a.png", "this command writes .html, as the file's name ends."),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    name: str, text: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("nnatomy.cli.anatomy"), "load", None)
+    (tmp_path / "folder.html").mkdir()
+    code, out, err = run("anatomy", GPT2, "--out", str(tmp_path / name))
+    assert (code, out) == (2, "")
+    assert err == f"nnatomy: --out {tmp_path / name}: {text.format(folder=tmp_path)}\n"
+
+
+def test_where_the_file_is_is_said(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.svg"
+    code, out, err = run(*PATCH, "--out", str(file))
+    assert code == 0
+    assert out
+    assert err.endswith(f"nnatomy: written to {file}\n")
+    assert "<svg" in file.read_text(encoding="utf-8")
+
+
+def test_patching_by_head(run: Run) -> None:
+    model = StandardizedTransformer(GPT2)
+    found = json.loads(run(*PATCH, "--heads", "--json")[1])
+    assert found["point"] == "heads_output"
+    assert found["heads"] == list(range(model.num_heads))
+    with torch.no_grad():
+        with model.trace(FRANCE):
+            clean = model.heads_output[3][:, :, 1]
+        with model.trace(JAPAN):
+            model.heads_output[3][:, :, 1] = clean
+            logits = model.logits[0, -1]
+    answer, wrong = (model.tokenizer.encode(text)[0] for text in (" Paris", " Tokyo"))
+    assert found["effect"][3][1] == pytest.approx(float(logits[answer] - logits[wrong]), abs=1e-3)
+    table = run(*PATCH, "--heads")[1]
+    assert "heads_output" in table
+    assert "H5" in table
+
+
+def test_help_and_version_are_quick() -> None:
+    """Neither imports PyTorch."""
+    told = "import sys; from nnatomy.cli import main\ntry: main([{!r}])\nfinally: assert 'torch' not in sys.modules"
+    for option, shown in (("--help", "usage: nnatomy"), ("--version", f"nnatomy {nnatomy.__version__}")):
+        done = subprocess.run([sys.executable, "-c", told.format(option)], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(shown)
 
 
 def test_stdout_has_the_json_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

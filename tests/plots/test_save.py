@@ -159,4 +159,4 @@ def test_without_kaleido_the_error_says_what_to_install(monkeypatch: Any, tmp_pa
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         save(a_map(), tmp_path / "a.gif")
-    assert str(caught.value) == "a.gif: a figure is saved as .html, .png or .svg."
+    assert str(caught.value) == "a.gif: a figure is saved as .html, .png, .svg or .pdf."
