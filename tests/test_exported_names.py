@@ -47,6 +47,8 @@ def test_methods() -> None:
     assert public(nnatomy.methods) == {
         "ActivationStore",
         "Activations",
+        "HeadAblation",
+        "HeadMap",
         "LensStatistics",
         "Patching",
         "PathPatching",
@@ -68,6 +70,8 @@ def test_methods() -> None:
         "edge_attribution",
         "get_first_tokens",
         "get_token_activations",
+        "head_ablation",
+        "head_scores",
         "integrated_gradients",
         "it_repeat_prompt",
         "kl_divergence",

@@ -10,6 +10,7 @@ from nnatomy.methods.circuit_faithfulness import circuit_faithfulness
 from nnatomy.methods.collecting import collect_activations
 from nnatomy.methods.direct_logit_attribution import direct_logit_attribution
 from nnatomy.methods.edge_attribution import edge_attribution
+from nnatomy.methods.heads import HeadAblation, HeadMap, head_ablation, head_scores
 from nnatomy.methods.integrated_gradients import integrated_gradients
 from nnatomy.methods.lens_statistics import LensStatistics, lens_statistics
 from nnatomy.methods.logit_lens import logit_lens
@@ -35,6 +36,8 @@ from nnatomy.methods.tuned_lens import TunedLens
 __all__ = [
     "ActivationStore",
     "Activations",
+    "HeadAblation",
+    "HeadMap",
     "LensStatistics",
     "Patching",
     "PathPatching",
@@ -56,6 +59,8 @@ __all__ = [
     "edge_attribution",
     "get_first_tokens",
     "get_token_activations",
+    "head_ablation",
+    "head_scores",
     "integrated_gradients",
     "it_repeat_prompt",
     "kl_divergence",
