@@ -1,0 +1,215 @@
+"""TransformerLens's names against the models' own modules and plain hooks on them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import build, prompt_ids
+from reference import edited, hooked
+from torch import Tensor
+
+from nnatomy import StandardizedTransformer
+from nnatomy.compat.transformer_lens import HOOKS, ActivationCache, HookedTransformer, HookPoint, get_act_name
+from nnatomy.errors import InputError, NotInThisModelError
+
+IDS = prompt_ids(seed=1)
+
+
+def of(model_type: str) -> tuple[Any, HookedTransformer]:
+    hf = build(model_type)
+    return hf, HookedTransformer(StandardizedTransformer(hf))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox"])
+def test_values_of_hook_names(model_type: str) -> None:
+    hf, model = of(model_type)
+    layers = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}[model_type]
+    blocks = list(hf.get_submodule(layers))
+    mlp = "mlp"
+    places = {f"blocks.{i}.hook_resid_post": (block, "output") for i, block in enumerate(blocks)}
+    places |= {f"blocks.{i}.hook_mlp_out": (block.get_submodule(mlp), "output") for i, block in enumerate(blocks)}
+    expected = hooked(hf, lambda: hf(IDS), places)
+    with torch.no_grad():
+        plain = hf(IDS).logits
+        logits, cache = model.run_with_cache(IDS)
+    assert torch.equal(logits, plain)
+    assert {*cache} == {*model.hook_dict}
+    for name, value in expected.items():
+        assert torch.allclose(cache[name], value, atol=1e-5)
+    for i in range(1, len(blocks)):
+        assert torch.equal(cache["resid_pre", i], cache["resid_post", i - 1])
+    assert torch.equal(cache["resid_post", -1], cache[f"blocks.{len(blocks) - 1}.hook_resid_post"])
+    assert cache["hook_embed"].shape == (*IDS.shape, model.cfg.d_model)
+    assert cache.stack_activation("resid_post").shape == (len(blocks), *IDS.shape, model.cfg.d_model)
+    pattern, v, z = (cache[name, 1] for name in ("pattern", "v", "z"))
+    assert v.shape[1] == IDS.shape[1]
+    v = v.repeat_interleave(z.shape[2] // v.shape[2], 2)
+    assert torch.allclose(torch.einsum("bhqk,bkhd->bqhd", pattern, v), z, atol=1e-4)
+
+
+def test_queries_before_and_after_the_rotary_embedding() -> None:
+    hf, model = of("gpt2")
+    block = hf.transformer.h[1]
+    made = hooked(hf, lambda: hf(IDS), {"c_attn": (block.attn.c_attn, "output")})["c_attn"]
+    queries = made.split(model.cfg.d_model, -1)[0].unflatten(-1, (model.cfg.n_heads, -1))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(IDS, "blocks.1.attn.hook_q")
+    assert [*cache] == ["blocks.1.attn.hook_q"]
+    assert torch.allclose(cache["q", 1], queries, atol=1e-5)
+    with pytest.raises(NotInThisModelError, match=r"has no rotary embedding; .* is blocks\.1\.attn\.hook_q\.$"):
+        model.run_with_cache(IDS, "blocks.1.attn.hook_rot_q")
+    _, turned = of("llama")
+    assert "blocks.1.attn.hook_rot_q" in turned.hook_dict
+    with pytest.raises(NotInThisModelError, match=r"turns queries and keys .* is blocks\.1\.attn\.hook_rot_q\.$"):
+        turned.run_with_cache(IDS, "blocks.1.attn.hook_q")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_hooks_change_what_goes_on(in_place: bool) -> None:
+    hf, model = of("llama")
+    layer = hf.model.layers[1]
+    seen: list[str] = []
+
+    def hook(value: Tensor, hook: HookPoint) -> Tensor | None:
+        seen.append(f"{hook.name} {hook.layer()}")
+        if in_place:
+            value[:, -1] = 0
+            return None
+        return torch.cat([value[:, :-1], torch.zeros_like(value[:, -1:])], 1)
+
+    def naive(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, -1] = 0
+        return value
+
+    with torch.no_grad():
+        plain = hf(IDS).logits
+        found = model.run_with_hooks(IDS, fwd_hooks=[("blocks.1.hook_resid_post", hook)])
+        assert torch.equal(model(IDS), plain)
+    assert seen == ["blocks.1.hook_resid_post 1"]
+    assert torch.allclose(found, edited(lambda: hf(IDS), layer, "output", naive).logits, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-2)
+
+
+def test_a_head_of_the_values_is_taken_out() -> None:
+    """Values have the position before the head there."""
+    hf, model = of("gpt2")
+
+    def hook(value: Tensor, hook: HookPoint) -> Tensor:
+        value[:, :, 1] = 0
+        return value
+
+    def naive(value: Tensor) -> Tensor:
+        value = value.clone()
+        width = model.cfg.d_head
+        value[..., 2 * model.cfg.d_model + width : 2 * model.cfg.d_model + 2 * width] = 0
+        return value
+
+    with torch.no_grad():
+        found = model.run_with_hooks(IDS, fwd_hooks=[(lambda name: name.endswith("1.attn.hook_v"), hook)])
+    expected = edited(lambda: hf(IDS), hf.transformer.h[1].attn.c_attn, "output", naive).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_hooks_stay_until_they_are_taken_off_and_see_each_other() -> None:
+    hf, model = of("llama")
+    with torch.no_grad():
+        plain = hf(IDS).logits
+        model.add_hook("blocks.0.hook_mlp_out", lambda value, hook: 2 * value)
+        twice = model(IDS)
+        with model.hooks([("blocks.0.hook_mlp_out", lambda value, hook: value / 2)]):
+            assert torch.allclose(model(IDS), plain, atol=1e-5)
+            _, cache = model.run_with_cache(IDS)
+        assert torch.equal(model(IDS), twice)
+        _, edited_cache = model.run_with_cache(IDS)
+        model.reset_hooks()
+        assert torch.equal(model(IDS), plain)
+    assert torch.allclose(edited_cache["mlp_out", 0], 2 * cache["mlp_out", 0], atol=1e-5)
+    assert not torch.allclose(twice, plain, atol=1e-2)
+
+
+def test_a_backward_hook_is_told_the_gradient() -> None:
+    hf, model = of("llama")
+    found: list[Tensor] = []
+    loss = model.run_with_hooks(
+        IDS, "loss", bwd_hooks=[("blocks.1.hook_resid_post", lambda gradient, hook: found.append(gradient.clone()))]
+    )
+    loss.backward()
+    kept: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    hf.zero_grad()
+    handle = hf.model.layers[1].register_forward_hook(keep)
+    logits = hf(IDS).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+    expected.backward()
+    handle.remove()
+    assert torch.allclose(loss, expected, atol=1e-5)
+    assert torch.allclose(found[0], kept[0].grad, atol=1e-6)
+
+
+def test_texts_and_weights() -> None:
+    model = HookedTransformer.from_pretrained("demo:llama", fold_ln=False)
+    begin = model.tokenizer.bos_token_id
+    tokens = model.to_tokens("The capital of France is")
+    assert (tokens[0, 0] == begin) == (begin is not None)
+    assert "".join(model.to_str_tokens("The capital of France is")).endswith("The capital of France is")
+    assert model.to_tokens(tokens[0]).shape == tokens.shape
+    paris = model.to_single_token(" Paris")
+    with torch.no_grad():
+        assert int(model("The capital of France is")[0, -1].argmax()) == paris
+        loss, per_token = (model(tokens, "loss", loss_per_token=one) for one in (False, True))
+        logits, again = model(tokens, "both")
+        assert torch.allclose(loss, per_token.mean())
+        assert torch.equal(loss, again)
+        assert torch.equal(model(tokens), logits)
+    assert model.generate("The capital of France is", 1, do_sample=False).endswith(" Paris")
+    inside = model.model
+    assert model.W_Q.shape == (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model, model.cfg.d_head)
+    assert model.W_K.shape == model.W_Q.shape
+    assert torch.equal(model.W_V[2, -1], inside.W_V[2][-1])
+    assert torch.equal(model.W_U, inside.W_U)
+    assert torch.equal(model.W_out[1], inside.W_out[1])
+
+
+def test_short_names() -> None:
+    names = {"q": "attn.hook_q", "attn": "attn.hook_pattern", "post": "mlp.hook_post", "resid_mid": "hook_resid_mid"}
+    for short, full in names.items():
+        assert get_act_name(short, 3) == f"blocks.3.{full}"
+    assert get_act_name("embed") == "hook_embed"
+    assert get_act_name("blocks.1.hook_mlp_out") == "blocks.1.hook_mlp_out"
+
+
+def test_what_is_refused() -> None:
+    _, model = of("llama")
+    assert isinstance(model.run_with_cache(IDS, "hook_embed")[1], ActivationCache)
+    for name in ("blocks.0.ln1.hook_scale", "blocks.99.hook_resid_post", "hook_resid_post", "blocks.0.hook_embed"):
+        with pytest.raises(
+            InputError, match="is no hook name here. A model of 3 layers has hook_embed, and blocks.LAYER. with"
+        ):
+            model.add_hook(name, print)
+    with pytest.raises(InputError, match=r"^fold_ln=True: models are left as they are"):
+        HookedTransformer.from_pretrained("demo:gpt2", fold_ln=True)
+    with pytest.raises(InputError, match=r"^return_type='probs': give"):
+        model(IDS, "probs")
+    with pytest.raises(KeyError, match="names_filter left it out"):
+        model.run_with_cache(IDS, "hook_embed")[1]["resid_post", 1]
+    with pytest.raises(AttributeError, match=r"has no 'W_pos'\. Everything else is at the model inside, `\.model`"):
+        model.W_pos
+
+
+def test_the_page_runs_and_has_all_hook_names() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "from_transformer_lens.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(block, "<from_transformer_lens.md>", "exec"), {})
+    rows = [row.split("|")[1:3] for row in page.split("## Weights")[0].splitlines() if row.startswith("|")]
+    table = {name.split("blocks.i.")[-1]: where for names, where in rows for name in re.findall(r"`([^`]+)`", names)}
+    for name, standard in HOOKS.items():
+        assert standard in table.get(name, table.get(name.split(".")[-1], ""))
