@@ -31,10 +31,11 @@ from nnatomy.arch_configs import (
 )
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.open_blocks import OpenBlocks
-from nnatomy.errors import AssignmentError, InputError, LoadError, UsageError
+from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
+from nnatomy.standardized.elsewhere import said_of
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
@@ -303,6 +304,10 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             self.validation = validate_shapes(self)
         else:
             self.validation = validate_model(self, allow_failures) if validate else unverified(self)
+
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        error = super()._no_such(name)
+        return NoSuchModuleError(f"{error}{said_of(name)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.compat.transformer_lens import HOOKS, ActivationCache, HookedTransformer, HookPoint, get_act_name
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError, NoSuchModuleError, NotInThisModelError
+from nnatomy.standardized.elsewhere import ELSEWHERE
 
 IDS = prompt_ids(seed=1)
 
@@ -213,3 +214,24 @@ def test_the_page_runs_and_has_all_hook_names() -> None:
     table = {name.split("blocks.i.")[-1]: where for names, where in rows for name in re.findall(r"`([^`]+)`", names)}
     for name, standard in HOOKS.items():
         assert standard in table.get(name, table.get(name.split(".")[-1], ""))
+
+
+def test_a_name_of_another_library_is_answered_with_the_one_here() -> None:
+    model = StandardizedTransformer(build("llama"))
+    for name, here in ELSEWHERE.items():
+        with pytest.raises(NoSuchModuleError) as caught:
+            getattr(model, name)
+        assert str(caught.value).endswith(f" What other libraries call {name!r} is here: {here}.")
+    for name in (
+        "num_layers",
+        "num_heads",
+        "hidden_size",
+        "vocab_size",
+        "config",
+        "without_edits",
+        "project_on_vocab",
+        "W_Q",
+        "QK",
+        "OV",
+    ):
+        assert hasattr(model, name)
