@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: The commands that draw a plot, and the pictures that one is written as.
-_DRAW, _PICTURES = ("lens", "patch"), (".png", ".svg", ".pdf")
+_DRAW, _PICTURES = ("lens", "attend", "attribute", "patch"), (".png", ".svg", ".pdf")
 _FAILED, _USAGE, _INTERRUPTED, _BROKEN_PIPE = 1, 2, 130, 141
 _ENDING = """exit codes: 0 all is well; 1 the model fails the check, cannot be loaded, or an error; 2 wrong usage;
 130 interrupted. Where ID is: a model's id on the Hugging Face hub, a folder, demo:gpt2, demo:llama or demo:smollm2."""
@@ -107,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     lens = add("lens", "the logit lens: what each layer would say next, at each position")
     lens.add_argument("prompt", metavar="PROMPT")
     lens.add_argument("--top", type=int, default=1, metavar="K", help="show the K most probable tokens (1)")
+    attend = add("attend", "what the heads of a layer attend to")
+    attend.add_argument("prompt", metavar="PROMPT")
+    attend.add_argument("--layer", type=int, required=True, metavar="L", help="the layer; -1 is the last")
+    attribute = add("attribute", "direct logit attribution: what each part adds to the answer's logit")
+    attribute.add_argument("prompt", metavar="PROMPT")
+    attribute.add_argument("--answer", required=True, metavar="X", help="the token, with its space: ' Paris'")
+    attribute.add_argument("--wrong", metavar="Y", help="a token whose logit is subtracted")
+    attribute.add_argument("--by", choices=("layer", "component", "head"), default="component", help="(component)")
+    attribute.add_argument("--top", type=int, default=20, metavar="K", help="show the K parts that add most (20)")
     patch = add("patch", "activation patching: where the answer is carried")
     patch.add_argument("clean", metavar="CLEAN", help="the prompt with the answer")
     patch.add_argument("corrupted", metavar="CORRUPTED", help="one of as many tokens with another")
@@ -114,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--wrong", required=True, metavar="Y", help="the token after CORRUPTED")
     patch.add_argument("--point", metavar="NAME", help="what is patched (layers_output; with --heads heads_output)")
     patch.add_argument("--heads", action="store_true", help="one head at a time, at all positions")
+    steer = add("steer", "what the model writes with a direction added to its stream")
+    steer.add_argument("prompt", metavar="PROMPT")
+    steer.add_argument("--toward", required=True, metavar="A", help="a text that has what is to be added")
+    steer.add_argument("--away", required=True, metavar="B", help="one that lacks it")
+    steer.add_argument("--layer", type=int, required=True, metavar="L", help="after which layer")
+    factors = "how much of the difference of the two texts' last positions, one or several (0 1 2)"
+    steer.add_argument("--factor", type=float, nargs="+", default=[0.0, 1.0, 2.0], metavar="F", help=factors)
+    steer.add_argument("--tokens", type=int, default=20, metavar="N", help="how many tokens to write (20)")
     add_serve(commands, loading)
     return parser
 

@@ -231,7 +231,14 @@ def test_the_point_that_is_patched_can_be_chosen(run: Run) -> None:
     assert "nonsense" in err
 
 
-@pytest.mark.parametrize("arguments", [["check", GPT2], ["anatomy", GPT2], ["lens", GPT2, FRANCE], PATCH])
+ATTEND = ["attend", GPT2, FRANCE, "--layer", "-1"]
+ATTRIBUTE = ["attribute", GPT2, FRANCE, "--answer", " Paris", "--wrong", " Tokyo"]
+STEER = ["steer", LLAMA, FRANCE, "--toward", JAPAN, "--away", FRANCE, "--layer", "4", "--tokens", "2"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check", GPT2], ["anatomy", GPT2], ["lens", GPT2, FRANCE], PATCH, ATTEND, ATTRIBUTE, STEER]
+)
 def test_a_page_is_written_beside_the_table(arguments: list[str], run: Run, tmp_path: Path) -> None:
     file = tmp_path / "a.html"
     code, out, _ = run(*arguments, "--html", str(file))
@@ -241,7 +248,9 @@ def test_a_page_is_written_beside_the_table(arguments: list[str], run: Run, tmp_
     assert page.startswith("<!doctype html>")
     assert "prefers-color-scheme" in page or "light-dark" in page
     assert 'src="' not in page.split("<script")[0]
-    assert {"check": "heads_output", "anatomy": "c_attn", "lens": "Paris", "patch": "France"}[arguments[0]] in page
+    assert {"check": "heads_output", "anatomy": "c_attn", "lens": "Paris", "patch": "France", "steer": "Tehran"}.get(
+        arguments[0], "capital"
+    ) in page
 
 
 @pytest.mark.parametrize(
@@ -288,6 +297,50 @@ def test_patching_by_head(run: Run) -> None:
     table = run(*PATCH, "--heads")[1]
     assert "heads_output" in table
     assert "H5" in table
+
+
+def test_patterns_of_a_layer(run: Run) -> None:
+    model = AutoModelForCausalLM.from_pretrained(locate(GPT2), attn_implementation="eager")
+    ids = StandardizedTransformer(GPT2).to_tokens(FRANCE)
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True).attentions[-1][0]
+    found = json.loads(run(*ATTEND, "--json")[1])
+    assert found["layer"] == model.config.n_layer - 1
+    assert torch.allclose(torch.tensor(found["patterns"]), expected, atol=1e-4)
+    last = next(line for line in run(*ATTEND)[1].splitlines() if line.startswith("L5H0"))
+    assert last.endswith(f"{expected[0, -1].max():.0%}")
+    assert run("attend", GPT2, FRANCE, "--layer", "9")[0] == 1
+
+
+def test_parts_of_a_logit(run: Run) -> None:
+    found = json.loads(run(*ATTRIBUTE, "--json")[1])
+    model = StandardizedTransformer(GPT2)
+    with torch.no_grad(), model.trace(FRANCE):
+        logits = model.logits[0, -1]
+    answer, wrong = (model.tokenizer.encode(text)[0] for text in (" Paris", " Tokyo"))
+    assert found["logit"] == pytest.approx(float(logits[answer] - logits[wrong]), abs=1e-3)
+    assert sum(found["parts"].values()) == pytest.approx(found["logit"], abs=1e-3)
+    table = run(*ATTRIBUTE, "--top", "3")[1].splitlines()
+    assert table[0].startswith("logit(·Paris) - logit(·Tokyo) = ")
+    assert len(table) == 6
+
+
+def test_what_a_steered_model_writes(run: Run) -> None:
+    found = json.loads(run(*STEER, "--json", "--factor", "0", "2")[1])
+    model = StandardizedTransformer(LLAMA)
+    with torch.no_grad():
+        ends = []
+        for prompt in (JAPAN, FRANCE):
+            with model.trace(prompt):
+                ends.append(model.layers_output[4][0, -1])
+        with model.generate(FRANCE, max_new_tokens=2, do_sample=False) as tracer:
+            for _ in tracer.iter[:]:
+                model.layers_output[4] = model.layers_output[4] + 2 * (ends[0] - ends[1])
+            tokens = tracer.result
+    assert [one["factor"] for one in found["texts"]] == [0, 2]
+    assert found["texts"][0]["text"] == model.generate_text(FRANCE, max_new_tokens=2, do_sample=False)
+    assert found["texts"][1]["text"] == model.to_string(tokens[0, -2:])
+    assert run(*STEER, "--tokens", "0")[:2] == (2, "")
 
 
 def test_help_and_version_are_quick() -> None:
