@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Num
 from torch import Tensor
 
@@ -18,7 +19,7 @@ _IN_A_ROW, _FEW = 4, 12
 def attention(patterns: Num[Tensor, "head query key"], *, tokens: Sequence[str], title: str = "") -> Figure:
     """What each position (row, from the top down) attends to (column), head by head.
 
-    The menu shows one head alone, as large as the page.
+    The menu shows one head alone, as large as the page. What a causal mask hides is left out.
 
     Args:
         patterns: such as `model.attention_probabilities[4][0]`.
@@ -54,6 +55,9 @@ def attention(patterns: Num[Tensor, "head query key"], *, tokens: Sequence[str],
         vertical_spacing=0.3 / (down + 1),
     )
     shown = patterns.detach().float().cpu()
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    if not shown[:, later].any():  # a causal mask is no probability of zero: nothing is drawn there
+        shown = shown.masked_fill(later, torch.nan)
     for head in range(heads):
         figure.add_heatmap(
             z=shown[head].numpy(),
@@ -68,7 +72,10 @@ def attention(patterns: Num[Tensor, "head query key"], *, tokens: Sequence[str],
     figure.update_xaxes(type="category", showgrid=False, visible=heads == 1)
     figure.update_yaxes(type="category", showgrid=False, visible=heads == 1, autorange="reversed")
     figure.update_yaxes(visible=heads == 1 or few, col=1)
-    figure.update_xaxes(visible=heads == 1 or few, row=down)
+    for column in range(across):  # below the last map of each column
+        figure.update_xaxes(
+            visible=heads == 1 or few, row=down - (column >= heads - across * (down - 1)), col=column + 1
+        )
     figure.layout.coloraxis = color_axis("sequential", "probability", 0.0, float(shown.nan_to_num().max()))
     laid_out(figure, title, height=110 + (230 * down if heads > 1 else _large(queries)))
     if heads > 1:

@@ -125,6 +125,19 @@ def test_attention_has_a_map_for_each_head_and_a_menu_for_one_alone() -> None:
     assert not alone.layout.xaxis2.visible
 
 
+def test_what_a_causal_mask_hides_is_left_out() -> None:
+    causal = torch.rand(6, 3, 4).tril(1)  # the queries are the last three of four positions
+    for trace, pattern in zip(attention(causal, tokens=TOKENS).data, causal, strict=True):
+        shown = torch.tensor(trace.z)
+        assert torch.equal(shown.isnan(), torch.ones(3, 4).triu(2).bool())
+        assert torch.equal(shown.nan_to_num(), pattern)
+
+
+def test_keys_are_named_below_the_last_map_of_each_column() -> None:
+    layout = attention(torch.rand(6, 4, 4), tokens=TOKENS).layout
+    assert [layout[f"xaxis{i or ''}"].visible for i in (0, *range(2, 7))] == [False, False, True, True, True, True]
+
+
 def test_the_menu_goes_back_to_the_overview() -> None:
     figure = attention(torch.rand(6, 4, 4), tokens=TOKENS)
     everything = figure.layout.updatemenus[0].buttons[0].args[1]
