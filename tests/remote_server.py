@@ -25,7 +25,7 @@ class Process:
     def __init__(self, model: str, *options: str, script: str = "") -> None:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "nnatomy", "serve", model, "--port", str(self.port), *options]
+        command = [sys.executable, "-m", "nnatomy", "serve", model, *options, "--port", str(self.port)]
         if script:
             command = [sys.executable, "-c", script, str(self.port)]
         environment = {name: one for name, one in os.environ.items() if name != "NNATOMY_SERVER"} | {

@@ -60,10 +60,10 @@ class RemoteTransformer(StandardizedTransformer):
             )
         address = server or os.environ.get("NNATOMY_SERVER", "")
         refuse_functions_of_the_users()
-        self._connection = connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"))
+        self._connection = connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"), str(model))
         try:
             self._told: dict[str, Any] = connection.ask("hello")[0]
-            if self._told.get("name") != str(model):
+            if self._told.get("name") != str(model):  # a server of one model alone, which is not asked for one
                 raise LoadError(f"The server {address} has no model {str(model)!r}: it has {self._told.get('name')!r}.")
             check_versions(self._told, address)
             skeleton: Any = skeleton_of(self._told, connection)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from nnatomy.remote.wire import FrameError, from_bytes, layout_of, to_bytes
 from nnatomy.serve import policy
 from nnatomy.serve.forward import Forward, Points
-from nnatomy.serve.limits import Limits, check_size
+from nnatomy.serve.limits import Limits, Used, check_size
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Failed, Tensors, Weights
 
@@ -31,10 +31,16 @@ class Commands:
         self._points, self._limits, self._hello = points, limits, hello
         new_cache = partial(DynamicCache, config=model.config.get_text_config(decoder=True))
         self._tensors = Tensors(weights, limits, model.device, new_cache)
+        self.used = Used(limits)
         self._forwards: dict[int, Forward] = {}
         self._blobs: list[Any] = []
         self._grad = True
         self._failed: Failed | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all tensors that the session has."""
+        return self._tensors.bytes
 
     # Tensors.
 
@@ -78,7 +84,7 @@ class Commands:
             self._limits.frame_bytes - (1 << 20),
         )
         if size > most:
-            raise Refused(f"{size:,} bytes at once; {most:,} are allowed: ask for less")
+            raise Refused(f"{size:,} bytes at once; {most:,} are allowed: ask for less", "frame_bytes")
         return [None if one is None else layout_of(one) for one in found], [to_bytes(one) for one in tensors]
 
     def _ask_item(self, number: Any) -> tuple[Any, list[bytes]]:
@@ -106,7 +112,7 @@ class Commands:
         policy.check(op, args, kwargs)
         for target in policy.written(op, args, kwargs):
             self._tensors.check_own(target)
-        check_size(op, args, kwargs, self._limits, self._tensors.bytes)
+        self.used.add(0, check_size(op, args, kwargs, self._limits, self._tensors.bytes))
         return op(*args, **kwargs)
 
     # Gradients.

@@ -62,7 +62,15 @@ SIZED_BY_VALUES = frozenset({"nonzero", "masked_select", "index"})
 
 
 class Refused(Exception):  # noqa: N818
-    """A command that the server does not run; the text says why."""
+    """A command that the server does not run; the text says why.
+
+    Args:
+        kind: what it is counted as: a limit, by its name, or "command".
+    """
+
+    def __init__(self, text: str, kind: str = "command") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 def overload(name: Any) -> OpOverload:

@@ -19,17 +19,17 @@ from nnatomy.serve.policy import Refused
 
 
 class Failed:
-    """What stands in the place of a tensor whose command has failed."""
+    """What stands in the place of a tensor whose command has failed: what is told of that, and nothing that the error holds."""
 
     def __init__(self, error: Exception, command: int) -> None:
-        self.error, self.command = error, command
+        self.type, self.text, self.command = type(error).__name__, str(error)[:4000], command
 
 
 class FailedBefore(Exception):  # noqa: N818
     """A command that needs a tensor whose own command has failed."""
 
     def __init__(self, failed: Failed) -> None:
-        super().__init__(str(failed.error))
+        super().__init__(failed.text)
         self.failed = failed
 
 
@@ -115,7 +115,7 @@ class Tensors:
     def _keep(self, number: int, value: Any) -> None:
         self.drop(number)
         if len(self._held) >= self._limits.tensors:
-            raise Refused(f"a session holds {self._limits.tensors:,} tensors at most: drop some")
+            raise Refused(f"a session holds {self._limits.tensors:,} tensors at most: drop some", "tensors")
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             users = self._memory.setdefault(storage._cdata, [0, storage.nbytes()])
@@ -124,7 +124,7 @@ class Tensors:
             users[0] += 1
             if self.bytes > self._limits.held_bytes:
                 self._let_go(value)
-                raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes")
+                raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes", "held_bytes")
         self._held[number] = value
 
     def drop(self, number: Any) -> None:
