@@ -58,6 +58,7 @@ class Connection:
         unanswered: whether something has been asked for since the last answer that may have failed.
         dead: the numbers of tensors that nobody holds any more.
         live: the others, by number.
+        weights: by the id of a parameter or buffer here, the same one there (see `sending`).
 
     Raises:
         ConnectionLostError: if there is no server, or it does not let this client in.
@@ -70,6 +71,7 @@ class Connection:
         self.pinned: list[Any] = []
         self.dead: deque[int] = deque()
         self.live: dict[int, ref[Any]] = {}
+        self.weights: dict[int, Any] = {}
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._lock = RLock()
         self._commands: list[Any] = []

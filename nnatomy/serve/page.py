@@ -61,7 +61,7 @@ def page(status: dict[str, Any]) -> str:
 def _model(told: dict[str, Any]) -> str:
     rows = told["report"]["rows"]
     counts = Counter(row["status"] for row in rows)
-    found = " ".join(
+    found = ", ".join(
         f'<span class="{"bad" if kind == "failed" else "good" if kind == "verified" else ""}">{count} {_text(kind)}</span>'
         for kind, count in counts.items()
     )
