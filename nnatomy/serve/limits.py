@@ -96,6 +96,8 @@ def check_size(op: OpOverload, args: Any, kwargs: dict[str, Any], limits: Limits
         RuntimeError, IndexError, ...: as the function itself would, for shapes that do not fit.
     """
     base = op._schema.name.removeprefix("aten::")
+    if base in _LISTS and (many := _LISTS[base](*args, **kwargs)) > limits.tensors:
+        raise Refused(f"{op}: {many:,} tensors; {limits.tensors:,} are allowed", "tensors")
     read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     elements = [one.numel() for one in read]
     if base in GIVE_VALUES:
@@ -118,6 +120,38 @@ def check_size(op: OpOverload, args: Any, kwargs: dict[str, Any], limits: Limits
     if (count := operations(base, read)) > limits.operations:
         raise Refused(f"{op}: {count:,} operations; {limits.operations:,} are allowed", "operations")
     return count
+
+
+def check_put(new: Any, old: Any, limits: Limits, wider: int = 1) -> None:
+    """Raise Refused for what is not to be put in the place of something in a forward pass.
+
+    What is too large would have the pass compute more than its tokens say, and so would another number where a function is
+    given a size.
+
+    Args:
+        wider: so many times larger it may be.
+    """
+    leaves, known = pytree.tree_leaves(new), pytree.tree_leaves(old)
+    sizes, most = ([one.numel() for one in each if isinstance(one, Tensor)] for each in (leaves, known))
+    if sum(sizes) > max(wider * sum(most), _SMALL):
+        raise Refused(f"{sum(sizes):,} elements in the place of {sum(most):,}", "elements")
+    rows = [one.shape[:-1].numel() for one in leaves if isinstance(one, Tensor) and one.ndim == 3]
+    if max(rows, default=0) > limits.tokens:
+        raise Refused(f"{max(rows):,} tokens in a forward pass; {limits.tokens:,} are allowed", "tokens")
+    for one in leaves:
+        if isinstance(one, (Tensor, bool, float, complex)) or one is None:
+            continue
+        if not any(one is other or (type(one) is type(other) and one == other) for other in known):
+            raise Refused(f"a {type(one).__name__} that has not been there: tensors and switches can be put")
+
+
+#: So many elements can always be put.
+_SMALL = 1 << 16
+#: What gives a list of views, which take memory though they share their elements: how many, by its arguments.
+_LISTS = {
+    "unbind": lambda of, dim=0: of.shape[dim] if of.ndim else 0,
+    "split": lambda of, size, dim=0: 0 if isinstance(size, list) else of.shape[dim] // max(1, size),
+}
 
 
 def _predicted(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -55,6 +55,13 @@ _TEXTS = frozenset(
     none tanh floor trunc sum mean prod amax amin linear lower higher nearest midpoint reduced complete left right L U max min
     """.split()
 )
+#: What arguments of these types are. (PyTorch takes any number for one, and looks it up in a table without a check.)
+_ENUMERATED: dict[str, type] = {
+    "ScalarType": torch.dtype,
+    "MemoryFormat": torch.memory_format,
+    "Layout": torch.layout,
+    "Device": torch.device,
+}
 _AGAINST = (torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view, torch.Tag.out)
 #: Functions whose result is a Python value; and those whose result's size stands in the values of a tensor, within a bound.
 GIVE_VALUES = frozenset({"_local_scalar_dense", "equal", "allclose", "is_nonzero"})
@@ -118,6 +125,9 @@ def _why_not(op: OpOverload) -> str:
     sure = "attention" in base  # these draw for dropout alone, which `check` refuses
     if any(tag in tags for tag in _AGAINST) and not sure:
         return "it draws random numbers, writes into `out`, or changes the shape of its argument"
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    if "Tensor" not in " ".join(kinds) or any("List[t]" in kind or "Dict" in kind for kind in kinds):
+        return "it is one of numbers, texts or lists"  # [0] * 2**40
     for argument in op._schema.arguments:
         if argument.is_out or any(word in str(argument.type) for word in ("Storage", "Stream", "Generator")):
             return f"it takes {argument.name}"
@@ -147,3 +157,6 @@ def check(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
             raise Refused(f"{op}: {argument.name}")
         if argument.name == "layout" and given not in (None, torch.strided):
             raise Refused(f"{op}: a layout")
+        kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
+        if given is not None and not isinstance(given, _ENUMERATED.get(kind, object)):
+            raise Refused(f"{op}: {argument.name} is a {kind}")

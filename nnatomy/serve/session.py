@@ -98,7 +98,7 @@ class Session(Commands):
             method = getattr(self, f"_do_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no command {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 method(*given)
         except Exception as error:  # noqa: BLE001 - told to the client
             failed = self._note(error)
@@ -132,7 +132,7 @@ class Session(Commands):
             method = getattr(self, f"_ask_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no question {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 answer, blobs = method(*given)
             return pack({"n": serial, "ok": answer}, blobs)
         except Exception as error:  # noqa: BLE001 - told to the client
