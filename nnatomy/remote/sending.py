@@ -46,7 +46,9 @@ def sender_of(model: Any, name: str | None = None) -> Sender:
             "NNATOMY_SERVER (and NNATOMY_API_KEY) in the environment. `nnatomy serve MODEL` starts one."
         )
     if model.device.type != "cpu":
-        raise InputError(f"remote=True: the model is on {model.device}, and what a server sends stands for tensors on the CPU.")
+        raise InputError(
+            f"remote=True: the model is on {model.device}, and what a server sends stands for tensors on the CPU."
+        )
     key = model.api_key or os.environ.get("NNATOMY_API_KEY")
     known = model._sender
     if known is None or known.asked != (server, key, name) or known.connection.lost:

@@ -178,9 +178,7 @@ class Commands:
             raise Refused(f"the arguments of a forward pass are {', '.join(sorted(ARGUMENTS))}")
         arguments = {key: self._tensors.read(one, own=True) for key, one in kwargs.items()}
         self._check_tokens(arguments)
-        self._forwards[number] = Forward(
-            self._points, partial(self._points.root, **arguments), self._limits.held_bytes
-        )
+        self._forwards[number] = Forward(self._points, partial(self._points.root, **arguments), self._limits.held_bytes)
 
     def _check_tokens(self, arguments: dict[str, Any]) -> None:
         embeds = arguments.get("inputs_embeds")
@@ -189,9 +187,7 @@ class Commands:
         tokens = max(new, default=0)
         past = max((_positions(one) for one in arguments.values() if isinstance(one, Cache)), default=0)
         if tokens + past > self._limits.tokens:
-            raise Refused(
-                f"{tokens + past:,} tokens in a forward pass; {self._limits.tokens:,} are allowed", "tokens"
-            )
+            raise Refused(f"{tokens + past:,} tokens in a forward pass; {self._limits.tokens:,} are allowed", "tokens")
         self._tensors.check_room()
         self.used.add(tokens, tokens * self._parameters)
 

@@ -138,7 +138,9 @@ class Forward:
         return [(kind, tap, modules) for (kind, tap), modules in found.items()]
 
     def _pass_by(self, slot: Slot) -> None:
-        self._copied += sum(x.numel() * x.element_size() for x in pytree.tree_leaves(slot.value) if isinstance(x, Tensor))
+        self._copied += sum(
+            x.numel() * x.element_size() for x in pytree.tree_leaves(slot.value) if isinstance(x, Tensor)
+        )
         if self._copied > self._most:
             raise Refused(f"more than {self._most:,} bytes at once: ask for less", "held_bytes")
         self.passed.append((self.told(slot), pytree.tree_map_only(Tensor, Tensor.clone, slot.value)))

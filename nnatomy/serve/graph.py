@@ -33,6 +33,7 @@ class Graph:
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
+        tensor = tensor.detach()  # PyTorch knows whose it is; with its graph it would keep itself alive
         if self._weights.share(tensor):
             return tensor
         kept = _Kept(self, tensor)

@@ -116,7 +116,9 @@ def check_size(op: OpOverload, args: Any, kwargs: dict[str, Any], limits: Limits
     if size > limits.result_bytes:
         raise Refused(f"{op}: its result has {size:,} bytes; {limits.result_bytes:,} are allowed", "result_bytes")
     if held + size > limits.held_bytes:
-        raise Refused(f"{op}: with its {size:,} bytes the session would hold more than {limits.held_bytes:,}", "held_bytes")
+        raise Refused(
+            f"{op}: with its {size:,} bytes the session would hold more than {limits.held_bytes:,}", "held_bytes"
+        )
     if (count := operations(base, read)) > limits.operations:
         raise Refused(f"{op}: {count:,} operations; {limits.operations:,} are allowed", "operations")
     return count

@@ -151,6 +151,8 @@ def check(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, str) and leaf not in _TEXTS:
             raise Refused(f"{op}: the text {leaf!r:.40}")
+    if kwargs.get("rounding_mode") == "trunc" and _overflows(*args[:2]):
+        raise Refused(f"{op}: the smallest integer, divided by -1")  # ends the process
     for i, argument in enumerate(op._schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
         if argument.name in ("dropout_p", "pin_memory", "generator") and given:
@@ -160,3 +162,19 @@ def check(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
         kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
         if given is not None and not isinstance(given, _ENUMERATED.get(kind, object)):
             raise Refused(f"{op}: {argument.name} is a {kind}")
+
+
+def _overflows(number: Any, by: Any) -> bool:
+    """Whether a division of integers may be of the smallest one by -1, for which processors have no result."""
+    if (
+        not isinstance(number, Tensor)
+        or number.is_floating_point()
+        or number.is_complex()
+        or number.dtype == torch.bool
+    ):
+        return False
+    if isinstance(by, Tensor):
+        by_minus_one = not (by.is_floating_point() or by.is_complex()) and bool((by == -1).any())
+    else:
+        by_minus_one = type(by) is int and by == -1
+    return by_minus_one and bool((number == torch.iinfo(number.dtype).min).any())

@@ -79,7 +79,9 @@ class Session(Commands):
             self._blobs = []
             self.seconds += time.monotonic() - began
             if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
-                raise Refused(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds")
+                raise Refused(
+                    f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds"
+                )
 
     def close(self) -> None:
         """Drop everything."""

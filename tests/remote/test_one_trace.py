@@ -111,7 +111,9 @@ def closing(model: Any) -> Iterator[Any]:
 
 
 def test_another_model_or_other_weights(model: Any) -> None:
-    with pytest.raises(NotRemoteError, match="has a GPT2LMHeadModel under the name 'demo:gpt2', which is not this LlamaForCausalLM"):
+    with pytest.raises(
+        NotRemoteError, match="has a GPT2LMHeadModel under the name 'demo:gpt2', which is not this LlamaForCausalLM"
+    ):
         model.trace(PROMPT, remote="demo:gpt2")
     model.generate(PROMPT, max_new_tokens=1, remote=True).run()
     with torch.no_grad():

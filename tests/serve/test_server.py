@@ -161,7 +161,9 @@ def test_the_status(server: Process, keys: tuple[Path, dict[str, str]]) -> None:
     assert llama["name"] == "demo:llama"
     assert llama["revision"] is None
     assert (llama["dtype"], llama["device"], llama["sessions"]) == ("float32", "cpu", 1)
-    assert llama["parameters"] == sum(one.numel() for one in StandardizedTransformer("demo:llama").hf_model.parameters())
+    assert llama["parameters"] == sum(
+        one.numel() for one in StandardizedTransformer("demo:llama").hf_model.parameters()
+    )
     assert llama["held_bytes"] == 4000 + 64 + 16 + 8
     assert told["use"]["refused"]["command"] == 1
     assert told["use"]["refused"]["model"] >= 1
@@ -204,7 +206,9 @@ def test_the_metrics(server: Process, keys: tuple[Path, dict[str, str]]) -> None
     for text in found.values():
         assert text.endswith("\n")
         for line in text.splitlines():
-            assert re.fullmatch(r"# HELP [a-z_]+ .+|# TYPE [a-z_]+ (gauge|counter)", line) or sample.fullmatch(line), line
+            assert re.fullmatch(r"# HELP [a-z_]+ .+|# TYPE [a-z_]+ (gauge|counter)", line) or sample.fullmatch(line), (
+                line
+            )
     assert 'nnatomy_sessions{model="demo:gpt2"} 1' in found["use"]
     assert re.search(r'nnatomy_held_bytes\{model="demo:gpt2"\} 88\n', found["use"])
     assert re.search(r'nnatomy_frames_total\{model="demo:gpt2"\} [1-9]', found["use"])
@@ -233,7 +237,10 @@ def test_an_admin_closes_a_session(server: Process, keys: tuple[Path, dict[str, 
     remote: Any = StandardizedTransformer("demo:gpt2", server=server.address, api_key=use)
     (number,) = [one["number"] for one in json.loads(get(f"{server.address}/v1/status", admin)[1])["open"]]
     assert get(f"{server.address}/v1/sessions/999999", admin, "DELETE")[0] == 404
-    assert get(f"{server.address}/v1/sessions/{number}", admin, "DELETE") == (200, json.dumps({"closed": number}).replace(" ", ""))
+    assert get(f"{server.address}/v1/sessions/{number}", admin, "DELETE") == (
+        200,
+        json.dumps({"closed": number}).replace(" ", ""),
+    )
     with pytest.raises(ConnectionLostError, match="an admin has closed it"):
         for _ in range(50):
             remote(PROMPT)
@@ -254,7 +261,17 @@ def test_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert client(f"{one} admin # mine\n{other} use\n", "Bearer one").is_admin
     basic = base64.b64encode(b":one").decode()
     assert client(f"{one} admin", f"Basic {basic}").is_admin
-    for wrong in (None, "", "Bearer", "Bearer two", f"Bearer {one}", "Basic one", "Basic !", f"Digest {basic}", "Bearer \udcff"):
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer two",
+        f"Bearer {one}",
+        "Basic one",
+        "Basic !",
+        f"Digest {basic}",
+        "Bearer \udcff",
+    ):
         assert client(old, wrong) is None
     assert Keys().client(None) == ("admin", "")
     for text in ("", "# none\n", "key\n", f"{one} root\n", f"{one} use admin\n", f"{one}\nkey\n"):
