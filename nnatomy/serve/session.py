@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,10 +35,23 @@ class Session(Commands):
 
     Args:
         hello: what a client is told of the model.
+        refused: where commands that are refused are counted, by kind.
+
+    Attributes:
+        seconds: of computing, that it has used.
     """
 
-    def __init__(self, model: Any, points: Points, weights: Weights, limits: Limits, hello: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        points: Points,
+        weights: Weights,
+        limits: Limits,
+        hello: dict[str, Any],
+        refused: Counter[str] | None = None,
+    ) -> None:
         super().__init__(model, points, weights, limits, hello)
+        self._refused = Counter[str]() if refused is None else refused
         self._command = 0
         self._failed: Failed | None = None
         self.seconds = 0.0
@@ -65,7 +79,9 @@ class Session(Commands):
             self._blobs = []
             self.seconds += time.monotonic() - began
             if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
-                raise Refused(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds")
+                raise Refused(
+                    f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds"
+                )
 
     def close(self) -> None:
         """Drop everything."""
@@ -84,12 +100,19 @@ class Session(Commands):
             method = getattr(self, f"_do_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no command {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 method(*given)
         except Exception as error:  # noqa: BLE001 - told to the client
-            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
+            failed = self._note(error)
             self._failed = self._failed or failed
             self._leave_failed(name, given, failed)
+
+    def _note(self, error: Exception) -> Failed:
+        if isinstance(error, FailedBefore):
+            return error.failed
+        if isinstance(error, Refused):
+            self._refused[error.kind] += 1
+        return Failed(error, self._command)
 
     def _leave_failed(self, name: str, given: list[Any], failed: Failed) -> None:
         gives = _GIVES.get(name)
@@ -111,14 +134,10 @@ class Session(Commands):
             method = getattr(self, f"_ask_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no question {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 answer, blobs = method(*given)
             return pack({"n": serial, "ok": answer}, blobs)
         except Exception as error:  # noqa: BLE001 - told to the client
-            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
-            told = {
-                "type": type(failed.error).__name__,
-                "text": str(failed.error)[:4000],
-                "command": failed.command,
-            }
+            failed = self._note(error)
+            told = {"type": failed.type, "text": failed.text, "command": failed.command}
             return pack({"n": serial, "error": told})
