@@ -11,7 +11,7 @@ from typing import Any
 from nnatomy.cli.load import load
 
 #: What can be set of what one session may use: see `nnatomy.serve.limits`.
-_LIMITS = ("held_bytes", "tokens", "compute_seconds", "idle_seconds", "sessions")
+_LIMITS = ("held_bytes", "tokens", "compute_seconds", "idle_seconds", "sessions", "runs", "kept_bytes", "kept_seconds")
 
 
 def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:

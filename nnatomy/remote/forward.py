@@ -93,7 +93,7 @@ class RemoteForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = runs.get(get_ident())
-        if self.by_commands or self._cannot_be_sent(run):
+        if self.by_commands or self.cannot_be_sent(run):
             return self._by_commands(run, *args, **kwargs)
         if args:
             raise NotRemoteError("A remote model is given its arguments by name: model(input_ids=...).")
@@ -117,7 +117,7 @@ class RemoteForward:
         finally:
             self._connection.quiet = before
 
-    def _cannot_be_sent(self, run: Any) -> bool:
+    def cannot_be_sent(self, run: Any) -> bool:
         """Whether the caller has put something around the pass that is in this process alone."""
         hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks or _functorch.peek_interpreter_stack() is not None:

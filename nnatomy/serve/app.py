@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from nnatomy.errors import MissingPackageError
-from nnatomy.remote.wire import FrameError
+from nnatomy.remote.wire import FrameError, pack
 from nnatomy.serve.forward import Points
 from nnatomy.serve.hello import check_servable, hello, versions, weights_hash
+from nnatomy.serve.jobs import Jobs, Later, owner_of
 from nnatomy.serve.keys import Keys, check_address
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
@@ -54,6 +55,7 @@ class Server:
         self._compute = ThreadPoolExecutor(1, "nnatomy-serve")
         self._sessions = 0
         self._waiting = 0
+        self._jobs = Jobs(model, self._weights, self.limits, self._on_compute, lambda: self._waiting > 1)
         self.application = Starlette(
             routes=[Route("/v1/status", self._status), WebSocketRoute("/v1/session", self._session)],
             lifespan=self._lifespan,
@@ -62,6 +64,7 @@ class Server:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
+        await self._jobs.close()
         self._compute.shutdown(cancel_futures=True)
 
     async def _on_compute(self, function: Any, *args: Any) -> Any:
@@ -79,7 +82,13 @@ class Server:
         if request.query_params.get("hash") == "now":  # whether they are still what was loaded
             model["hash_now"] = await self._on_compute(weights_hash, self._weights)
         return JSONResponse(
-            {"versions": versions(), "models": [model], "sessions": self._sessions, "waiting": self._waiting}
+            {
+                "versions": versions(),
+                "models": [model],
+                "sessions": self._sessions,
+                "waiting": self._waiting,
+                "runs": self._jobs.told(),
+            }
         )
 
     async def _session(self, socket: WebSocket) -> None:
@@ -92,7 +101,8 @@ class Server:
             await socket.close(BUSY, f"{self.limits.sessions} sessions are open already")
             return
         self._sessions += 1
-        session = Session(self._model, self._points, self._weights, self.limits, self._hello)
+        owner = owner_of(bool(self._keys), socket.headers.get("authorization"))
+        session = Session(self._model, self._points, self._weights, self.limits, self._hello, self._jobs, owner)
         try:
             await self._serve(socket, session)
         finally:
@@ -112,6 +122,8 @@ class Server:
                         return
                     answer = await self._on_compute(session.handle, message.get("bytes"))
                 except TimeoutError:
+                    if session.pending:
+                        continue
                     await socket.close(IDLE, f"nothing came for {self.limits.idle_seconds:g} seconds")
                     return
                 except FrameError as error:
@@ -120,7 +132,9 @@ class Server:
                 except Refused as error:
                     await socket.close(USED_UP, str(error)[:100])
                     return
-                if answer is not None:
+                if isinstance(answer, Later):
+                    self._jobs.answer(answer, session, lambda header, blobs: socket.send_bytes(pack(header, blobs)))
+                elif answer is not None:
                     await socket.send_bytes(answer)
 
 

@@ -33,6 +33,9 @@ class Limits:
         idle_seconds: without a frame.
         sessions: of all clients.
         waiting: frames of all clients that wait for their turn.
+        runs: methods run whole for one key that are at work, or whose results are kept.
+        kept_bytes: of the results that are kept for one key.
+        kept_seconds: how long a result is kept.
     """
 
     frame_bytes: int = 256 << 20
@@ -48,6 +51,9 @@ class Limits:
     idle_seconds: float = 900.0
     sessions: int = 64
     waiting: int = 256
+    runs: int = 16
+    kept_bytes: int = 1 << 30
+    kept_seconds: float = 600.0
 
 
 _shapes = Shapes(50_000)

@@ -7,6 +7,7 @@ to the model's parameters and buffers, or gives them gradients.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from nnatomy.remote.wire import FrameError, pack, unpack
 from nnatomy.serve.commands import Commands
 from nnatomy.serve.forward import Points
+from nnatomy.serve.jobs import Jobs, Later, Runs
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Failed, FailedBefore, Weights
@@ -29,21 +31,40 @@ _GIVES: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-class Session(Commands):
+class Session(Commands, Runs):
     """What one client has at the server. Its methods are called by one thread.
 
     Args:
         hello: what a client is told of the model.
+        jobs: the methods that run whole.
+        owner: whose results are this client's: see `owner_of`.
+
+    Attributes:
+        seconds: what it has used, of computing.
+        pending: how many answers are still to be given.
+        turn: held by the run that is at work.
+        gone: whether the client is.
     """
 
-    def __init__(self, model: Any, points: Points, weights: Weights, limits: Limits, hello: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        points: Points,
+        weights: Weights,
+        limits: Limits,
+        hello: dict[str, Any],
+        jobs: Jobs,
+        owner: str,
+    ) -> None:
         super().__init__(model, points, weights, limits, hello)
+        self._jobs, self.owner = jobs, owner
+        self.pending, self.turn, self.gone = 0, asyncio.Lock(), False
         self._command = 0
         self._failed: Failed | None = None
         self.seconds = 0.0
 
-    def handle(self, frame: Any) -> bytes | None:
-        """Carry out the commands of a frame; the frame to answer its question with, if it has one.
+    def handle(self, frame: Any) -> bytes | Later | None:
+        """Carry out the commands of a frame; the frame to answer its question with, if it has one, or what will be the answer.
 
         Raises:
             FrameError: for what is no frame: the session is over.
@@ -68,7 +89,8 @@ class Session(Commands):
                 raise Refused(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds")
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop everything but the runs, which go on."""
+        self.gone = True
         for forward in self._forwards.values():
             forward.end()
         self._forwards.clear()
@@ -99,7 +121,7 @@ class Session(Commands):
         except (Refused, IndexError, TypeError):
             pass  # what was given are no numbers
 
-    def _answer(self, question: Any, serial: Any) -> bytes:
+    def _answer(self, question: Any, serial: Any) -> bytes | Later:
         self._command += 1
         try:
             if self._failed is not None:
@@ -112,7 +134,11 @@ class Session(Commands):
             if method is None:
                 raise Refused(f"there is no question {name!r:.40}")
             with torch.set_grad_enabled(self._grad):
-                answer, blobs = method(*given)
+                found = method(*given)
+            if isinstance(found, Later):
+                found.serial = serial
+                return found
+            answer, blobs = found
             return pack({"n": serial, "ok": answer}, blobs)
         except Exception as error:  # noqa: BLE001 - told to the client
             failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
