@@ -269,7 +269,7 @@ class Grid:
         values: list[Tensor] = []
         ends: list[Tensor] = []
         for number, (at, chunk) in enumerate(
-            shown(passes, f"patching {runs.accessor.name}", progress, delay=2), start=1
+            shown(passes, f"patching {runs.accessor.name}", progress, delay=2.0), start=1
         ):
             ends += runs(at, chunk)
             # The unembedding is as large as a layer or more, and is read once for all of these.

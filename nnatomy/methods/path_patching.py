@@ -144,7 +144,7 @@ def path_patching(
         paths.only_at(pairs.columns(positions))
     rows = max(1, (batch_size or max(1, TOKENS // pairs.seq)) // len(base))
     values: list[Tensor] = []
-    for start in shown(range(0, len(names), rows), "path patching", progress, delay=2):
+    for start in shown(range(0, len(names), rows), "path patching", progress, delay=2.0):
         logits = paths.logits(list(range(start, min(start + rows, len(names)))))
         values += [measured(metric, one) for one in logits]
     effect = torch.stack(values, -1)

@@ -16,7 +16,7 @@ told: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("told", de
 
 
 @contextmanager
-def counting(total: int, what: str, on: bool, delay: float = 0) -> Iterator[Callable[[int], Any]]:
+def counting(total: int, what: str, on: bool, delay: float = 0.0) -> Iterator[Callable[[int], Any]]:
     """Gives what is called with how many more are done.
 
     Args:
@@ -38,7 +38,7 @@ def counting(total: int, what: str, on: bool, delay: float = 0) -> Iterator[Call
     yield count
 
 
-def shown(items: Iterable[Item], what: str, on: bool, delay: float = 0) -> Iterator[Item]:
+def shown(items: Iterable[Item], what: str, on: bool, delay: float = 0.0) -> Iterator[Item]:
     """The items one by one, counted as they are done. Arguments as `counting`."""
     items = list(items)
     with counting(len(items), what, on, delay) as count:

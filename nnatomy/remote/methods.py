@@ -57,6 +57,11 @@ class Server:
             self._connected = Connection(self.address, self._key)
         return self._connected
 
+    @property
+    def lost(self) -> str | None:
+        """Why the connection is gone; None if there is one, or none yet."""
+        return None if self._connected is None else self._connected.lost or None
+
     def status(self) -> dict[str, Any]:
         """What the server tells of itself: versions, its model with hash and report, sessions, runs."""
         return (self._connected or self.connection()).status()
@@ -162,9 +167,11 @@ class Run:
             self.cancel()
             raise
         except ConnectionLostError as error:
+            there = self._server.address
+            why = str(error) if (lost := self._server.lost) is None else f"The connection to {there} is gone: {lost}."
             raise ConnectionLostError(
-                f"{error} The run goes on, and its result is kept for some time: when there is a connection again, "
-                f"Server({self._server.address!r}, api_key).fetch({self.name!r}).result() brings it, or `model.server.fetch`."
+                f"{why} If the server is still there the run goes on, and its result is kept for some time: "
+                f"Server({there!r}, api_key).fetch({self.name!r}).result() brings it, as does model.server.fetch."
             ) from None
         header, blobs = unpack(bytes(self._got))
         if forget:

@@ -55,7 +55,7 @@ class Server:
         self._compute = ThreadPoolExecutor(1, "nnatomy-serve")
         self._sessions = 0
         self._waiting = 0
-        self._jobs = Jobs(model, self._weights, self.limits, self._on_compute, lambda: self._waiting > 1)
+        self._jobs = Jobs(self.limits, self._on_compute, lambda: self._waiting > 1)
         self.application = Starlette(
             routes=[Route("/v1/status", self._status), WebSocketRoute("/v1/session", self._session)],
             lifespan=self._lifespan,

@@ -7,6 +7,7 @@ import string
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -58,15 +59,8 @@ class Jobs:
         busy: whether others wait for that thread.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        weights: Weights,
-        limits: Limits,
-        compute: Callable[..., Awaitable[Any]],
-        busy: Callable[[], bool],
-    ) -> None:
-        self._model, self._weights, self._limits, self._compute, self._busy = model, weights, limits, compute, busy
+    def __init__(self, limits: Limits, compute: Callable[..., Awaitable[Any]], busy: Callable[[], bool]) -> None:
+        self._limits, self._compute, self._busy = limits, compute, busy
         self._held: dict[tuple[str, str], Job] = {}
         self._over: dict[Job, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,7 +74,7 @@ class Jobs:
 
     # Of one session, called by the thread that computes.
 
-    def new(self, owner: str, key: Any, name: Any, given: Any, blobs: list[Any], grad: bool, seconds: float) -> Job:
+    def add(self, owner: str, key: Any, make: Callable[[], Job]) -> Job:
         """A job under that name, which is not begun. Raises Refused."""
         if not isinstance(key, str) or len(key) != _DIGITS or not set(key) <= set(string.hexdigits):
             raise Refused(f"the name of a run is {_DIGITS} random hexadecimal digits")
@@ -89,8 +83,7 @@ class Jobs:
             raise Refused("there is a run of that name")
         if sum(1 for one, _ in list(self._held) if one == owner) >= self._limits.runs:
             raise Refused(f"{self._limits.runs} runs of yours are at work or kept: forget some, or wait")
-        job = Job(self._model, self._weights, self._limits, name, given, blobs, grad, seconds)
-        self._held[owner, key] = job
+        job = self._held[owner, key] = make()
         return job
 
     def get(self, owner: str, key: Any) -> Job:
@@ -193,23 +186,37 @@ class Jobs:
 
 
 class Runs:
-    """What a session asks and says of its runs."""
+    """What a session asks and says of its runs.
 
-    _jobs: Jobs
+    Attributes:
+        owner: whose results are this client's: see `owner_of`.
+        pending: how many answers are still to be given.
+        turn: held by the run that is at work.
+        gone: whether the client is.
+    """
+
     _blobs: list[Any]
     _limits: Limits
     _grad: bool
-    owner: str
     seconds: float
-    pending: int
-    turn: asyncio.Lock
+
+    def _has_runs(self, model: Any, weights: Weights, jobs: Jobs | None, owner: str) -> None:
+        self._model, self._weights, self._all_jobs, self.owner = model, weights, jobs, owner
+        self.pending, self.turn, self.gone = 0, asyncio.Lock(), False
+
+    @property
+    def _jobs(self) -> Jobs:
+        if self._all_jobs is None:
+            raise Refused("no methods are run here")
+        return self._all_jobs
 
     def _ask_run(self, key: Any, name: Any, given: Any, most: Any) -> Later:
         """Have a method run whole, and the first bytes of its result when it is over."""
         self._check_bytes(0, most)
         blobs, self._blobs = [bytes(one) for one in reversed(self._blobs)], []
         left = self._limits.compute_seconds - self.seconds
-        return Later(self._jobs.new(self.owner, key, name, given, blobs, self._grad, left), 0, most)
+        make = partial(Job, self._model, self._weights, self._limits, name, given, blobs, self._grad, left)
+        return Later(self._jobs.add(self.owner, key, make), 0, most)
 
     def _ask_begin(self, key: Any, name: Any, given: Any) -> Later:
         """Have a method run whole, and not wait for it."""

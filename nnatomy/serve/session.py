@@ -7,7 +7,6 @@ to the model's parameters and buffers, or gives them gradients.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -36,14 +35,11 @@ class Session(Commands, Runs):
 
     Args:
         hello: what a client is told of the model.
-        jobs: the methods that run whole.
+        jobs: the methods that run whole; None if none do.
         owner: whose results are this client's: see `owner_of`.
 
     Attributes:
         seconds: what it has used, of computing.
-        pending: how many answers are still to be given.
-        turn: held by the run that is at work.
-        gone: whether the client is.
     """
 
     def __init__(
@@ -53,12 +49,11 @@ class Session(Commands, Runs):
         weights: Weights,
         limits: Limits,
         hello: dict[str, Any],
-        jobs: Jobs,
-        owner: str,
+        jobs: Jobs | None = None,
+        owner: str = "",
     ) -> None:
         super().__init__(model, points, weights, limits, hello)
-        self._jobs, self.owner = jobs, owner
-        self.pending, self.turn, self.gone = 0, asyncio.Lock(), False
+        self._has_runs(model, weights, jobs, owner)
         self._command = 0
         self._failed: Failed | None = None
         self.seconds = 0.0
