@@ -96,8 +96,12 @@ class Receiver:
         return decode(value, self._other, self._device)
 
     def _other(self, kind: str, of: Any) -> Any:
-        if not isinstance(of, list):
-            raise FrameError(f"no {kind:.40}: {of!r:.80}")
+        try:
+            return self._made(kind, of if isinstance(of, list) else [])
+        except (TypeError, ValueError) as error:
+            raise FrameError(f"no {kind:.40}: {of!r:.80}") from error
+
+    def _made(self, kind: str, of: list[Any]) -> Any:
         if kind == "t" and len(of) == 4:
             return self._tensor(*of)
         if kind == "range" and len(of) == 3 and all(type(one) is int for one in of) and of[2]:

@@ -98,6 +98,11 @@ class Jobs:
         job.asked_at = time.monotonic()
         return job
 
+    def cancel(self, owner: str, key: Any) -> None:
+        """Have it end, if there is one."""
+        with suppress(Refused):
+            self.get(owner, key).cancel("it was cancelled")
+
     def forget(self, owner: str, key: Any) -> None:
         """Cancel it, and drop what came of it."""
         job = self._held.pop((owner, key), None) if isinstance(key, str) else None
@@ -243,7 +248,7 @@ class Runs:
         }, []
 
     def _do_cancel(self, key: Any) -> None:
-        self._jobs.get(self.owner, key).cancel("it was cancelled")
+        self._jobs.cancel(self.owner, key)
 
     def _do_forget(self, key: Any) -> None:
         self._jobs.forget(self.owner, key)

@@ -35,6 +35,8 @@ _DRAWS = frozenset(
 _NOTHING_NEW = frozenset(
     "__get__ __set__ backward grad size dim numel item tolist __len__ __bool__ requires_grad_ retain_grad".split()
 )
+#: Of the functions in the model's forward those are looked at before that read a tensor of so many elements.
+_LARGE = 1 << 20
 _PRODUCTS = {"__matmul__": "matmul", "__rmatmul__": "matmul"}
 
 
@@ -81,8 +83,7 @@ class Meter(TorchFunctionMode):
             raise Stopped(NotWholeError(f"{name} draws random numbers: they are drawn by its client's generator"))
         if func is F.embedding and (count := args[0].numel()) > self._limits.tokens:
             raise Stopped(Refused(f"{count:,} tokens in a forward pass; {self._limits.tokens:,} are allowed"))
-        if get_ident() == self._main:
-            self._check_size(func, name, args, kwargs)
+        self._check_size(func, name, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._count(result)
@@ -94,15 +95,20 @@ class Meter(TorchFunctionMode):
 
     def _check_size(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        is_models = get_ident() != self._main
         if any(isinstance(one, FakeTensor) or one.is_meta for one in read):
             return
+        if is_models and not any(one.numel() > _LARGE for one in read):
+            return
         elements, size = self._predicted(func, args, kwargs, bool(read))
+        self._check_held(size)
+        if is_models:
+            return
         limits = self._limits
         if (most := max([elements, *(one.numel() for one in read)])) > limits.elements:
             raise Stopped(Refused(f"{name}: {most:,} elements; {limits.elements:,} are allowed"))
         if size > limits.result_bytes:
             raise Stopped(Refused(f"{name}: its result has {size:,} bytes; {limits.result_bytes:,} are allowed"))
-        self._check_held(size)
         count = _einsum(args) if name == "einsum" else operations(_PRODUCTS.get(name, name), read)
         if count > limits.operations:
             raise Stopped(Refused(f"{name}: {count:,} operations; {limits.operations:,} are allowed"))
