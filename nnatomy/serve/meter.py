@@ -37,7 +37,12 @@ _NOTHING_NEW = frozenset(
 )
 #: Of the functions in the model's forward those are looked at before that read a tensor of so many elements.
 _LARGE = 1 << 20
+#: Tensors of less bytes are not counted.
+_SMALL = 4096
 _PRODUCTS = {"__matmul__": "matmul", "__rmatmul__": "matmul"}
+
+#: Elements and bytes of what functions give, by the shapes of their arguments.
+_sizes: dict[Any, tuple[int, int]] = {}
 
 
 class Stopped(BaseException):
@@ -69,46 +74,41 @@ class Meter(TorchFunctionMode):
         self._limits, self._weights, self._check = limits, weights, check
         self._main = get_ident()
         self._live: dict[int, Any] = {}
-        self._sizes: dict[Any, tuple[int, int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _NOTHING_NEW:
-            if name in ("backward", "grad"):
-                self._check()
-            return func(*args, **kwargs)
+        if name == "__get__":  # most of all
+            return func(*args)
+        kwargs = kwargs or {}
         self._check()
+        if name in _NOTHING_NEW:
+            return func(*args, **kwargs)
         if name in _DRAWS and kwargs.get("generator") is None:
             raise Stopped(NotWholeError(f"{name} draws random numbers: they are drawn by its client's generator"))
         if func is F.embedding and (count := args[0].numel()) > self._limits.tokens:
             raise Stopped(Refused(f"{count:,} tokens in a forward pass; {self._limits.tokens:,} are allowed"))
-        self._check_size(func, name, args, kwargs)
+        read = _tensors(args)
+        if kwargs:
+            read += _tensors(kwargs.values())
+        if get_ident() == self._main:
+            self._check_size(func, name, args, kwargs, read)
+        elif any(one.numel() > _LARGE for one in read):
+            self._check_held(self._predicted(func, args, kwargs, read)[1])
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             self._count(result)
         elif type(result) in (tuple, list):
-            for one in result:
-                if isinstance(one, Tensor):
-                    self._count(one)
+            for one in _tensors(result):
+                self._count(one)
         return result
 
-    def _check_size(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        is_models = get_ident() != self._main
-        if any(isinstance(one, FakeTensor) or one.is_meta for one in read):
-            return
-        if is_models and not any(one.numel() > _LARGE for one in read):
-            return
-        elements, size = self._predicted(func, args, kwargs, bool(read))
-        self._check_held(size)
-        if is_models:
-            return
-        limits = self._limits
+    def _check_size(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], read: list[Tensor]) -> None:
+        limits, (elements, size) = self._limits, self._predicted(func, args, kwargs, read)
         if (most := max([elements, *(one.numel() for one in read)])) > limits.elements:
             raise Stopped(Refused(f"{name}: {most:,} elements; {limits.elements:,} are allowed"))
         if size > limits.result_bytes:
             raise Stopped(Refused(f"{name}: its result has {size:,} bytes; {limits.result_bytes:,} are allowed"))
+        self._check_held(size)
         count = _einsum(args) if name == "einsum" else operations(_PRODUCTS.get(name, name), read)
         if count > limits.operations:
             raise Stopped(Refused(f"{name}: {count:,} operations; {limits.operations:,} are allowed"))
@@ -117,19 +117,21 @@ class Meter(TorchFunctionMode):
         if self.bytes + more > self._limits.held_bytes:
             raise Stopped(Refused(f"the method would hold more than {self._limits.held_bytes:,} bytes at once"))
 
-    def _predicted(self, func: Any, args: Any, kwargs: dict[str, Any], reads: bool) -> tuple[int, int]:
+    def _predicted(self, func: Any, args: Any, kwargs: dict[str, Any], read: list[Tensor]) -> tuple[int, int]:
         """Elements and bytes of what is new in a result; zeros where only values tell, which is no more than what is read."""
         key: Any = None
+        if any(isinstance(one, FakeTensor) or one.is_meta for one in read):
+            return 0, 0
         try:
             key = func, *map(_key, args), *((one, _key(kwargs[one])) for one in sorted(kwargs))
-            if key in self._sizes:
-                return self._sizes[key]
+            if key in _sizes:
+                return _sizes[key]
         except TypeError:
             pass  # something that has no hash
         try:
             given, named = _without_elements([*args]), _without_elements(kwargs)
             with torch.no_grad():
-                made = func(*given, **named) if reads else func(*given, **{**named, "device": "meta"})
+                made = func(*given, **named) if read else func(*given, **{**named, "device": "meta"})
             before = {
                 one.untyped_storage()._cdata for one in pytree.tree_leaves((given, named)) if isinstance(one, Tensor)
             }
@@ -139,18 +141,19 @@ class Meter(TorchFunctionMode):
         except Exception:  # noqa: BLE001 - it has no shape without values, or raises in a moment what it raises now
             found = 0, 0
         if key is not None:
-            if len(self._sizes) > 20_000:
-                self._sizes.clear()
-            self._sizes[key] = found
+            if len(_sizes) > 20_000:
+                _sizes.clear()
+            _sizes[key] = found
         return found
 
     def _count(self, tensor: Tensor) -> None:
-        if tensor.is_meta or isinstance(tensor, FakeTensor) or self._weights.share(tensor):
+        if tensor.nbytes < _SMALL or tensor.is_meta or isinstance(tensor, FakeTensor):
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._live:
+        key = storage._cdata
+        if key in self._live or self._weights.share(tensor):
             return
+        size = storage.nbytes()
         self._live[key] = ref(storage, partial(self._let_go, key, size))
         self.bytes += size
         self._check_held(0)
@@ -158,6 +161,17 @@ class Meter(TorchFunctionMode):
     def _let_go(self, key: int, size: int, _: Any) -> None:
         self._live.pop(key, None)
         self.bytes -= size
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those among the values, and among the values of lists."""
+    found = []
+    for one in values:
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif type(one) in (list, tuple):
+            found += [other for other in one if isinstance(other, Tensor)]
+    return found
 
 
 def _key(value: Any) -> Any:

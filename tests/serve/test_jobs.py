@@ -145,11 +145,11 @@ def test_two_by_turns_do_not_see_one_another(server: Server) -> None:
 def test_what_is_measured_is_let_go(server: Server) -> None:
     meter = Meter(Limits(), server._weights, lambda: None)
     with meter:
-        kept = torch.ones(1000)
+        kept = torch.ones(10_000)
         view = kept[5:]
-        assert meter.bytes == 4000
+        assert meter.bytes == 40_000
         del kept
-        assert meter.bytes == 4000
+        assert meter.bytes == 40_000
         del view
         server._model.hf_model.lm_head.weight.t()
     gc.collect()
