@@ -50,7 +50,7 @@ def main() -> None:
             number = str(len(APPLICATIONS))
             APPLICATIONS[number] = load(json.loads(line)).application
             answer: dict[str, Any] = {"number": number}
-        except Exception as error:  # noqa: BLE001 - told
+        except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()

@@ -143,10 +143,8 @@ class Run:
 
     def cancel(self) -> None:
         """Have it end at the next function that it calls, and drop its result."""
-        connection = self._server.connection()
-        connection.command("cancel", self.name)
-        connection.command("forget", self.name)
-        connection.send()
+        self._server.connection().command("cancel", self.name)
+        self._forget()
 
     def result(self, *, progress: bool = False, forget: bool = True) -> Any:
         """What the method gives, when it is over. After a broken connection, called again, it goes on with what it has got.
@@ -175,8 +173,13 @@ class Run:
             ) from None
         header, blobs = unpack(bytes(self._got))
         if forget:
-            self._server.connection().command("forget", self.name)
+            self._forget()
         return self._opened(header, blobs)
+
+    def _forget(self) -> None:
+        connection = self._server.connection()
+        connection.command("forget", self.name)
+        connection.send()  # and not wait: the client may be about to end
 
     def _fetch(self, bars: _Bars) -> None:
         question, blobs = ["wait", self.name, len(self._got)], []

@@ -115,6 +115,7 @@ class RemoteTransformer(StandardizedTransformer):
             with self._blocks.example(self._blocks) as tracer:
                 tracer.block.run.collect(finder)
                 tracer.result  # noqa: B018
+            self._connection.ask("sync")  # what has failed is told at a question
             self._sums.layers = finder.found
         except Exception as error:  # noqa: BLE001 - told to whoever wants to run by commands
             there.no_commands = str(error)

@@ -20,6 +20,8 @@ from nnatomy.serve.tensors import Weights
 _DIGITS = 32
 #: How often a client that waits is told how far its run has come, in seconds.
 _TOLD_EVERY = 0.2
+#: What is kept of a run beside its result, in bytes.
+_LEAST = 10_000
 
 
 class Later:
@@ -81,8 +83,11 @@ class Jobs:
         self._forget_old()
         if (owner, key) in self._held:
             raise Refused("there is a run of that name")
-        if sum(1 for one, _ in list(self._held) if one == owner) >= self._limits.runs:
-            raise Refused(f"{self._limits.runs} runs of yours are at work or kept: forget some, or wait")
+        if (
+            sum(1 for (one, _), held in list(self._held.items()) if one == owner and not held.ended)
+            >= self._limits.runs
+        ):
+            raise Refused(f"{self._limits.runs} runs of yours are at work: cancel some, or wait")
         job = self._held[owner, key] = make()
         return job
 
@@ -120,10 +125,10 @@ class Jobs:
         owner = next((one for (one, _), held in self._held.items() if held is job), None)
         mine = [(key, held) for key, held in self._held.items() if key[0] == owner and held.ended]
         mine.sort(key=lambda one: one[1].ended_at)
-        size = sum(len(held.frame) for _, held in mine)
+        size = sum(len(held.frame) + _LEAST for _, held in mine)
         for key, held in mine[:-1]:
             if size > self._limits.kept_bytes:
-                size -= len(held.frame)
+                size -= len(held.frame) + _LEAST
                 self._held.pop(key, None)
 
     # In the loop of the server.

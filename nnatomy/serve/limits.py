@@ -33,8 +33,8 @@ class Limits:
         idle_seconds: without a frame.
         sessions: of all clients.
         waiting: frames of all clients that wait for their turn.
-        runs: methods run whole for one key that are at work, or whose results are kept.
-        kept_bytes: of the results that are kept for one key.
+        runs: methods run whole for one key that are at work.
+        kept_bytes: of the results that are kept for one key: the oldest go first.
         kept_seconds: how long a result is kept.
     """
 

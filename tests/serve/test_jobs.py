@@ -312,9 +312,13 @@ def test_results_are_their_owners(server: Server) -> None:
     assert "random hexadecimal digits" in asked(mine, "run", "abc", "logit_lens", given, 9)["error"]["text"]
     for most in (0, -1, 1 << 40, "1", None):
         assert "bytes at most" in asked(mine, "wait", name, 0, most)["error"]["text"]
-    for i in range(2):
+    for i in range(4):
         assert "ok" in asked(mine, "run", f"{i:032x}", "logit_lens", given, 9)
-    assert "3 runs of yours" in asked(mine, "run", "a" * 32, "logit_lens", given, 9)["error"]["text"]
+    for i in range(4, 7):
+        mine.handle(pack({"n": 1, "c": [], "q": ["begin", f"{i:032x}", "logit_lens", given]}))
+    assert "3 runs of yours are at work" in asked(mine, "run", "a" * 32, "logit_lens", given, 9)["error"]["text"]
+    for i in range(4, 7):
+        jobs.forget("a", f"{i:032x}")
     assert "ok" in asked(other, "run", name, "logit_lens", given, 9)  # a name of its own
     for one in jobs._held.values():
         one.ended_at -= 600
@@ -326,7 +330,7 @@ def test_the_bytes_that_are_kept_are_bounded(server: Server) -> None:
     one = job(server, "logit_lens", prompts=A)
     ended(one)
     size = len(one.frame)
-    jobs = Jobs(Limits(kept_bytes=3 * size), nothing, lambda: False)
+    jobs = Jobs(Limits(kept_bytes=3 * (size + 10_000)), nothing, lambda: False)
     mine, other = session(server, jobs, "a"), session(server, jobs, "b")
     asked(other, "run", "f" * 32, "logit_lens", {"dict": [["prompts", A]]}, 9)
     for i in range(8):
