@@ -172,9 +172,9 @@ class Jobs:
                 if not later.waits:
                     await send({"n": later.serial, "ok": None}, [])
                     return
-                while not job.ended:
+                while (over := self._over.get(job)) is not None and not job.ended:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._over[job].wait(), _TOLD_EVERY)
+                        await asyncio.wait_for(over.wait(), _TOLD_EVERY)
                     if job.progress != before and not job.ended:
                         before = job.progress
                         await send({"n": later.serial, "progress": list(before or ())}, [])
