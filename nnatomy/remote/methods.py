@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import logging
 import secrets
 import warnings
 from contextlib import AbstractContextManager, ExitStack
@@ -192,6 +193,9 @@ class Run:
     def _opened(self, header: dict[str, Any], blobs: Any) -> Any:
         for kind, text in header.get("warnings", ()):
             _warn(kind, text)
+        for name, level, text in header.get("log", ()):
+            if name.startswith("nnatomy."):
+                logging.getLogger(name).log(level, "%s", text)
         if (failed := header.get("error")) is not None:
             raise _error(*failed)
         for metric, spellings in zip(self._sender.metrics, header.get("said", ()), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -29,6 +30,30 @@ TURN = 0.05
 _MOST = 1_000_000
 #: Warnings that Python shows to nobody but the author of a script are not sent to a client.
 _UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
+_logger = logging.getLogger("nnatomy")
+
+
+class _Log(logging.Handler):
+    """While it is entered, what this library logs, for the client: a list of [logger, level, text]."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.told: list[list[Any]] = []
+        self._level = logging.NOTSET
+
+    def __enter__(self) -> None:
+        self._level = _logger.level
+        _logger.setLevel(logging.INFO)
+        _logger.addHandler(self)
+
+    def __exit__(self, *_: Any) -> None:
+        _logger.removeHandler(self)
+        _logger.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.told) < 1000:
+            self.told.append([record.name, record.levelno, record.getMessage()])
 
 
 class Job:
@@ -74,6 +99,7 @@ class Job:
         self._busy: Callable[[], bool] = lambda: False
         self._found: tuple[dict[str, Any], list[bytes]] = ({}, [])
         self._warnings: list[list[str]] = []
+        self._log = _Log()
 
     def cancel(self, why: str) -> None:
         """Have it end at the next function that it calls."""
@@ -87,7 +113,7 @@ class Job:
             return
         self._began = time.monotonic()
         self._until, self._busy = self._began + TURN, busy
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as seen, self._log:
             warnings.simplefilter("always")
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="nnatomy-method", daemon=True)
@@ -105,7 +131,7 @@ class Job:
             self._end(*self._found)
 
     def _end(self, header: dict[str, Any], blobs: list[bytes] | None = None) -> None:
-        self.frame = pack({**header, "warnings": self._warnings}, blobs or [])
+        self.frame = pack({**header, "warnings": self._warnings, "log": self._log.told}, blobs or [])
         self.ended, self.ended_at = True, time.monotonic()
         self._model = self._given = None
         self._blobs, self._found = [], ({}, [])

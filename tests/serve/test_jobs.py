@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from nnatomy import StandardizedTransformer
-from nnatomy.methods import integrated_gradients, logit_difference
+from nnatomy.methods import TargetPrompt, integrated_gradients, logit_difference
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
 from nnatomy.serve.app import Server
@@ -351,3 +352,12 @@ def test_tensors_of_arguments_and_warnings_of_a_job(server: Server) -> None:
     assert [kind for kind, _ in told["warnings"]] == ["UserWarning"]
     assert "has probability" in told["warnings"][0][1]
     assert to_bytes(torch.ones(1))
+
+
+def test_what_a_method_logs_is_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ended(job(server, "patchscope_lens", source_prompts=[A], target_patch_prompts=TargetPrompt(B, -1)))["log"]
+    ((name, level, text),) = told
+    assert (name, level) == ("nnatomy.methods.patched_rows", logging.INFO)
+    assert text.startswith(("Positions from", "Whole prompts"))
+    assert logging.getLogger("nnatomy").level == logging.NOTSET
+    assert not capsys.readouterr().err
