@@ -125,7 +125,7 @@ def timed(block: Callable[[Any], Any], models: list[Any]) -> tuple[list[float], 
     if len(set(values)) > 1:
         raise AssertionError(f"{block.__name__}: {values}, and they should be the same")
     times: list[list[float]] = [[] for _ in models]
-    for _ in range(3 if block is patching else 7):
+    for _ in range(3 if block in (patching, method_patching) else 7):
         for model, found in zip(models, times, strict=True):
             connection = getattr(model, "_connection", None)
             before, trips = time.perf_counter(), connection.trips if connection else 0

@@ -171,7 +171,8 @@ def _compared(function: Any) -> Any:
             wanted = function(*map(twin, args), **{key: twin(one) for key, one in kwargs.items()})
         except Exception as error:
             assert failed is not None, f"remote gives a result, and local {error!r}"
-            assert (type(failed).__name__, str(failed)) == (type(error).__name__, str(error))
+            its, mine = (f"{type(one).__name__}: {one}" for one in (failed, error))
+            assert its == mine, f"remote says\n{its}\nand local\n{mine}"
             raise failed from None
         finally:
             logging.disable(logging.NOTSET)
@@ -211,6 +212,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for begins, why in NOT_TO_BE_HAD.items():
             if name.startswith(begins):
                 item.add_marker(pytest.mark.xfail(reason=why, strict=True))
+
+
+def pytest_runtest_teardown() -> None:
+    """What has failed in a test, and was not asked for there, is not for the next one."""
+    for model in _state.get("models", []):
+        if not model._connection.lost:
+            model._connection.command("clear")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
