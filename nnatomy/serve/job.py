@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable
 from threading import Semaphore, Thread
 from typing import Any
@@ -19,6 +17,7 @@ from nnatomy.methods.progress import told
 from nnatomy.remote.catalog import GENERATION, NOT_WHOLE, PROMPT_KEYS, WHOLE, method_of, model_name, parameters
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack
+from nnatomy.serve.heard import Heard, heard, listening
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.meter import Meter, NotWholeError, Stopped
 from nnatomy.serve.policy import Refused
@@ -28,32 +27,6 @@ from nnatomy.serve.tensors import Weights
 TURN = 0.05
 #: Numbers in arguments, but for seeds, are of this size at most: they say how often or how many.
 _MOST = 1_000_000
-#: Warnings that Python shows to nobody but the author of a script are not sent to a client.
-_UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-
-_logger = logging.getLogger("nnatomy")
-
-
-class _Log(logging.Handler):
-    """While it is entered, what this library logs, for the client: a list of [logger, level, text]."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.told: list[list[Any]] = []
-        self._level = logging.NOTSET
-
-    def __enter__(self) -> None:
-        self._level = _logger.level
-        _logger.setLevel(logging.INFO)
-        _logger.addHandler(self)
-
-    def __exit__(self, *_: Any) -> None:
-        _logger.removeHandler(self)
-        _logger.setLevel(self._level)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if len(self.told) < 1000:
-            self.told.append([record.name, record.levelno, record.getMessage()])
 
 
 class Job:
@@ -98,8 +71,7 @@ class Job:
         self._began = self._until = 0.0
         self._busy: Callable[[], bool] = lambda: False
         self._found: tuple[dict[str, Any], list[bytes]] = ({}, [])
-        self._warnings: list[list[str]] = []
-        self._log = _Log()
+        self._heard = Heard()
 
     def cancel(self, why: str) -> None:
         """Have it end at the next function that it calls."""
@@ -113,8 +85,7 @@ class Job:
             return
         self._began = time.monotonic()
         self._until, self._busy = self._began + TURN, busy
-        with warnings.catch_warnings(record=True) as seen, self._log:
-            warnings.simplefilter("always")
+        with listening():
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="nnatomy-method", daemon=True)
                 self._thread.start()
@@ -123,15 +94,12 @@ class Job:
             release_helpers()
             self._stands.acquire()
         self.seconds += time.monotonic() - self._began
-        self._warnings += [
-            [one.category.__name__, str(one.message)] for one in seen if not issubclass(one.category, _UNSHOWN)
-        ]
         if self._done:
             self._thread.join()
             self._end(*self._found)
 
     def _end(self, header: dict[str, Any], blobs: list[bytes] | None = None) -> None:
-        self.frame = pack({**header, "warnings": self._warnings, "log": self._log.told}, blobs or [])
+        self.frame = pack({**header, "warnings": self._heard.warnings, "log": self._heard.log}, blobs or [])
         self.ended, self.ended_at = True, time.monotonic()
         self._model = self._given = None
         self._blobs, self._found = [], ({}, [])
@@ -140,6 +108,7 @@ class Job:
 
     def _run(self) -> None:
         told.set(self._tell)
+        heard.set(self._heard)
         try:
             with torch.set_grad_enabled(self._grad), Meter(self._limits, self._weights, self._check):
                 value, metrics = self._value()
