@@ -29,7 +29,7 @@ def load(told: dict[str, Any]) -> Server:
     options = {"attn_implementation": told["attention"], "dtype": getattr(torch, told["dtype"])}
     model = kind.from_pretrained(told["folder"], **options).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(told["folder"]) if told["tokenizer"] else None
-    return Server(StandardizedTransformer(model, tokenizer, validate=told["validate"]), told["folder"])
+    return Server({told["folder"]: StandardizedTransformer(model, tokenizer, validate=told["validate"])})
 
 
 def main() -> None:

@@ -10,7 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
+
+import torch
+from websockets.sync.client import connect
+
+from nnatomy.remote.wire import pack, to_bytes, unpack
 
 
 def free_port() -> int:
@@ -22,10 +28,10 @@ def free_port() -> int:
 class Process:
     """`nnatomy serve MODEL`, or a script that serves at the port it is given."""
 
-    def __init__(self, model: str, *options: str, script: str = "") -> None:
-        self.port = free_port()
+    def __init__(self, model: str, *options: str, script: str = "", port: int = 0) -> None:
+        self.port = port or free_port()
         self.address = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "nnatomy", "serve", model, "--port", str(self.port), *options]
+        command = [sys.executable, "-m", "nnatomy", "serve", model, *options, "--port", str(self.port)]
         if script:
             command = [sys.executable, "-c", script, str(self.port)]
         environment = {name: one for name, one in os.environ.items() if name != "NNATOMY_SERVER"} | {
@@ -46,6 +52,12 @@ class Process:
             time.sleep(0.1)
         raise RuntimeError("the server does not come up")
 
+    @property
+    def resident(self) -> int:
+        """The memory that it has, in kB."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it, by its own process id."""
         if self._process.poll() is None:
@@ -56,9 +68,24 @@ class Process:
 
 
 @contextmanager
-def served(model: str, *options: str, script: str = "") -> Iterator[Process]:
-    process = Process(model, *options, script=script)
+def served(model: str, *options: str, script: str = "", port: int = 0) -> Iterator[Process]:
+    process = Process(model, *options, script=script, port=port)
     try:
         yield process
     finally:
         process.stop()
+
+
+def many_sessions(server: Process, count: int) -> None:
+    """So many, one after the other, each left in the middle of a pass, with a megabyte."""
+    ids, zeros = torch.tensor([[1, 2, 3, 4]]), torch.zeros(1 << 18)
+    commands = [
+        ["put", 60, "int64", [1, 4], [0, 1]],
+        ["put", 62, "float32", [1 << 18], [0]],
+        ["open", 8, {"input_ids": {"t": 60}}],
+    ]
+    frame = pack({"n": 1, "c": commands, "q": ["go", 8, [[5, "output"]]]}, [to_bytes(ids), to_bytes(zeros)])
+    for _ in range(count):
+        with connect(f"{server.address.replace('http', 'ws')}/v1/session", proxy=None, max_size=None) as socket:
+            socket.send(frame)
+            assert "ok" in unpack(socket.recv(timeout=60))[0]

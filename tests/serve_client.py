@@ -15,9 +15,9 @@ from nnatomy.remote.wire import pack, to_bytes, unpack
 class Raw:
     """A session, with a tensor 2 (4 x 4), 4 (indices 0, 1) and 6 (a number that is no index)."""
 
-    def __init__(self, address: str, **headers: str) -> None:
+    def __init__(self, address: str, query: str = "", **headers: str) -> None:
         self._opening = connect(
-            f"{address.replace('http', 'ws')}/v1/session",
+            f"{address.replace('http', 'ws')}/v1/session{query}",
             additional_headers=headers,
             proxy=None,
             max_size=None,

@@ -13,7 +13,7 @@ from itertools import count
 from threading import RLock, get_ident
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 from weakref import ref
 
@@ -21,7 +21,7 @@ import torch
 
 from nnatomy.core.frames import is_ours
 from nnatomy.errors import ConnectionLostError, LoadError, MissingPackageError, RemoteError
-from nnatomy.remote.wire import FrameError, pack, unpack
+from nnatomy.remote.wire import PROTOCOL, FrameError, pack, unpack
 
 try:
     from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
@@ -49,6 +49,7 @@ class Connection:
     Args:
         server: its address, `http://HOST:PORT`.
         key: the API key, if it asks for one.
+        model: the model's name there; None for the one that it has.
 
     Attributes:
         trips: how often an answer has been waited for.
@@ -58,18 +59,20 @@ class Connection:
         unanswered: whether something has been asked for since the last answer that may have failed.
         dead: the numbers of tensors that nobody holds any more.
         live: the others, by number.
+        weights: by the id of a parameter or buffer here, the same one there (see `sending`).
 
     Raises:
         ConnectionLostError: if there is no server, or it does not let this client in.
     """
 
-    def __init__(self, server: str, key: str | None = None) -> None:
-        self.server, self.key = server.rstrip("/"), key
+    def __init__(self, server: str, key: str | None = None, model: str | None = None) -> None:
+        self.server, self.key, self.model = server.rstrip("/"), key, model
         self.trips = 0
         self.gradients = [0]
         self.pinned: list[Any] = []
         self.dead: deque[int] = deque()
         self.live: dict[int, ref[Any]] = {}
+        self.weights: dict[int, Any] = {}
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._lock = RLock()
         self._commands: list[Any] = []
@@ -87,7 +90,8 @@ class Connection:
         url = urlsplit(self.server)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
-        address = f"{'ws' if url.scheme == 'http' else 'wss'}{self.server.removeprefix(url.scheme)}/v1/session"
+        asked = urlencode({"protocol": PROTOCOL} | ({} if model is None else {"model": model}))
+        address = f"{'ws' if url.scheme == 'http' else 'wss'}{self.server.removeprefix(url.scheme)}/v1/session?{asked}"
         try:
             opening = connect(
                 address,
@@ -100,9 +104,10 @@ class Connection:
             self._open = ExitStack()  # left by `close`
             self._socket = self._open.enter_context(opening)
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
-            denied = getattr(getattr(error, "response", None), "status_code", 0) == 403
-            why = "it asks for another key: api_key=..., or NNATOMY_API_KEY" if denied else str(error)
-            raise ConnectionLostError(f"No connection to the server {self.server}: {why}.") from None
+            told = _denied(getattr(error, "response", None))
+            if told.startswith("it has no model") or told.startswith("say which model"):
+                raise LoadError(f"The server {self.server} does not take the model {model!r}: {told}.") from None
+            raise ConnectionLostError(f"No connection to the server {self.server}: {told or error}.") from None
 
     def number(self) -> int:
         """A number for something that is to be there."""
@@ -223,6 +228,16 @@ class Connection:
         )
         kind: Any = _KINDS.get(failed["type"], RemoteError)
         return kind(f"{failed['type']} at the server{asked}: {failed['text']}")
+
+
+def _denied(response: Any) -> str:
+    """Why a server does not let this client in, as it says; "" if it says nothing."""
+    if getattr(response, "status_code", 0) in (401, 403):
+        return "it asks for another key: api_key=..., or NNATOMY_API_KEY"
+    try:
+        return str(json.loads(response.body)["error"])[:2000]
+    except (AttributeError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _user_line() -> tuple[Any, int]:

@@ -37,6 +37,7 @@ class Server:
     Args:
         server: its address.
         api_key: if it asks for one.
+        model: which of its models; None for the one that it has.
         connection: one that is open, to be used as long as it lives.
 
     Example:
@@ -48,14 +49,16 @@ class Server:
         ```
     """
 
-    def __init__(self, server: str, api_key: str | None = None, *, connection: Connection | None = None) -> None:
+    def __init__(
+        self, server: str, api_key: str | None = None, model: str | None = None, *, connection: Connection | None = None
+    ) -> None:
         self.address = server
-        self._key, self._connected = api_key, connection
+        self._key, self._model, self._connected = api_key, model, connection
 
     def connection(self) -> Connection:
         """One that is open: the one before, or a new one."""
         if self._connected is None or self._connected.lost:
-            self._connected = Connection(self.address, self._key)
+            self._connected = Connection(self.address, self._key, self._model)
         return self._connected
 
     @property

@@ -67,10 +67,10 @@ class RemoteTransformer(StandardizedTransformer):
             )
         address = server or os.environ.get("NNATOMY_SERVER", "")
         refuse_functions_of_the_users()
-        self._connection = connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"))
+        self._connection = connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"), str(model))
         try:
             self._told: dict[str, Any] = connection.ask("hello")[0]
-            if self._told.get("name") != str(model):
+            if self._told.get("name") != str(model):  # a server of one model alone, which is not asked for one
                 raise LoadError(f"The server {address} has no model {str(model)!r}: it has {self._told.get('name')!r}.")
             check_versions(self._told, address)
             skeleton: Any = skeleton_of(self._told, connection)
@@ -82,7 +82,7 @@ class RemoteTransformer(StandardizedTransformer):
 
             skeleton.forward = update_wrapper(forward, skeleton.forward)
             super().__init__(skeleton, tokenizer_of(self._told["tokenizer"]) if tokenizer is None else tokenizer)
-            self.server = Server(address, connection.key, connection=connection)
+            self.server = Server(address, connection.key, str(model), connection=connection)
             self.whole_methods = True
             #: How texts are read at the server; nothing equals it where the tokenizer is another one.
             self._reading = reading_of(self.tokenizer) if tokenizer is None else object()
@@ -161,20 +161,8 @@ class RemoteTransformer(StandardizedTransformer):
         )
 
     def _block_is_over(self, well: bool) -> None:
-        """Bring here what the block's names hold; what has failed at the server is told now."""
-        connection = self._connection
-        if connection.lost:
-            return
-        if not well:
-            connection.command("clear")
-            return
-        held = [tensor for one in list(connection.live.values()) if (tensor := one()) is not None]
-        wanted = [one for one in held if one.here is None and _size(one) <= _AT_ONCE]
-        while wanted or connection.unanswered:
-            now: list[RemoteTensor] = []
-            while wanted and sum(map(_size, now)) + _size(wanted[-1]) <= _AT_ONCE:
-                now.append(wanted.pop())
-            fetch(connection, now, leave_out=True)
+        """Have here what the block's names hold."""
+        bring(self._connection, well)
 
     def server_status(self) -> dict[str, Any]:
         """What the server tells of itself: versions, its model with the hash of its weights and its validation, sessions."""
@@ -189,6 +177,26 @@ def _settings(model: Any) -> tuple[Any, ...]:
     """What of a model's configuration says how it runs, and can be changed here."""
     generation = getattr(model, "generation_config", None)
     return model.config._attn_implementation, None if generation is None else generation.to_dict()
+
+
+def bring(connection: Connection, well: bool) -> None:
+    """At the end of a block, have here what its names hold; what has failed at the server is told now.
+
+    Args:
+        well: whether it has ended without an exception.
+    """
+    if connection.lost:
+        return
+    if not well:
+        connection.command("clear")
+        return
+    held = [tensor for one in list(connection.live.values()) if (tensor := one()) is not None]
+    wanted = [one for one in held if one.here is None and _size(one) <= _AT_ONCE]
+    while wanted or connection.unanswered:
+        now: list[RemoteTensor] = []
+        while wanted and sum(map(_size, now)) + _size(wanted[-1]) <= _AT_ONCE:
+            now.append(wanted.pop())
+        fetch(connection, now, leave_out=True)
 
 
 def _size(tensor: RemoteTensor) -> int:

@@ -173,6 +173,8 @@ def _sent_tensor(connection: Connection, one: Tensor) -> Any:
                 f"A tensor at {one._connection.server} in what {connection.server} is to do: take x.local()."
             )
         return {"t": one.number}
+    if (weight := connection.weights.get(id(one))) is not None:
+        return {"t": weight.number}
     if one.requires_grad and torch.is_grad_enabled():
         from nnatomy.remote.gradients import twin_of
 

@@ -1,158 +1,252 @@
-"""The application: one model, one thread that computes, and a session for each client.
+"""The application: models, and a session for each client.
 
-It is an ASGI application, and knows nothing of what runs it. `run` is one way, for one process.
+It is an ASGI application, and knows nothing of what runs it: `application` makes one, which shares nothing with another. `run`
+is one way to run it, in one process.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
-from nnatomy.errors import MissingPackageError
-from nnatomy.remote.wire import FrameError, pack
-from nnatomy.serve.forward import Points
-from nnatomy.serve.hello import check_servable, hello, versions, weights_hash
-from nnatomy.serve.jobs import Jobs, Later, owner_of
-from nnatomy.serve.keys import Keys, check_address
+from nnatomy.errors import InputError, MissingPackageError
+from nnatomy.remote.wire import PROTOCOL, FrameError, pack
+from nnatomy.serve.hello import versions
+from nnatomy.serve.jobs import Later, owner_of
+from nnatomy.serve.keys import Client, Keys
 from nnatomy.serve.limits import Limits
+from nnatomy.serve.metrics import metrics
+from nnatomy.serve.page import page
 from nnatomy.serve.policy import Refused
-from nnatomy.serve.session import Session
-from nnatomy.serve.tensors import Weights
+from nnatomy.serve.served import Open, Served
 
 try:
-    import uvicorn
     from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse, Response
+    from starlette.requests import HTTPConnection, Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 except ImportError as error:
     raise MissingPackageError("A server needs starlette and uvicorn: pip install 'nnatomy[serve]'.") from error
 
 #: Why a server closes a connection: the codes of its WebSocket.
-BAD_FRAME, NO_KEY, BUSY, IDLE, USED_UP = 4400, 4401, 4429, 4408, 4403
+BAD_FRAME, ENDED, IDLE, USED_UP = 4400, 4403, 4408, 4410
+
+
+class Denied(Exception):  # noqa: N818
+    """A request that is not let in.
+
+    Args:
+        kind: what it is counted as.
+        status: of HTTP.
+    """
+
+    def __init__(self, kind: str, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.kind, self.status = kind, status
+        self.headers = {name.replace("_", "-"): one for name, one in headers.items()}
+
+    def response(self) -> Response:
+        return JSONResponse({"error": str(self)}, self.status, self.headers)
 
 
 class Server:
-    """One model for many clients.
+    """Models for many clients.
 
     Args:
-        model: a StandardizedTransformer. It is not to be used in this process otherwise.
-        name: what clients call it.
+        models: StandardizedTransformers, by the names that clients call them. They are not to be used in this process otherwise.
         keys: that a client has to have one of.
+
+    Attributes:
+        application: what is run, by an ASGI server.
+        refused: how often a client has not been let in, or been sent away, by the kind of reason.
+
+    Raises:
+        InputError: for a model that cannot be served, and for none.
     """
 
-    def __init__(self, model: Any, name: str, keys: Keys | None = None, limits: Limits | None = None) -> None:
-        check_servable(model)
+    def __init__(self, models: Mapping[str, Any], keys: Keys | None = None, limits: Limits | None = None) -> None:
+        if not models:
+            raise InputError("A server needs a model.")
         self.limits = limits or Limits()
-        self._keys = keys or Keys()
-        self._model = model
-        self._points, self._weights = Points(model), Weights(model.hf_model)
-        self._hello = hello(model, name, self._weights, weights_hash(self._weights))
-        self._compute = ThreadPoolExecutor(1, "nnatomy-serve")
-        self._sessions = 0
-        self._waiting = 0
-        self._jobs = Jobs(self.limits, self._on_compute, lambda: self._waiting > 1)
+        self.keys = keys or Keys()
+        self.models = {name: Served(name, model, self.limits) for name, model in models.items()}
+        self.refused: Counter[str] = Counter()
         self.application = Starlette(
-            routes=[Route("/v1/status", self._status), WebSocketRoute("/v1/session", self._session)],
+            routes=[
+                Route("/", self._page),
+                Route("/metrics", self._metrics),
+                Route("/v1/status", self._status),
+                Route("/v1/sessions/{number:int}", self._end_session, methods=["DELETE"]),
+                WebSocketRoute("/v1/session", self._session),
+            ],
             lifespan=self._lifespan,
+            exception_handlers={Denied: self._denied},
         )
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
-        await self._jobs.close()
-        self._compute.shutdown(cancel_futures=True)
+        for served in self.models.values():
+            await served.close()
 
-    async def _on_compute(self, function: Any, *args: Any) -> Any:
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._compute, function, *args)
-        finally:
-            self._waiting -= 1
+    # Who may come.
+
+    def _client(self, asked: HTTPConnection) -> Client:
+        client = self.keys.client(asked.headers.get("authorization"))
+        if client is None:
+            text = "a key is needed: Authorization: Bearer KEY; to the client, api_key=..., or NNATOMY_API_KEY"
+            raise Denied("key", 401, text, WWW_Authenticate='Basic realm="nnatomy"')
+        return client
+
+    def _admin(self, asked: HTTPConnection) -> Client:
+        client = self._client(asked)
+        if not client.is_admin:
+            raise Denied("role", 403, "that is for keys with the role admin")
+        if "origin" in asked.headers:
+            raise Denied("origin", 403, "a page of the web may not ask for that")
+        return client
+
+    async def _denied(self, _: Request, error: Exception) -> Response:
+        assert isinstance(error, Denied)
+        self.refused[error.kind] += 1
+        return error.response()
+
+    def _let_in(self, socket: WebSocket) -> tuple[Client, Served]:
+        """Who wants a session, and of which model. Raises Denied."""
+        # A page of the web that a browser shows here may not come: browsers say where it is from.
+        if "origin" in socket.headers:
+            raise Denied("origin", 403, "a page of the web may not have a session")
+        client, asked = self._client(socket), socket.query_params
+        if (protocol := asked.get("protocol", str(PROTOCOL))) != str(PROTOCOL):
+            text = f"this server speaks protocol {PROTOCOL}, and the client {protocol:.20}: have the same release of nnatomy"
+            raise Denied("protocol", 400, text)
+        names = ", ".join(map(repr, self.models))
+        if (name := asked.get("model")) is None:
+            if len(self.models) > 1:
+                raise Denied("model", 404, f"say which model: it has {names}")
+            name = next(iter(self.models))
+        served = self.models.get(name)
+        if served is None:
+            raise Denied("model", 404, f"it has no model {name!r:.200}: it has {names}")
+        if sum(len(one.sessions) for one in self.models.values()) >= self.limits.sessions:
+            text = f"{self.limits.sessions} sessions are open already; try again when one has ended"
+            raise Denied("sessions", 503, text, Retry_After="30")
+        if served.waiting >= self.limits.waiting:
+            seconds = served.seconds_to_wait
+            text = f"{served.waiting} frames wait already; try again in about {seconds} s"
+            raise Denied("waiting", 503, text, Retry_After=str(seconds))
+        return client, served
+
+    # What it tells.
+
+    async def _told(self, asked: Request) -> dict[str, Any]:
+        client = self._client(asked)
+        models = [one.told() for one in self.models.values()]
+        if asked.query_params.get("hash") == "now":  # whether they are still what was loaded
+            self._admin(asked)
+            for told, served in zip(models, self.models.values(), strict=True):
+                told["hash_now"] = await served.hash_now()
+        told = {
+            "versions": versions(),
+            "models": models,
+            "sessions": sum(one["sessions"] for one in models),
+            "waiting": sum(one["waiting"] for one in models),
+            "runs": dict(sum((Counter(one["runs"]) for one in models), Counter({"running": 0, "kept": 0, "bytes": 0}))),
+            "refused": dict(self._all_refused()),
+        }
+        if client.is_admin:
+            opened = [(name, one) for name, served in self.models.items() for one in served.sessions.values()]
+            told["open"] = [{"model": name, **one.told()} for name, one in opened]
+        return told
+
+    def _all_refused(self) -> Counter[str]:
+        return sum((Counter(dict(one.refused)) for one in self.models.values()), Counter(self.refused))
 
     async def _status(self, request: Request) -> Response:
-        if not self._keys.allow(request.headers.get("authorization")):
-            return JSONResponse({"error": "a key is needed: Authorization: Bearer KEY"}, 401)
-        told = self._hello
-        model = {key: told[key] for key in ("name", "class", "hash", "report")}
-        if request.query_params.get("hash") == "now":  # whether they are still what was loaded
-            model["hash_now"] = await self._on_compute(weights_hash, self._weights)
-        return JSONResponse(
-            {
-                "versions": versions(),
-                "models": [model],
-                "sessions": self._sessions,
-                "waiting": self._waiting,
-                "runs": self._jobs.told(),
-            }
-        )
+        return JSONResponse(await self._told(request))
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(page(await self._told(request)), headers={"Content-Security-Policy": _POLICY})
+
+    async def _metrics(self, request: Request) -> Response:
+        return PlainTextResponse(metrics(await self._told(request)), media_type="text/plain; version=0.0.4")
+
+    async def _end_session(self, request: Request) -> Response:
+        self._admin(request)
+        number = request.path_params["number"]
+        found = [served.sessions[number] for served in self.models.values() if number in served.sessions]
+        if not found:
+            raise Denied("session", 404, f"no session {number} is open")
+        found[0].end("an admin has closed it")
+        return JSONResponse({"closed": number})
+
+    # Sessions.
 
     async def _session(self, socket: WebSocket) -> None:
-        # A page of the web that a browser shows here may not come: browsers say where it is from.
-        if "origin" in socket.headers or not self._keys.allow(socket.headers.get("authorization")):
-            await socket.close(NO_KEY)
-            return
-        await socket.accept()
-        if self._sessions >= self.limits.sessions:
-            await socket.close(BUSY, f"{self.limits.sessions} sessions are open already")
-            return
-        self._sessions += 1
-        owner = owner_of(bool(self._keys), socket.headers.get("authorization"))
-        session = Session(self._model, self._points, self._weights, self.limits, self._hello, self._jobs, owner)
         try:
-            await self._serve(socket, session)
+            client, served = self._let_in(socket)
+        except Denied as error:
+            self.refused[error.kind] += 1
+            try:
+                await socket.send_denial_response(error.response())
+            except RuntimeError:  # what runs this has no such answers
+                await socket.close(ENDED)
+            return
+        opened = served.open(self.limits, client, owner_of(bool(self.keys), socket.headers.get("authorization")))
+        try:
+            await socket.accept()
+            with suppress(WebSocketDisconnect, RuntimeError, OSError):
+                await self._serve(socket, opened, served)
         finally:
-            self._sessions -= 1
+            del served.sessions[opened.number]
             with suppress(RuntimeError):  # the server is going down
-                await asyncio.shield(self._on_compute(session.close))
+                await asyncio.shield(served.compute(opened.session.close))
 
-    async def _serve(self, socket: WebSocket, session: Session) -> None:
-        with suppress(WebSocketDisconnect, RuntimeError):
-            while True:
-                try:
-                    message = await asyncio.wait_for(socket.receive(), self.limits.idle_seconds)
-                    if message["type"] == "websocket.disconnect":
-                        return
-                    if self._waiting >= self.limits.waiting:
-                        await socket.close(BUSY, f"{self.limits.waiting} frames wait already")
-                        return
-                    answer = await self._on_compute(session.handle, message.get("bytes"))
-                except TimeoutError:
-                    if session.pending:
-                        continue
-                    await socket.close(IDLE, f"nothing came for {self.limits.idle_seconds:g} seconds")
+    async def _send(self, socket: WebSocket, header: dict[str, Any], blobs: list[bytes]) -> None:
+        await self._send_bytes(socket, pack(header, blobs))
+
+    async def _send_bytes(self, socket: WebSocket, frame: bytes) -> None:
+        async with asyncio.timeout(self.limits.send_seconds):
+            await socket.send_bytes(frame)
+
+    async def _serve(self, socket: WebSocket, opened: Open, served: Served) -> None:
+        """Answer frames until one of the two ends it."""
+        while True:
+            try:
+                message = await opened.within(socket.receive(), self.limits)
+                if message["type"] == "websocket.disconnect":
                     return
-                except FrameError as error:
-                    await socket.close(BAD_FRAME, str(error)[:100])
-                    return
-                except Refused as error:
-                    await socket.close(USED_UP, str(error)[:100])
-                    return
+                answer = await served.compute(opened.session.handle, message.get("bytes"))
                 if isinstance(answer, Later):
-                    self._jobs.answer(answer, session, lambda header, blobs: socket.send_bytes(pack(header, blobs)))
+                    served.jobs.answer(answer, opened.session, partial(self._send, socket))
                 elif answer is not None:
-                    await socket.send_bytes(answer)
+                    await self._send_bytes(socket, answer)
+            except TimeoutError as error:
+                if opened.may_wait(self.limits):
+                    continue
+                kind, code = ("idle", IDLE) if not opened.why else ("ended", ENDED)
+                why = opened.why or str(error) or "what was sent has not been read"
+            except FrameError as error:
+                kind, code, why = "frame", BAD_FRAME, str(error)
+            except Refused as error:
+                kind, code, why = error.kind, USED_UP, str(error)
+            else:
+                continue
+            self.refused[kind] += 1
+            async with asyncio.timeout(self.limits.send_seconds):
+                await socket.close(code, why[:100])
+            return
 
 
-def run(server: Server, host: str, port: int) -> None:
-    """Serve until interrupted.
+def application(models: Mapping[str, Any], keys: Keys | None = None, limits: Limits | None = None) -> Starlette:
+    """The ASGI application of a server: see `Server`."""
+    return Server(models, keys, limits).application
 
-    Raises:
-        InputError: for an address that others can reach, where no key is asked for.
-    """
-    check_address(host, server._keys)
-    config = uvicorn.Config(
-        server.application,
-        host=host,
-        port=port,
-        log_level="warning",
-        ws="websockets-sansio",
-        ws_max_size=server.limits.frame_bytes,
-        ws_per_message_deflate=False,  # a small frame is not to become a large one
-        timeout_graceful_shutdown=2,
-    )
-    uvicorn.Server(config).run()
+
+#: What a browser may load for the page: nothing.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

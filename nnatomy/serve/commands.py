@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.remote.wire import FrameError, from_bytes, layout_of, to_bytes
 from nnatomy.serve import policy
 from nnatomy.serve.forward import Forward, Points
-from nnatomy.serve.limits import Limits, check_size
+from nnatomy.serve.graph import Graph
+from nnatomy.serve.limits import Limits, Used, check_put, check_size
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Failed, Tensors, Weights
 
@@ -26,17 +27,29 @@ ARGUMENTS = frozenset(
 )
 
 
+#: How many times larger what a module gives may be than what it is given, where a client says what it gives.
+_WIDER = 16
+
+
 class Commands:
     """What a client can have done with what it holds. No command writes to the model's parameters, or gives them gradients."""
 
     def __init__(self, model: Any, points: Points, weights: Weights, limits: Limits, hello: dict[str, Any]) -> None:
-        self._points, self._limits, self._hello = points, limits, hello
+        self._points, self._weights, self._limits, self._hello = points, weights, limits, hello
         new_cache = partial(DynamicCache, config=model.config.get_text_config(decoder=True))
         self._tensors = Tensors(weights, limits, model.device, new_cache)
+        self.used = Used(limits)
+        self._graph = Graph(weights, limits.graph_bytes)
+        self._parameters = sum(one.numel() for one in weights.numbered)
         self._forwards: dict[int, Forward] = {}
         self._blobs: list[Any] = []
         self._grad = True
         self._failed: Failed | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all tensors that the session has, and of what is kept for their gradients."""
+        return self._tensors.bytes + self._graph.bytes
 
     # Tensors.
 
@@ -80,7 +93,7 @@ class Commands:
             self._limits.frame_bytes - (1 << 20),
         )
         if size > most:
-            raise Refused(f"{size:,} bytes at once; {most:,} are allowed: ask for less")
+            raise Refused(f"{size:,} bytes at once; {most:,} are allowed: ask for less", "frame_bytes")
         return [None if one is None else layout_of(one) for one in found], [to_bytes(one) for one in tensors]
 
     def _ask_item(self, number: Any) -> tuple[Any, list[bytes]]:
@@ -108,7 +121,7 @@ class Commands:
         policy.check(op, args, kwargs)
         for target in policy.written(op, args, kwargs):
             self._tensors.check_own(target)
-        check_size(op, args, kwargs, self._limits, self._tensors.bytes)
+        self.used.add(0, check_size(op, args, kwargs, self._limits, self._tensors.bytes))
         return op(*args, **kwargs)
 
     # Gradients.
@@ -165,21 +178,27 @@ class Commands:
         """
         if type(number) is not int or number in self._forwards or len(self._forwards) >= self._limits.forwards:
             raise Refused(
-                f"a session has {self._limits.forwards} forward passes open at most, each of a number of its own"
+                f"a session has {self._limits.forwards} forward passes open at most, each of a number of its own",
+                "forwards",
             )
         if not isinstance(kwargs, dict) or not kwargs.keys() <= ARGUMENTS:
             raise Refused(f"the arguments of a forward pass are {', '.join(sorted(ARGUMENTS))}")
         arguments = {key: self._tensors.read(one, own=True) for key, one in kwargs.items()}
         self._check_tokens(arguments)
         with FrozenNorms() if frozen_norms is True else nullcontext():
-            self._forwards[number] = Forward(self._points, partial(self._points.root, **arguments))
+            call = partial(self._points.root, **arguments)
+            self._forwards[number] = Forward(self._points, call, self._limits.held_bytes)
 
     def _check_tokens(self, arguments: dict[str, Any]) -> None:
         embeds = arguments.get("inputs_embeds")
-        tokens = [embeds.shape[:-1].numel()] if isinstance(embeds, Tensor) and embeds.ndim > 1 else []
-        tokens += [one.numel() for key, one in arguments.items() if isinstance(one, Tensor) and key != "inputs_embeds"]
-        if max(tokens, default=0) > self._limits.tokens:
-            raise Refused(f"{max(tokens):,} tokens in a forward pass; {self._limits.tokens:,} are allowed")
+        new = [embeds.shape[:-1].numel()] if isinstance(embeds, Tensor) and embeds.ndim > 1 else []
+        new += [one.numel() for key, one in arguments.items() if isinstance(one, Tensor) and key != "inputs_embeds"]
+        tokens = max(new, default=0)
+        past = max((_positions(one) for one in arguments.values() if isinstance(one, Cache)), default=0)
+        if tokens + past > self._limits.tokens:
+            raise Refused(f"{tokens + past:,} tokens in a forward pass; {self._limits.tokens:,} are allowed", "tokens")
+        self._tensors.check_room()
+        self.used.add(tokens, tokens * self._parameters)
 
     def _forward(self, number: Any) -> Forward:
         if type(number) is not int or number not in self._forwards:
@@ -189,7 +208,10 @@ class Commands:
     def _ask_go(self, number: Any, watched: Any, passing: Any = ()) -> tuple[Any, list[bytes]]:
         """Let a forward pass go on to the first of the points that are watched, or to its end."""
         forward, tell = self._forward(number), self._tensors.tell
-        slot = forward.go(watched, list(passing))
+        try:
+            slot = forward.go(watched, list(passing))
+        finally:
+            self._weights.put_back()
         passed = [{**told, "value": tell(value)} for told, value in forward.passed]
         forward.passed = []
         if slot is not None:
@@ -205,15 +227,26 @@ class Commands:
 
     def _do_assign(self, number: Any, value: Any) -> None:
         """Put another value where a forward pass stands."""
-        self._forward(number).slot.value = self._tensors.read(value, own=True)
+        slot = self._forward(number).slot
+        new = self._tensors.read(value, own=True)
+        check_put(new, slot.value, self._limits)
+        slot.value = new
 
     def _do_skip(self, number: Any, value: Any) -> None:
         """Do not run the module at whose input a forward pass stands: this is its output."""
         slot = self._forward(number).slot
         if slot.kind != "input":
             raise Refused("a module is skipped at its input")
-        slot.skip(self._tensors.read(value, own=True))
+        new = self._tensors.read(value, own=True)
+        check_put(new, slot.value, self._limits, _WIDER)
+        slot.skip(new)
 
     def _do_end(self, number: Any) -> None:
         if (forward := self._forwards.pop(number, None)) is not None:
             forward.end()
+
+
+def _positions(cache: Cache) -> int:
+    """Of how many positions keys are in a cache, of all rows."""
+    keys = [one for layer in cache.layers if isinstance(one := getattr(layer, "keys", None), Tensor)]
+    return max((one.shape[0] * one.shape[-2] for one in keys if one.ndim > 2), default=0)

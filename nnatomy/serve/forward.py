@@ -47,6 +47,8 @@ class Points:
         if kind in ("input", "output"):
             return None
         if isinstance(kind, str) and kind.startswith(_SOURCE) and len(kind) < 200:
+            if "empty" in kind:
+                raise Refused("what `empty` gives is memory that somebody else has written")
             return SourceMode
         if not isinstance(kind, str) or (module, kind) not in self._taps:
             raise Refused(f"the module has no point {kind!r:.60}")
@@ -89,12 +91,14 @@ class Forward:
 
     Args:
         call: what to run.
+        most: how many bytes of what it passes by are copied until it stops.
 
     Attributes:
         passed: what is told of the points that it has passed by since it was last let go.
     """
 
-    def __init__(self, points: Points, call: Callable[[], Any]) -> None:
+    def __init__(self, points: Points, call: Callable[[], Any], most: int) -> None:
+        self._most, self._copied = most, 0
         self.passed: list[tuple[dict[str, Any], Any]] = []
         self._points = points
         self._calls: dict[Module, int] = {}
@@ -111,7 +115,7 @@ class Forward:
         Raises:
             Exception: what the model has raised.
         """
-        run, self.passed = self._run, []
+        run, self.passed, self._copied = self._run, [], 0
         run.replacements = [
             *(_Stops(run, kind, tap, modules) for kind, tap, modules in self._grouped(watched)),
             *(_Takes(kind, tap, modules, self._pass_by) for kind, tap, modules in self._grouped(passing)),
@@ -134,6 +138,11 @@ class Forward:
         return [(kind, tap, modules) for (kind, tap), modules in found.items()]
 
     def _pass_by(self, slot: Slot) -> None:
+        self._copied += sum(
+            x.numel() * x.element_size() for x in pytree.tree_leaves(slot.value) if isinstance(x, Tensor)
+        )
+        if self._copied > self._most:
+            raise Refused(f"more than {self._most:,} bytes at once: ask for less", "held_bytes")
         self.passed.append((self.told(slot), pytree.tree_map_only(Tensor, Tensor.clone, slot.value)))
 
     def _note_calls(self, _: Slot) -> None:

@@ -71,6 +71,7 @@ def hello(model: Any, name: str, weights: Weights, digest: str) -> dict[str, Any
         "name": name,
         "versions": versions(),
         "class": type(hf_model).__name__,
+        "revision": getattr(hf_model.config, "_commit_hash", None),  # of the hub; a folder has none
         "config": json.dumps({**hf_model.config.to_dict(), "_name_or_path": name}, default=str),
         "attention": hf_model.config._attn_implementation,
         "generation": None if generation is None else json.dumps(generation.to_dict(), default=str),

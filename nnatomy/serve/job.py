@@ -18,7 +18,7 @@ from nnatomy.remote.catalog import GENERATION, NOT_WHOLE, PROMPT_KEYS, WHOLE, me
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack
 from nnatomy.serve.heard import Heard, heard, listening
-from nnatomy.serve.limits import Limits
+from nnatomy.serve.limits import Limits, Used
 from nnatomy.serve.meter import Meter, NotWholeError, Stopped
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Weights
@@ -37,6 +37,7 @@ class Job:
         given: its arguments, as a header has them.
         grad: whether the client records gradients.
         seconds: how long it may compute.
+        used: what its session has used so far.
 
     Attributes:
         progress: what it does, how many are done, and of how many.
@@ -54,6 +55,7 @@ class Job:
         blobs: list[Any],
         grad: bool,
         seconds: float,
+        used: Used | None = None,
     ) -> None:
         self.name = check_name(name)
         self.progress: tuple[str, int, int] | None = None
@@ -64,6 +66,7 @@ class Job:
         self.frame = b""
         self._model, self._weights, self._limits = model, weights, limits
         self._given, self._blobs, self._grad, self._allowed = given, blobs, grad, seconds
+        self._used = used
         self._go, self._stands = Semaphore(0), Semaphore(0)
         self._thread: Thread | None = None
         self._cancelled = ""
@@ -110,7 +113,7 @@ class Job:
         told.set(self._tell)
         heard.set(self._heard)
         try:
-            with torch.set_grad_enabled(self._grad), Meter(self._limits, self._weights, self._check):
+            with torch.set_grad_enabled(self._grad), self._meter():
                 value, metrics = self._value()
             sender = Sender()
             try:
@@ -124,9 +127,14 @@ class Job:
             self._found = {"error": _told(stopped.error)}, []
         except BaseException as error:  # noqa: BLE001 - told to the client
             self._found = {"error": _told(error)}, []
+        self._weights.put_back()
         self._done = True
         release_helpers()
         self._stands.release()
+
+    def _meter(self) -> Meter:
+        table = self._model.hf_model.get_input_embeddings()
+        return Meter(self._limits, self._weights, self._check, self._used, getattr(table, "weight", None))
 
     def _value(self) -> tuple[Any, list[Any]]:
         receiver = Receiver(self._blobs, self._model, self._model.device)

@@ -12,7 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 from nnatomy.serve.job import Job
-from nnatomy.serve.limits import Limits
+from nnatomy.serve.limits import Limits, Used
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Weights
 
@@ -209,6 +209,7 @@ class Runs:
     _limits: Limits
     _grad: bool
     seconds: float
+    used: Used
 
     def _has_runs(self, model: Any, weights: Weights, jobs: Jobs | None, owner: str) -> None:
         self._model, self._weights, self._all_jobs, self.owner = model, weights, jobs, owner
@@ -225,7 +226,7 @@ class Runs:
         self._check_bytes(0, most)
         blobs, self._blobs = [bytes(one) for one in reversed(self._blobs)], []
         left = self._limits.compute_seconds - self.seconds
-        make = partial(Job, self._model, self._weights, self._limits, name, given, blobs, self._grad, left)
+        make = partial(Job, self._model, self._weights, self._limits, name, given, blobs, self._grad, left, self.used)
         return Later(self._jobs.add(self.owner, key, make), 0, most)
 
     def _ask_begin(self, key: Any, name: Any, given: Any) -> Later:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nnatomy.remote.shapes import on_meta
-from nnatomy.serve.limits import Limits, operations
+from nnatomy.serve.limits import Limits, Used, operations
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Weights
 
@@ -62,16 +62,22 @@ class Meter(TorchFunctionMode):
 
     Args:
         weights: are not counted.
+        used: what the session has used so far.
+        table: the weights of the model's token embeddings, by which passes are known.
         check: called before each function.
 
     Attributes:
         bytes: of all tensors that are alive.
     """
 
-    def __init__(self, limits: Limits, weights: Weights, check: Callable[[], None]) -> None:
+    def __init__(
+        self, limits: Limits, weights: Weights, check: Callable[[], None], used: Used | None = None, table: Any = None
+    ) -> None:
         super().__init__()
         self.bytes = 0
         self._limits, self._weights, self._check = limits, weights, check
+        self._used, self._table = used or Used(limits), table
+        self._parameters = sum(one.numel() for one in weights.numbered)
         self._main = get_ident()
         self._live: dict[int, Any] = {}
 
@@ -87,6 +93,8 @@ class Meter(TorchFunctionMode):
             raise Stopped(NotWholeError(f"{name} draws random numbers: they are drawn by its client's generator"))
         if func is F.embedding and (count := args[0].numel()) > self._limits.tokens:
             raise Stopped(Refused(f"{count:,} tokens in a forward pass; {self._limits.tokens:,} are allowed"))
+        if func is F.embedding and args[1] is self._table:
+            self._use(count, count * self._parameters)
         read = _tensors(args)
         if kwargs:
             read += _tensors(kwargs.values())
@@ -112,6 +120,13 @@ class Meter(TorchFunctionMode):
         count = _einsum(args) if name == "einsum" else operations(_PRODUCTS.get(name, name), read)
         if count > limits.operations:
             raise Stopped(Refused(f"{name}: {count:,} operations; {limits.operations:,} are allowed"))
+        self._use(0, count)
+
+    def _use(self, tokens: int, operations: int) -> None:
+        try:
+            self._used.add(tokens, operations)
+        except Refused as error:
+            raise Stopped(error) from None
 
     def _check_held(self, more: int) -> None:
         if self.bytes + more > self._limits.held_bytes:

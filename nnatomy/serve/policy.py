@@ -55,6 +55,13 @@ _TEXTS = frozenset(
     none tanh floor trunc sum mean prod amax amin linear lower higher nearest midpoint reduced complete left right L U max min
     """.split()
 )
+#: What arguments of these types are. (PyTorch takes any number for one, and looks it up in a table without a check.)
+_ENUMERATED: dict[str, type] = {
+    "ScalarType": torch.dtype,
+    "MemoryFormat": torch.memory_format,
+    "Layout": torch.layout,
+    "Device": torch.device,
+}
 _AGAINST = (torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view, torch.Tag.out)
 #: Functions whose result is a Python value; and those whose result's size stands in the values of a tensor, within a bound.
 GIVE_VALUES = frozenset({"_local_scalar_dense", "equal", "allclose", "is_nonzero"})
@@ -62,7 +69,15 @@ SIZED_BY_VALUES = frozenset({"nonzero", "masked_select", "index"})
 
 
 class Refused(Exception):  # noqa: N818
-    """A command that the server does not run; the text says why."""
+    """A command that the server does not run; the text says why.
+
+    Args:
+        kind: what it is counted as: a limit, by its name, or "command".
+    """
+
+    def __init__(self, text: str, kind: str = "command") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 def overload(name: Any) -> OpOverload:
@@ -110,6 +125,9 @@ def _why_not(op: OpOverload) -> str:
     sure = "attention" in base  # these draw for dropout alone, which `check` refuses
     if any(tag in tags for tag in _AGAINST) and not sure:
         return "it draws random numbers, writes into `out`, or changes the shape of its argument"
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    if "Tensor" not in " ".join(kinds) or any("List[t]" in kind or "Dict" in kind for kind in kinds):
+        return "it is one of numbers, texts or lists"  # [0] * 2**40
     for argument in op._schema.arguments:
         if argument.is_out or any(word in str(argument.type) for word in ("Storage", "Stream", "Generator")):
             return f"it takes {argument.name}"
@@ -133,9 +151,30 @@ def check(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, str) and leaf not in _TEXTS:
             raise Refused(f"{op}: the text {leaf!r:.40}")
+    if kwargs.get("rounding_mode") == "trunc" and _overflows(*args[:2]):
+        raise Refused(f"{op}: the smallest integer, divided by -1")  # ends the process
     for i, argument in enumerate(op._schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name)
         if argument.name in ("dropout_p", "pin_memory", "generator") and given:
             raise Refused(f"{op}: {argument.name}")
         if argument.name == "layout" and given not in (None, torch.strided):
             raise Refused(f"{op}: a layout")
+        kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
+        if given is not None and not isinstance(given, _ENUMERATED.get(kind, object)):
+            raise Refused(f"{op}: {argument.name} is a {kind}")
+
+
+def _overflows(number: Any, by: Any) -> bool:
+    """Whether a division of integers may be of the smallest one by -1, for which processors have no result."""
+    if (
+        not isinstance(number, Tensor)
+        or number.is_floating_point()
+        or number.is_complex()
+        or number.dtype == torch.bool
+    ):
+        return False
+    if isinstance(by, Tensor):
+        by_minus_one = not (by.is_floating_point() or by.is_complex()) and bool((by == -1).any())
+    else:
+        by_minus_one = type(by) is int and by == -1
+    return by_minus_one and bool((number == torch.iinfo(number.dtype).min).any())

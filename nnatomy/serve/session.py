@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,10 @@ class Session(Commands, Runs):
         hello: what a client is told of the model.
         jobs: the methods that run whole; None if none do.
         owner: whose results are this client's: see `owner_of`.
+        refused: where commands that are refused are counted, by kind.
 
     Attributes:
-        seconds: what it has used, of computing.
+        seconds: of computing, that it has used.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Session(Commands, Runs):
         weights: Weights,
         limits: Limits,
         hello: dict[str, Any],
+        refused: Counter[str] | None = None,
         jobs: Jobs | None = None,
         owner: str = "",
     ) -> None:
         super().__init__(model, points, weights, limits, hello)
         self._has_runs(model, weights, jobs, owner)
+        self._refused = Counter[str]() if refused is None else refused
         self._command = 0
         self._failed: Failed | None = None
         self.seconds = 0.0
@@ -81,7 +85,9 @@ class Session(Commands, Runs):
             self._blobs = []
             self.seconds += time.monotonic() - began
             if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
-                raise Refused(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds")
+                raise Refused(
+                    f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds"
+                )
 
     def close(self) -> None:
         """Drop everything but the runs, which go on."""
@@ -101,12 +107,19 @@ class Session(Commands, Runs):
             method = getattr(self, f"_do_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no command {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 method(*given)
         except Exception as error:  # noqa: BLE001 - told to the client
-            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
+            failed = self._note(error)
             self._failed = self._failed or failed
             self._leave_failed(name, given, failed)
+
+    def _note(self, error: Exception) -> Failed:
+        if isinstance(error, FailedBefore):
+            return error.failed
+        if isinstance(error, Refused):
+            self._refused[error.kind] += 1
+        return Failed(error, self._command)
 
     def _leave_failed(self, name: str, given: list[Any], failed: Failed) -> None:
         gives = _GIVES.get(name)
@@ -128,7 +141,7 @@ class Session(Commands, Runs):
             method = getattr(self, f"_ask_{name}", None) if name.isalpha() else None
             if method is None:
                 raise Refused(f"there is no question {name!r:.40}")
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._graph.kept():
                 found = method(*given)
             if isinstance(found, Later):
                 found.serial = serial
@@ -136,10 +149,6 @@ class Session(Commands, Runs):
             answer, blobs = found
             return pack({"n": serial, "ok": answer}, blobs)
         except Exception as error:  # noqa: BLE001 - told to the client
-            failed = error.failed if isinstance(error, FailedBefore) else Failed(error, self._command)
-            told = {
-                "type": type(failed.error).__name__,
-                "text": str(failed.error)[:4000],
-                "command": failed.command,
-            }
+            failed = self._note(error)
+            told = {"type": failed.type, "text": failed.text, "command": failed.command}
             return pack({"n": serial, "error": told})

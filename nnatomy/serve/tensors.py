@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
@@ -19,17 +19,17 @@ from nnatomy.serve.policy import Refused
 
 
 class Failed:
-    """What stands in the place of a tensor whose command has failed."""
+    """What stands in the place of a tensor whose command has failed: what is told of that, and nothing that the error holds."""
 
     def __init__(self, error: Exception, command: int) -> None:
-        self.error, self.command = error, command
+        self.type, self.text, self.command = type(error).__name__, str(error)[:4000], command
 
 
 class FailedBefore(Exception):  # noqa: N818
     """A command that needs a tensor whose own command has failed."""
 
     def __init__(self, failed: Failed) -> None:
-        super().__init__(str(failed.error))
+        super().__init__(failed.text)
         self.failed = failed
 
 
@@ -46,12 +46,46 @@ class Weights:
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         self.numbered = list(self.named.values())
-        held = [one for module in model.modules() for one in vars(module).values() if isinstance(one, Tensor)]
+        held = [one for module in model.modules() for one in _inside(vars(module))]
         self._memory = {one.untyped_storage().data_ptr() for one in (*self.numbered, *held)}
+        #: What forward passes may have changed on modules that have tensors besides parameters: tables that grow with the
+        #: longest prompt, and how far they go.
+        self._state = [
+            (module, dict(module._buffers), {key: one for key, one in vars(module).items() if _is_plain(one)})
+            for module in model.modules()
+            if module._buffers or any(isinstance(one, Tensor) for one in vars(module).values())
+        ]
+
+    def put_back(self) -> None:
+        """What a forward pass has changed on the modules is as it was: else one client's prompts would show in another's values."""
+        for module, buffers, plain in self._state:
+            if any(module._buffers.get(name) is not one for name, one in buffers.items()):
+                module._buffers.update(buffers)
+            for name, one in plain.items():
+                if vars(module).get(name) is not one:
+                    vars(module)[name] = one
 
     def share(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of them, or lies in the memory of one."""
         return tensor.untyped_storage().data_ptr() in self._memory
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float, str, Tensor))
+
+
+def _inside(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors in what a module has among its attributes, other modules aside."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values() if depth else ():
+            yield from _inside(one, depth - 1)
+    elif isinstance(value, (list, tuple, set)):
+        for one in value if depth else ():
+            yield from _inside(one, depth - 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, (Module, type)) and depth:
+        yield from _inside(vars(value), depth - 1)
 
 
 class Tensors:
@@ -115,7 +149,7 @@ class Tensors:
     def _keep(self, number: int, value: Any) -> None:
         self.drop(number)
         if len(self._held) >= self._limits.tensors:
-            raise Refused(f"a session holds {self._limits.tensors:,} tensors at most: drop some")
+            raise Refused(f"a session holds {self._limits.tensors:,} tensors at most: drop some", "tensors")
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             users = self._memory.setdefault(storage._cdata, [0, storage.nbytes()])
@@ -124,8 +158,20 @@ class Tensors:
             users[0] += 1
             if self.bytes > self._limits.held_bytes:
                 self._let_go(value)
-                raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes")
+                raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes", "held_bytes")
         self._held[number] = value
+
+    def check_room(self) -> None:
+        """Raise Refused if KV caches have grown, since they were told of last, beyond what the session may hold."""
+        caches = [one for one in self._held.values() if isinstance(one, Cache)]
+        tensors = {id(one): one for cache in caches for layer in cache.layers for one in _inside(vars(layer))}
+        size = sum(
+            one.numel() * one.element_size()
+            for one in tensors.values()
+            if one.untyped_storage()._cdata not in self._memory
+        )
+        if self.bytes + size > self._limits.held_bytes:
+            raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes", "held_bytes")
 
     def drop(self, number: Any) -> None:
         """Forget what has that number."""
@@ -155,9 +201,18 @@ class Tensors:
                 what it holds.
         """
 
+        copied = 0
+
+        def copy(tensor: Tensor) -> Tensor:
+            nonlocal copied
+            copied += tensor.numel() * tensor.element_size()
+            if copied > self._limits.result_bytes:
+                raise Refused(f"copies of more than {self._limits.result_bytes:,} bytes", "result_bytes")
+            return tensor.clone()
+
         def other(kind: str, of: Any) -> Any:
             if kind == "t":
-                return self.tensor(of).clone() if own else self.tensor(of)
+                return copy(self.tensor(of)) if own else self.tensor(of)
             if kind == "object":
                 found = self.get(of)
                 if isinstance(found, Tensor):

@@ -35,6 +35,14 @@ class Parts(Traceable):
     _refused: dict[str, str]
     #: What the names were found on; None while they are being found.
     _facts: Facts | None
+    #: What it was loaded by; None for a model that was given loaded.
+    _name: str | None = None
+    #: The address and the API key of the server that `trace(..., remote=True)` sends a trace to; by default those of the
+    #: environment, NNATOMY_SERVER and NNATOMY_API_KEY.
+    server: str | None = None
+    api_key: str | None = None
+    #: The connection to it, once there is one: see `nnatomy.remote.sending`.
+    _sender: Any = None
 
     @property
     def hf_model(self) -> Any:

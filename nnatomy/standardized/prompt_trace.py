@@ -180,15 +180,24 @@ class PromptTrace(Trace):
     Args:
         given: what is known of the prompts before.
         generated: in a generation, the names of the arguments that the user has given to it.
+        sender: what has a server run the model's forward passes, if one does: see `nnatomy.remote.sending`.
 
     Attributes:
         names: these, with those of blocks of `invoke`.
     """
 
     def __init__(
-        self, root: Parts, call: Any, *, given: Given, generated: set[str] | None = None, **options: Any
+        self,
+        root: Parts,
+        call: Any,
+        *,
+        given: Given,
+        generated: set[str] | None = None,
+        sender: Any = None,
+        **options: Any,
     ) -> None:
         super().__init__(root, call, **options)
+        self._sender = sender
         self.names = set[str]() if generated is None else generated
         self._given = given
         self._keywords = root._keywords
@@ -219,6 +228,8 @@ class PromptTrace(Trace):
         recorded = Recorded(run, self._root)
         recorded.look(dict.fromkeys(self.names, True))  # an encoder comes before the first step
         run.collect(RootInputs(run, self._given, needed, recorded.look, self._opened))
+        if self._sender is not None:
+            run.collect(self._sender.passes(run))
         return self
 
     def _exit(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -228,7 +239,7 @@ class PromptTrace(Trace):
             well = error is None
         finally:
             assert isinstance(root, Parts)
-            root._block_is_over(well)
+            (root if self._sender is None else self._sender)._block_is_over(well)
 
     def _block_of(self, run: Run) -> Schedule:
         return _PromptSchedule(run, self._root._blocks, self._joining)

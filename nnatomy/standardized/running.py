@@ -72,7 +72,7 @@ class Running(Parts):
 
     @_at_the_users_line
     def trace(  # type: ignore[override]
-        self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any
+        self, prompts: Any = None, *, early_stop: bool = True, remote: bool | str = False, **kwargs: Any
     ) -> Trace:
         """Trace one forward pass: `with model.trace(prompts) as tracer: ...`.
 
@@ -86,6 +86,8 @@ class Running(Parts):
             early_stop: cancel the forward pass when the block ends. (Not where a cache of yours is among the arguments: that is
                 left as a whole pass leaves it, or, where the pass fails or is stopped, as it was.) With PEFT's
                 `adapter_names`, give False: it takes back what they put on the model only if the call returns.
+            remote: have the forward pass run by the server that `model.server` (or NNATOMY_SERVER) says, which has to have the same
+                weights; a text is the model's name there.
             **kwargs: `padding_side="right"` pads a batch on the right (so does `model.tokenizer.padding_side`, if it is changed
                 after loading); `prepend_bos` says whether a text begins with the tokenizer's token for that, which it
                 puts as it likes by default (`to_tokens`); `continue_final_message` and `add_generation_prompt` are the chat
@@ -96,12 +98,15 @@ class Running(Parts):
         Raises:
             InputError: if there is nothing to run, the prompts cannot be run on this model, or it makes no use of an argument.
             ModelChangedError: if the model is no longer what its names were found on: see `refresh`.
+            ConnectionLostError, NotRemoteError: with `remote`, if there is no server, or it has another model.
         """
         self._check_used(prompts, kwargs)
-        return self._trace(self._forward, prompts, early_stop, kwargs)
+        return self._trace(self._forward, prompts, early_stop, kwargs, remote=remote)
 
     @_at_the_users_line
-    def generate(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> Trace:
+    def generate(
+        self, prompts: Any = None, *, early_stop: bool = True, remote: bool | str = False, **kwargs: Any
+    ) -> Trace:
         """Trace a generation: `with model.generate(prompts, max_new_tokens=5) as tracer: ...`.
 
         In `for step in tracer.iter[:]:` names mean that step's forward pass. With the KV cache, step 0
@@ -109,7 +114,7 @@ class Running(Parts):
         `generate` returns; `model.generate(...).run()` generates with no block, and `generate_text` gives text.
 
         Args:
-            prompts, early_stop: as in `trace`.
+            prompts, early_stop, remote: as in `trace`.
             **kwargs: as in `trace`, and those of the model's `generate`.
 
         Raises:
@@ -132,7 +137,7 @@ class Running(Parts):
                 inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
             return self._shards.in_order(partial(self.hf_model.generate, **self._prompts.taken(inputs)))
 
-        return self._trace(call, prompts, early_stop, kwargs, given)
+        return self._trace(call, prompts, early_stop, kwargs, given, remote)
 
     @_at_the_users_line
     def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:
@@ -176,9 +181,11 @@ class Running(Parts):
         early_stop: bool,
         kwargs: dict[str, Any],
         generated: set[str] | None = None,
+        remote: bool | str = False,
     ) -> PromptTrace:
         """A trace of `call(inputs)()`; `generated`: the names of what is given to `generate`, if that is what is called."""
         given = GivenPrompts()
+        sender = self._sent(remote) if remote is not False else None
 
         def known(inputs: dict[str, Any]) -> Callable[[], Any]:
             given.mask, given.untold = inputs.get("attention_mask"), untold(inputs)
@@ -186,7 +193,7 @@ class Running(Parts):
             return undone_unless_it_returns(call(inputs), inputs)
 
         early_stop = early_stop and self._shards.can_be_left
-        open_trace = partial(PromptTrace, self, given=given, generated=generated)
+        open_trace = partial(PromptTrace, self, given=given, generated=generated, sender=sender)
         if prompts is not None or self._prompts.read(kwargs):
             inputs = self.prepare(prompts, **kwargs)
             return open_trace(known(inputs), early_stop=early_stop and not states_in(inputs))
@@ -204,6 +211,12 @@ class Running(Parts):
         )
         early_stop = early_stop and not states_in(kwargs)
         return open_trace(lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
+
+    def _sent(self, name: bool | str) -> Any:
+        """What has a server run the model's forward passes. (It needs packages of its own.)"""
+        from nnatomy.remote.sending import sender_of
+
+        return sender_of(self, name if isinstance(name, str) else None)
 
     def _refuse_right_padding(self, mask: Any) -> None:
         """An encoder's prompts may be padded on the right."""

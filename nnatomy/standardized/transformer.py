@@ -185,6 +185,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
                 "before: compiled = torch.compile(model) may be used beside StandardizedTransformer(model)."
             )
         super().__init__(hf_model)
+        self._name = None if isinstance(model, Module) else str(model)
         self.tokenizer = tokenizer
         self._options = no_tokenizer, arch_config, validate, allow_failures
         self._read()

@@ -90,11 +90,12 @@ IN_PIECES = """
 import sys, torch
 from transformers import BertConfig, BertLMHeadModel
 from nnatomy import StandardizedTransformer
-from nnatomy.serve.app import Server, run
+from nnatomy.serve.app import Server
+from nnatomy.serve.run import run
 torch.manual_seed(0)
 sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, vocab_size=60)
 model = StandardizedTransformer(BertLMHeadModel(BertConfig(is_decoder=True, **sizes)).eval())
-server = Server(model, "bert")
+server = Server({"bert": model})
 for layer in model.hf_model.bert.encoder.layer:
     layer.chunk_size_feed_forward = 4
 run(server, "127.0.0.1", int(sys.argv[1]))

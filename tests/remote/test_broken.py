@@ -88,7 +88,7 @@ def test_no_server() -> None:
 
 
 def test_another_model_and_arguments_of_loading(server: Process) -> None:
-    with pytest.raises(LoadError, match="has no model 'demo:gpt2': it has 'demo:llama'"):
+    with pytest.raises(LoadError, match="demo:gpt2': it has no model 'demo:gpt2': it has 'demo:llama'"):
         StandardizedTransformer("demo:gpt2", server=server.address)
     with pytest.raises(InputError, match="loaded and checked by its server"):
         StandardizedTransformer("demo:llama", server=server.address, dtype="float16")

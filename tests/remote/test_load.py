@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from remote_blocks import leaves
-from remote_server import Process, served
+from remote_blocks import BLOCKS, leaves
+from remote_clients import check_clients
+from remote_server import Process, many_sessions, served
+from serve_client import Raw
 
 from nnatomy import StandardizedTransformer
-from nnatomy.remote.wire import pack
-
-CLIENTS = 12
 
 
 @pytest.fixture(scope="module")
@@ -25,60 +23,26 @@ def server() -> Iterator[Process]:
         yield process
 
 
-def block(model: Any, which: int) -> list[torch.Tensor]:
-    prompt = f"The capital of {('France', 'Japan', 'Italy')[which % 3]} is"
-    with torch.no_grad(), model.trace(prompt):
-        hidden = model.layers_output[which % model.num_layers]
-        hidden[:, -1] *= 1 + which
-        logits = model.logits
-    return [*leaves(hidden), *leaves(logits)]
-
-
 def test_clients_at_once(server: Process) -> None:
-    local = StandardizedTransformer("demo:gpt2")
-    wanted = [block(local, which) for which in range(CLIENTS)]
-    found: dict[int, list[torch.Tensor]] = {}
-
-    def client(which: int) -> None:
-        model: Any = StandardizedTransformer("demo:gpt2", server=server.address)
-        for _ in range(2):
-            found[which] = block(model, which)
-        model.close()
-
-    threads = [threading.Thread(target=client, args=(which,)) for which in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert sorted(found) == list(range(CLIENTS))
-    for which, values in found.items():
-        assert all(map(torch.equal, values, wanted[which]))
+    check_clients(server, 18)  # `make load` has 50
 
 
 def test_memory_is_flat_after_many_sessions(server: Process) -> None:
-    from serve_client import Raw
+    many_sessions(server, 30)
+    before = server.resident
+    many_sessions(server, 120)
+    assert server.resident - before < 20_000  # kB; what the sessions have held was a megabyte each
 
-    def resident() -> int:
-        status = Path(f"/proc/{server._process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0])
 
-    def sessions(count: int) -> None:
-        for _ in range(count):
-            with Raw(server.address) as one:
-                one.put(60, torch.tensor([[1, 2, 3, 4]]))
-                one.put(62, torch.zeros(1 << 18))
-                told = one.raw(
-                    pack(
-                        {
-                            "n": 1,
-                            "c": [["open", 8, {"input_ids": {"t": 60}}]],
-                            "q": ["go", 8, [[5, "output"]]],
-                        }
-                    )
-                )
-                assert "ok" in told
-
-    sessions(30)
-    before = resident()
-    sessions(120)
-    assert resident() - before < 20_000  # kB; what the sessions have held was a megabyte each
+def test_parked_sessions_do_not_hold_up_others(server: Process) -> None:
+    """Twenty stand in the middle of a pass; another's is run."""
+    with ExitStack() as stack:
+        for _ in range(20):
+            parked = stack.enter_context(Raw(server.address))
+            parked.put(60, torch.tensor([[1, 2, 3, 4]]))
+            assert "at" in parked.ask(["go", 8, [[4, "output"]]], [["open", 8, {"input_ids": {"t": 60}}]])["ok"]
+        model: Any = StandardizedTransformer("demo:gpt2", server=server.address)
+        wanted = BLOCKS["reads"](StandardizedTransformer("demo:gpt2"))
+        for key, one in BLOCKS["reads"](model).items():
+            assert torch.equal(leaves(one)[0], leaves(wanted[key])[0])
+        model.close()

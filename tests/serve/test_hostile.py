@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
@@ -12,6 +15,8 @@ import pytest
 import torch
 from remote_server import Process, served
 from serve_client import Raw
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
 
 from nnatomy.remote.wire import pack
 
@@ -169,6 +174,200 @@ COMMANDS: dict[str, tuple[list[Any], Any]] = {
     "a fetch of nothing": ([], ["fetch", 7]),
     "a view of another size": ([op("view.default", [t(2), [5, 5]])], SYNC),
     "another dtype by view": ([op("view.dtype", [t(2), {"dtype": "no_dtype"}])], SYNC),
+    "a number for a dtype": ([op("_to_copy.default", [t(2)], dtype=-(2**63))], SYNC),
+    "a small number for a dtype": ([op("sum.default", [t(2)], dtype=99)], SYNC),
+    "a number for a memory format": ([op("clone.default", [t(2)], memory_format=9)], SYNC),
+    "a number for a layout": ([op("full_like.default", [t(2), 1], layout=77)], SYNC),
+    "a number for a device": ([op("full_like.default", [t(2), 1], device=3)], SYNC),
+    "a dtype for a device": ([op("full_like.default", [t(2), 1], device={"dtype": "int8"})], SYNC),
+    "a list repeated": ([op("mul.left_t", [[0], 1 << 40], [])], SYNC),
+    "a list repeated, the other way": ([op("mul.right_", [1 << 40, [0]], [])], SYNC),
+    "a power of numbers": ([op("pow.int", [10, 10**9], [])], SYNC),
+    "a text": ([op("add.str", ["tanh", "tanh"], [])], SYNC),
+    "a copy of a dict": ([op("copy.Dict_str", [{"dict": [["a", 1]]}], [])], SYNC),
+    "the smallest integer by -1": (
+        [
+            op("full_like.default", [t(4), -(2**63)], [60]),
+            op("div.Tensor_mode", [t(60), t(60)], [62], rounding_mode="floor"),
+            op("neg.default", [t(62)], [64]),
+            op("div.Tensor_mode", [t(60), t(64)], rounding_mode="trunc"),
+        ],
+        SYNC,
+    ),
+    "the smallest integer by the number -1": (
+        [
+            op("full_like.default", [t(4), -(2**63)], [60]),
+            op("div_.Scalar_mode", [t(60), -1], [None], rounding_mode="trunc"),
+        ],
+        SYNC,
+    ),
+    "a million views": ([op("expand.default", [t(6), [1 << 20]], [60]), op("unbind.int", [t(60)], [])], SYNC),
+    "two hundred million pieces": (
+        [op("expand.default", [t(6), [1 << 28]], [60]), op("split.Tensor", [t(60), 1], [])],
+        SYNC,
+    ),
+    "pieces of no size": ([op("split.Tensor", [t(2), 0], [])], SYNC),
+    "prompts that are views of one token": (
+        [op("expand.default", [t(4), [1 << 20, 2]], [60]), ["open", 8, {"input_ids": t(60)}]],
+        GO,
+    ),
+    "copies of a large view among the arguments": (
+        [op("expand.default", [t(6), [1 << 27]], [60]), ["open", 8, {"input_ids": t(4), "labels": [t(60)] * 50}]],
+        GO,
+    ),
+    "a sorter out of range": (
+        [
+            op("view.default", [t(6), [1]], [60]),
+            op("slice.Tensor", [t(4), 0, 0, 1], [62]),
+            op("searchsorted.Tensor", [t(62), t(4)], sorter=t(60)),
+        ],
+        SYNC,
+    ),
+    "a class that there is not": (
+        [
+            op("expand.default", [t(6), [4]], [60]),
+            op("nll_loss_forward.default", [t(2), t(60), None, 1, -100], [50, 52]),
+        ],
+        SYNC,
+    ),
+    "a negative embedding": ([op("sub.Scalar", [t(4), 9], [60]), op("embedding.default", [t(2), t(60)])], SYNC),
+    "a copy to an index out of range": (
+        [op("slice.Tensor", [t(2), 0, 0, 1], [60]), op("index_copy.default", [t(2), 0, t(6), t(60)])],
+        SYNC,
+    ),
+    "an addition at an index out of range": (
+        [op("slice.Tensor", [t(2), 0, 0, 1], [60]), op("index_add.default", [t(2), 0, t(6), t(60)])],
+        SYNC,
+    ),
+    "a fill at an index out of range": ([op("index_fill.int_Scalar", [t(2), 0, t(6), 1.0])], SYNC),
+    "a scatter_reduce out of range": (
+        [op("view.default", [t(6), [1, 1]], [60]), op("scatter_reduce.two", [t(2), 0, t(60), t(2), "sum"])],
+        SYNC,
+    ),
+    "fewer values than a mask has places": (
+        [
+            op("ge.Scalar", [t(2), 0.0], [60]),
+            op("slice.Tensor", [t(2), 0, 0, 1], [62]),
+            op("masked_scatter.default", [t(2), t(60), t(62)]),
+        ],
+        SYNC,
+    ),
+    "the k-th of four": ([op("kthvalue.default", [t(2), 10**6], [50, 52])], SYNC),
+    "more than there are": ([op("topk.default", [t(2), 10**6], [50, 52])], SYNC),
+    "windows without end": ([op("unfold.default", [t(2), 0, 1, 0])], SYNC),
+    "windows that are too large": ([op("unfold.default", [t(2), 0, 1 << 40, 1])], SYNC),
+    "a negative repeat": ([op("repeat.default", [t(2), [-1, 1]])], SYNC),
+    "a dimension that there is not": ([op("softmax.int", [t(2), 1 << 40])], SYNC),
+    "a diagonal of a dimension with itself": ([op("diagonal.default", [t(2), 0, 1, 1])], SYNC),
+    "a size that is a text": ([op("new_zeros.default", [t(2), ["4"]])], SYNC),
+    "a size that is a tensor's negative": ([op("new_zeros.default", [t(2), [-5]])], SYNC),
+    "negative padding": ([op("constant_pad_nd.default", [t(2), [-(1 << 62), 0]])], SYNC),
+    "a product of a square of 2^40": ([op("diag_embed.default", [t(2), 1 << 40])], SYNC),
+    "distances between many": (
+        [op("new_zeros.default", [t(2), [1 << 20, 8]], [60]), op("cdist.default", [t(60), t(60), 2.0])],
+        SYNC,
+    ),
+    "a value of two kinds": ([op("neg.default", [{"t": 2, "tuple": []}])], SYNC),
+    "a value of no kind": ([op("neg.default", [{"code": "import os"}])], SYNC),
+    "a dict whose key is a list": ([op("neg.default", [{"dict": [[[1], 1]]}])], SYNC),
+    "a tuple that is a number": ([op("neg.default", [{"tuple": 5}])], SYNC),
+    "a complex number of texts": ([op("neg.default", [{"complex": ["a", "b"]}])], SYNC),
+    "a number that is a truth": ([op("neg.default", [t(True)])], SYNC),
+    "a number that is a fraction": ([op("neg.default", [{"t": 2.0}])], SYNC),
+    "a number that is a list": ([op("neg.default", [{"t": [2]}])], SYNC),
+    "a number that is enormous": ([op("neg.default", [t(2**63)])], SYNC),
+    "a cache at one of the server's numbers": (
+        [IDS, ["open", 8, {"input_ids": t(60), "past_key_values": {"cache": 3}}]],
+        GO,
+    ),
+    "a cache that is a tensor": ([IDS, ["open", 8, {"input_ids": t(60), "past_key_values": t(2)}]], GO),
+    "a cache that is a list": ([IDS, ["open", 8, {"input_ids": t(60), "past_key_values": [[t(2), t(2)]]}]], GO),
+    "an output that is a tensor": ([IDS, ["open", 8, {"input_ids": t(60), "labels": {"output": [2, []]}}]], GO),
+    "tokens that are fractions": ([["open", 8, {"input_ids": t(2)}]], GO),
+    "embeddings of another width": ([["open", 8, {"inputs_embeds": t(2)}]], GO),
+    "all layers recorded": ([IDS, ["open", 8, {"input_ids": t(60), "output_hidden_states": True}]], GO),
+    **{
+        f"generate's {name}": ([IDS, ["open", 8, {"input_ids": t(60), name: value}]], GO)
+        for name, value in {
+            "max_new_tokens": 10**9,
+            "custom_generate": "someone/code",
+            "assistant_model": {"object": 1},
+            "logits_processor": [],
+            "stopping_criteria": [],
+            "streamer": "x",
+            "generation_config": {"dict": [["cache_implementation", "quantized"]]},
+            "prefix_allowed_tokens_fn": "eval",
+        }.items()
+    },
+    "a gradient of a parameter, asked for": ([], ["gradient", W]),
+    "a parameter in a fetch of a gigabyte": ([], ["fetch", [W] * 10_000]),
+    "backward from what needs none": ([["backward", 2, None, False, False, None]], SYNC),
+    "backward of many into one": (
+        [["needs", 2, True], op("mul.Scalar", [t(2), 2.0]), ["backward", 50, None, False, False, None]],
+        SYNC,
+    ),
+    "a graph that grows": (
+        [
+            op("new_ones.default", [t(2), [1 << 23]], [60]),
+            ["needs", 60, True],
+            op("mul.Scalar", [t(60), 1.0], [62]),
+            *(op("exp.default", [t(62)], [62]) for _ in range(200)),
+        ],
+        SYNC,
+    ),
+    "points that are no list": (OPEN, ["go", 8, 7]),
+    "a point of three": (OPEN, ["go", 8, [[3, "output", 0]]]),
+    "a point's kind that is a number": (OPEN, ["go", 8, [[3, 7]]]),
+    "a point's kind that is long": (OPEN, ["go", 8, [[3, "source " + "a" * 1000]]]),
+    "a negative module": (OPEN, ["go", 8, [[-1, "output"]]]),
+    "a module that is a truth": (OPEN, ["go", 8, [[True, "output"]]]),
+    "points in passing that there are not": (OPEN, ["go", 8, [], [[3, "nonsense"]]]),
+    "a hundred thousand points": (OPEN, ["go", 8, [[3, "output"]] * 100_001]),
+    "what nobody has written, inside of a module": (OPEN, ["go", 8, [[5, "source empty[0].output"]]]),
+    "a skip before the pass stands": ([*OPEN, ["skip", 8, t(2)]], SYNC),
+    "a pass opened twice": ([*OPEN, OPEN[1]], SYNC),
+    "arguments that are a list": ([["open", 8, []]], GO),
+    "a put whose number is a weight's": ([op("neg.default", [t(2)], [W])], SYNC),
+    "fewer numbers than results": ([op("topk.default", [t(2), 1], [50])], SYNC),
+    "numbers that are no list": ([["op", "aten.neg.default", [t(2)], {}, 50]], SYNC),
+    "arguments of a function that are a text": ([["op", "aten.neg.default", "x", {}, [50]]], SYNC),
+}
+#: By name: frames one after the other, each commands and a question. All but the last are answered, and the last is refused.
+STANDS = OPEN, ["go", 8, [[4, "output"]]]
+BEFORE = OPEN, ["go", 8, [[4, "input"]]]
+WIDE = op("new_ones.default", [t(2), [1, 1, 96]], [90])
+STEPS: dict[str, list[tuple[list[Any], Any]]] = {
+    "a longer prompt put in the middle": [
+        STANDS,
+        ([WIDE, op("expand.default", [t(90), [1, 20_000, 96]], [92]), ["assign", 8, t(92)]], SYNC),
+    ],
+    "many prompts put in the middle": [
+        STANDS,
+        ([WIDE, op("expand.default", [t(90), [1000, 4, 96]], [92]), ["assign", 8, t(92)]], SYNC),
+    ],
+    "large copies put in the middle": [
+        STANDS,
+        ([op("expand.default", [t(6), [1 << 27]], [92]), ["assign", 8, [t(92)] * 100]], SYNC),
+    ],
+    "many prompts in the place of a layer": [
+        BEFORE,
+        ([WIDE, op("expand.default", [t(90), [10_000, 4, 96]], [92]), ["skip", 8, t(92)]], SYNC),
+    ],
+    "a number in the place of a tensor": [STANDS, ([["assign", 8, 7]], SYNC)],
+    "a text in the place of a tensor": [STANDS, ([["assign", 8, "x"]], SYNC)],
+    "a cache in the place of a tensor": [STANDS, ([["assign", 8, {"cache": 90}]], SYNC)],
+    "a skip behind a module": [STANDS, ([["skip", 8, t(2)]], SYNC)],
+    "another size for a function in a module": [
+        (OPEN, ["go", 8, [[5, "source view[0].input"]]]),
+        (
+            [
+                op("new_zeros.default", [t(2), [1, 4, 96]], [90]),
+                ["assign", 8, {"tuple": [{"tuple": [t(90), {"tuple": [1 << 40, 4, 96]}]}, {"dict": []}]}],
+            ],
+            SYNC,
+        ),
+    ],
+    "the same pass after its end": [(OPEN, ["go", 8, []]), ([], ["go", 8, []])],
 }
 #: By name: whole frames.
 FRAMES: dict[str, Any] = {
@@ -185,6 +384,8 @@ FRAMES: dict[str, Any] = {
     "an extension": struct.pack("<I", 6) + b"\x81\xa1b\xd4\x01\x01",
     "lengths that are not the frame's": pack({"c": []})[:-1] + b"\x05",
     "negative lengths": struct.pack("<I", 5) + b"\x81\xa1b\x91\xff",
+    "a gigabyte in a kilobyte": zlib.compress(bytes(1 << 24)),
+    "a pickle": b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R.",
     "commands that are no list": pack({"c": 7}),
     "a command that is no list": pack({"c": [7]}),
     "a million commands": pack({"c": [["clear"]] * 1_000_000}),
@@ -204,7 +405,7 @@ PUTS: dict[str, tuple[list[Any], list[bytes]]] = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Process]:
-    with served("demo:llama", "--max-held-bytes", str(600 << 20)) as process:
+    with served("demo:llama", "--max-held-bytes", str(600 << 20), "--max-graph-bytes", str(200 << 20)) as process:
         yield process
 
 
@@ -261,6 +462,18 @@ def test_commands(server: Process, name: str) -> None:
     assert digest(server) == before
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_steps(server: Process, name: str) -> None:
+    before = digest(server)
+    *first, (commands, question) = STEPS[name]
+    with Raw(server.address) as attacker:
+        for each in first:
+            assert "ok" in attacker.ask(each[1], each[0])
+        assert "error" in attacker.ask(question, commands)
+        assert "ok" in attacker.ask(SYNC)
+    assert digest(server) == before
+
+
 @pytest.mark.parametrize("name", [*FRAMES, *PUTS])
 def test_frames(server: Process, name: str) -> None:
     with Raw(server.address) as attacker:
@@ -305,3 +518,97 @@ def test_what_another_holds_is_not_to_be_had(server: Process, other: Raw) -> Non
 def test_a_page_of_a_browser_may_not_come(server: Process) -> None:
     with pytest.raises(Exception, match="403"):
         Raw(server.address, Origin="https://example.org")
+
+
+# What comes by HTTP, and below the frames.
+
+#: Paths and queries, with headers; each is answered by an error of the caller's.
+ASKED: dict[str, tuple[str, str, dict[str, str]]] = {
+    "a file": ("GET", "/etc/passwd", {}),
+    "a folder above": ("GET", "/v1/../../../../etc/passwd", {}),
+    "a folder above, encoded": ("GET", "/v1/%2e%2e%2f%2e%2e%2fetc%2fpasswd", {}),
+    "a file behind the status": ("GET", "/v1/status/../../keys", {}),
+    "a null byte": ("GET", "/v1/status%00.html", {}),
+    "a session that is negative": ("DELETE", "/v1/sessions/-1", {}),
+    "a session that is a fraction": ("DELETE", "/v1/sessions/1.5", {}),
+    "a session that is enormous": ("DELETE", f"/v1/sessions/{10**30}", {}),
+    "a session by a path": ("DELETE", "/v1/sessions/..%2f1", {}),
+    "a session read": ("GET", "/v1/sessions/1", {}),
+    "a status written": ("POST", "/v1/status", {}),
+    "the page deleted": ("DELETE", "/", {}),
+    "a hash asked for by a page of the web": ("GET", "/v1/status?hash=now", {"Origin": "https://example.org"}),
+    "a session without a WebSocket": ("GET", "/v1/session", {}),
+    "a header of a megabyte": ("GET", "/v1/status", {"X-Long": "a" * (1 << 20)}),
+}
+#: Queries and headers of a session that is not to be had.
+OPENED: dict[str, tuple[str, dict[str, str]]] = {
+    "a model by a path": ("?model=../../../../etc/passwd", {}),
+    "a model by an attribute": ("?model=__class__", {}),
+    "no model's name": ("?model=", {}),
+    "a model with a null byte": ("?model=demo:llama%00", {}),
+    "a model with a line of a header": ("?model=demo:llama%0d%0aSet-Cookie:%20a=b", {}),
+    "a model of script": ("?model=%3Cscript%3Ealert(1)%3C/script%3E", {}),
+    "a model of a thousand letters": (f"?model={'a' * 5000}", {}),
+    "two models": ("?model=demo:llama&model=demo:gpt2", {}),
+    "a protocol that is a list": ("?protocol=[1]", {}),
+    "a protocol that is a fraction": ("?protocol=1.0", {}),
+    "a page of the web": ("", {"Origin": "http://127.0.0.1"}),
+    "no page's origin": ("", {"Origin": "null"}),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_paths(server: Process, name: str) -> None:
+    method, path, headers = ASKED[name]
+    with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as asked:
+        asked.putrequest(method, path, skip_accept_encoding=True)
+        for key, one in headers.items():
+            asked.putheader(key, one)
+        try:
+            asked.endheaders()
+            answer = asked.getresponse()
+            text = answer.read().decode()
+        except OSError:
+            return  # it has hung up, in the middle of the header
+    assert 400 <= answer.status < 500
+    assert "root:" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_openings(server: Process, name: str) -> None:
+    query, headers = OPENED[name]
+    with pytest.raises(InvalidStatus) as denied:
+        Raw(server.address, query=query, **headers)
+    response = denied.value.response
+    assert response.status_code in (400, 403, 404)
+    assert "Set-Cookie" not in response.headers
+    assert len(response.body) < 1000
+    assert response.headers["Content-Type"] == "application/json"
+
+
+def test_frames_are_not_compressed(server: Process) -> None:
+    """No client can have it, whatever it asks for."""
+    with connect(f"{server.address.replace('http', 'ws')}/v1/session", proxy=None, compression="deflate") as socket:
+        assert socket.response is not None
+        assert "Sec-WebSocket-Extensions" not in socket.response.headers
+        assert not socket.protocol.extensions
+        compressed = bytes([0xC2, 0x84, 0, 0, 0, 0]) + zlib.compress(b"x")[:4]  # the bit that says it is
+        socket.socket.sendall(compressed)
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=30)
+
+
+def test_a_message_of_very_many_pieces(server: Process) -> None:
+    """Each takes memory, however small it is."""
+    with connect(f"{server.address.replace('http', 'ws')}/v1/session", proxy=None, compression=None) as socket:
+        mask = bytes(4)
+        socket.socket.sendall(bytes([0x02, 0x80]) + mask)
+        with pytest.raises((ConnectionClosed, OSError)):
+            for _ in range(100):
+                socket.socket.sendall((bytes([0x00, 0x80]) + mask) * 100)
+            socket.recv(timeout=30)
+
+
+def test_there_are_enough() -> None:
+    assert len(COMMANDS) + len(STEPS) + len(FRAMES) + len(PUTS) + len(ASKED) + len(OPENED) >= 200

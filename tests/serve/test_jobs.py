@@ -16,13 +16,13 @@ from nnatomy import StandardizedTransformer
 from nnatomy.methods import TargetPrompt, integrated_gradients, logit_difference
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
-from nnatomy.serve.app import Server
 from nnatomy.serve.hello import weights_hash
 from nnatomy.serve.job import Job
 from nnatomy.serve.jobs import Jobs
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.meter import Meter, Stopped
 from nnatomy.serve.policy import Refused
+from nnatomy.serve.served import Served
 from nnatomy.serve.session import Session
 
 A, B = "The capital of France is", "The capital of Japan is"
@@ -30,11 +30,11 @@ PAIR: Any = {"clean": A, "corrupted": B, "metric": {"logit_difference": [" Paris
 
 
 @pytest.fixture(scope="module")
-def server() -> Server:
-    return Server(StandardizedTransformer("demo:gpt2"), "demo:gpt2")
+def server() -> Served:
+    return Served("demo:gpt2", StandardizedTransformer("demo:gpt2"), Limits())
 
 
-def job(server: Server, name: Any, seconds: float = 60.0, limits: dict[str, Any] | None = None, **given: Any) -> Job:
+def job(server: Served, name: Any, seconds: float = 60.0, limits: dict[str, Any] | None = None, **given: Any) -> Job:
     sender = Sender()
     data = sender.send(given)
     return Job(server._model, server._weights, Limits(**limits or {}), name, data, sender.blobs, True, seconds)
@@ -84,7 +84,7 @@ CAPS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
 }
 
 
-def test_what_the_model_would_hold_is_known_before(server: Server) -> None:
+def test_what_the_model_would_hold_is_known_before(server: Served) -> None:
     with Meter(Limits(held_bytes=10 << 20), server._weights, lambda: None) as meter:
         meter._main = 0  # as if this were the model's own thread
         one = torch.ones(2000, 1000)
@@ -94,7 +94,7 @@ def test_what_the_model_would_hold_is_known_before(server: Server) -> None:
 
 
 @pytest.mark.parametrize("what", CAPS)
-def test_caps_hold_within_a_method(server: Server, what: str) -> None:
+def test_caps_hold_within_a_method(server: Served, what: str) -> None:
     limits, name, given, text = CAPS[what]
     if what not in ("rows asked for", "a number", "a text"):
         assert "error" not in ended(job(server, name, **given))
@@ -103,14 +103,14 @@ def test_caps_hold_within_a_method(server: Server, what: str) -> None:
     assert text in told
 
 
-def test_the_time_of_the_session_holds(server: Server) -> None:
+def test_the_time_of_the_session_holds(server: Served) -> None:
     began = time.monotonic()
     kind, told = ended(job(server, "integrated_gradients", 0.3, **PAIR, steps=100_000))["error"]
     assert (kind, told) == ("Refused", "this session has used up its 3,600 seconds")
     assert time.monotonic() - began < 5
 
 
-def test_it_stands_aside_where_others_wait_and_ends_when_cancelled(server: Server) -> None:
+def test_it_stands_aside_where_others_wait_and_ends_when_cancelled(server: Served) -> None:
     one, turns = job(server, "integrated_gradients", **PAIR, steps=100_000), 0
     threads = threading.active_count()
     for turns in range(1, 6):
@@ -131,7 +131,7 @@ def test_it_stands_aside_where_others_wait_and_ends_when_cancelled(server: Serve
     assert ended(by_turns).keys() == wanted.keys()
 
 
-def test_two_by_turns_do_not_see_one_another(server: Server) -> None:
+def test_two_by_turns_do_not_see_one_another(server: Served) -> None:
     wanted = integrated_gradients(server._model, A, B, logit_difference(" Paris", " Tokyo", server._model), steps=5)
     two = [job(server, "integrated_gradients", **PAIR, steps=5) for _ in range(2)]
     other = job(server, "logit_lens", prompts=[A, B])
@@ -143,7 +143,7 @@ def test_two_by_turns_do_not_see_one_another(server: Server) -> None:
         assert torch.equal(Receiver(blobs).receive(header["ok"]).effects, wanted.effects)
 
 
-def test_what_is_measured_is_let_go(server: Server) -> None:
+def test_what_is_measured_is_let_go(server: Served) -> None:
     meter = Meter(Limits(), server._weights, lambda: None)
     with meter:
         kept = torch.ones(10_000)
@@ -157,7 +157,7 @@ def test_what_is_measured_is_let_go(server: Server) -> None:
     assert meter.bytes == 0
 
 
-def test_sizes_are_known_before_anything_is_computed(server: Server) -> None:
+def test_sizes_are_known_before_anything_is_computed(server: Served) -> None:
     with Meter(Limits(), server._weights, lambda: None):
         one = torch.ones(1000, 1000)
         for call in (
@@ -211,14 +211,14 @@ FAILS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_other_names_are_refused(server: Server, what: str) -> None:
+def test_other_names_are_refused(server: Served, what: str) -> None:
     name, given, text = REFUSED[what]
     with pytest.raises(Refused, match=text):
         job(server, name, **given)
 
 
 @pytest.mark.parametrize("what", FAILS)
-def test_hostile_arguments_fail(server: Server, what: str) -> None:
+def test_hostile_arguments_fail(server: Served, what: str) -> None:
     name, given, kind = FAILS[what]
     sender = Sender()
     data = {"dict": [[key, sender.send(one)] for key, one in given.items()]}
@@ -285,8 +285,8 @@ async def nothing(*_: Any) -> None:
     raise AssertionError
 
 
-def session(server: Server, jobs: Jobs, owner: str) -> Session:
-    return Session(server._model, server._points, server._weights, jobs._limits, server._hello, jobs, owner)
+def session(server: Served, jobs: Jobs, owner: str) -> Session:
+    return Session(server._model, server._points, server._weights, jobs._limits, server._hello, None, jobs, owner)
 
 
 def asked(one: Session, *question: Any, blobs: Any = ()) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def asked(one: Session, *question: Any, blobs: Any = ()) -> dict[str, Any]:
     return {"ok": answer.answer[0]}
 
 
-def test_results_are_their_owners(server: Server) -> None:
+def test_results_are_their_owners(server: Served) -> None:
     jobs = Jobs(Limits(runs=3), nothing, lambda: False)
     mine, mine_too, other = session(server, jobs, "a"), session(server, jobs, "a"), session(server, jobs, "b")
     name, given = "0" * 31 + "f", {"dict": [["prompts", A]]}
@@ -327,7 +327,7 @@ def test_results_are_their_owners(server: Server) -> None:
     assert jobs.told() == {"running": 0, "kept": 0, "bytes": 0}
 
 
-def test_the_bytes_that_are_kept_are_bounded(server: Server) -> None:
+def test_the_bytes_that_are_kept_are_bounded(server: Served) -> None:
     one = job(server, "logit_lens", prompts=A)
     ended(one)
     size = len(one.frame)
@@ -342,7 +342,7 @@ def test_the_bytes_that_are_kept_are_bounded(server: Server) -> None:
     assert "ok" in asked(other, "look", "f" * 32)  # another's stay
 
 
-def test_tensors_of_arguments_and_warnings_of_a_job(server: Server) -> None:
+def test_tensors_of_arguments_and_warnings_of_a_job(server: Served) -> None:
     one = job(server, "logit_lens", prompts=torch.tensor([[3, 4, 5]]))
     assert "ok" in ended(one)
     warned = {**PAIR, "metric": {"logit_difference": ["Paris", " Tokyo"]}}
@@ -354,7 +354,7 @@ def test_tensors_of_arguments_and_warnings_of_a_job(server: Server) -> None:
     assert to_bytes(torch.ones(1))
 
 
-def test_what_a_method_logs_is_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_method_logs_is_told(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
     told = ended(job(server, "patchscope_lens", source_prompts=[A], target_patch_prompts=TargetPrompt(B, -1)))["log"]
     ((name, level, text),) = told
     assert (name, level) == ("nnatomy.methods.patched_rows", logging.INFO)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from remote_server import served
 from serve_client import Raw
+from websockets.exceptions import InvalidStatus
 
 from nnatomy import StandardizedTransformer
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
 from nnatomy.serve import policy
 from nnatomy.serve.app import Server
+from nnatomy.serve.keys import Client
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.session import Session
@@ -23,7 +25,7 @@ from nnatomy.serve.session import Session
 
 @pytest.fixture(scope="module")
 def server() -> Server:
-    return Server(StandardizedTransformer("demo:gpt2"), "demo:gpt2")
+    return Server({"demo:gpt2": StandardizedTransformer("demo:gpt2")})
 
 
 Open = Callable[..., Session]
@@ -34,8 +36,9 @@ def opened(server: Server) -> Any:
     sessions = []
 
     def make(**limits: Any) -> Session:
-        sessions.append(Session(server._model, server._points, server._weights, Limits(**limits), server._hello))
-        return sessions[-1]
+        opened = server.models["demo:gpt2"].open(Limits(**limits), Client("use", ""))
+        sessions.append(opened.session)
+        return opened.session
 
     yield make
     for one in sessions:
@@ -100,8 +103,10 @@ def test_of_time_and_commands(opened: Open) -> None:
 def test_of_a_server() -> None:
     with served("demo:gpt2", "--max-idle-seconds", "1", "--max-sessions", "2") as process:
         with Raw(process.address) as one, Raw(process.address):
-            with Raw(process.address) as third:
-                assert third.ask(["sync"])["closed"] == 4429
+            with pytest.raises(InvalidStatus) as denied:
+                Raw(process.address)
+            assert denied.value.response.status_code == 503
+            assert b"2 sessions are open already" in denied.value.response.body
             time.sleep(1.5)
             assert one.ask(["sync"])["closed"] == 4408
         with Raw(process.address) as new:
