@@ -105,7 +105,7 @@ class Connection:
             self._socket = self._open.enter_context(opening)
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
             told = _denied(getattr(error, "response", None))
-            if told.startswith("it has no model") or told.startswith("say which model"):
+            if told.startswith(("it has no model", "say which model")):
                 raise LoadError(f"The server {self.server} does not take the model {model!r}: {told}.") from None
             raise ConnectionLostError(f"No connection to the server {self.server}: {told or error}.") from None
 

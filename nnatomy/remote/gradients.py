@@ -40,7 +40,7 @@ def _wants_twin(one: Any) -> bool:
 def twin_of(connection: Connection, local: Tensor) -> RemoteTensor:
     """The same at the server, where its gradient gathers. (A weight that is there too gets none, as the server's do.)"""
     if (weight := connection.weights.get(id(local))) is not None:
-        return weight  # type: ignore[no-any-return]
+        return weight
     key = id(connection), id(local)
     known = _twins.get(key)
     if known is not None and known[0] is local and known[1] == local._version:

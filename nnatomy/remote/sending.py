@@ -92,8 +92,8 @@ class Sender:
                 f"The server {self.connection.server} has a {self._told['class']} under the name {self._told['name']!r}, which is "
                 f"not this {type(hf_model).__name__}{different}. Say which of its models is: remote='NAME'."
             )
-        for i, ((name, one), (_, shape, strides, dtype, needs, _)) in enumerate(
-            zip(mine.items(), self._told["tensors"], strict=True)
+        for i, (one, (_, shape, strides, dtype, needs, _)) in enumerate(
+            zip(mine.values(), self._told["tensors"], strict=True)
         ):
             meta = torch.empty_strided(shape, strides, dtype=DTYPES[dtype], device="meta")
             self.connection.weights.setdefault(id(one), RemoteTensor(meta, self.connection, -i - 1, needs))
@@ -142,6 +142,6 @@ class _Passes(Collector):
 class _Sent(RemoteForward):
     def _by_commands(self, run: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         raise NotRemoteError(
-            "This trace cannot be sent: there are modes, transforms or hooks on saved tensors around it, hooks on the model's modules "
-            "or some that train, or it waits for what is found in this process alone. Trace it without remote=True."
+            "This trace cannot be sent: there are modes, transforms or hooks on saved tensors around it, hooks on the model's "
+            "modules or some that train, or it waits for what is found in this process alone. Trace it without remote=True."
         )

@@ -47,7 +47,7 @@ class Keys:
             lines = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The key file {path} cannot be read: {error}") from None
-        found = {}
+        found: dict[str, str] = {}
         for line in filter(None, lines):
             digest, role = line[0].lower(), line[1] if len(line) > 1 else USE
             if len(line) > 2 or len(digest) != 64 or set(digest) - set("0123456789abcdef") or role not in ROLES:

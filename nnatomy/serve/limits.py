@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -156,7 +157,7 @@ def check_put(new: Any, old: Any, limits: Limits, wider: int = 1) -> None:
 #: So many elements can always be put.
 _SMALL = 1 << 16
 #: What gives a list of views, which take memory though they share their elements: how many, by its arguments.
-_LISTS = {
+_LISTS: dict[str, Callable[..., int]] = {
     "unbind": lambda of, dim=0: of.shape[dim] if of.ndim else 0,
     "split": lambda of, size, dim=0: 0 if isinstance(size, list) else of.shape[dim] // max(1, size),
 }

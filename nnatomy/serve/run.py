@@ -19,10 +19,11 @@ except ImportError as error:
 _PIECES = 1024
 
 
-class _Connection(WebSocketsSansIOProtocol):
+class _Connection(WebSocketsSansIOProtocol):  # type: ignore[misc]
     """Cuts off who does not read what it is sent, or never ends what it sends: else both would be held for as long as it likes."""
 
     send_seconds = 0.0
+    frames: list[bytes]
     _cut: TimerHandle | None = None
 
     def pause_writing(self) -> None:

@@ -90,7 +90,7 @@ class Served:
     def told(self) -> dict[str, Any]:
         """What the status tells of it."""
         told = {key: self._hello[key] for key in ("name", "class", "revision", "hash", "report")}
-        parameters = [one for one in self._model.hf_model.parameters()]
+        parameters = list(self._model.hf_model.parameters())
         return {
             **told,
             "device": str(self._model.device),

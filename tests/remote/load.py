@@ -1,4 +1,4 @@
-"""`make load`: what takes minutes, with its figures: fifty clients at once, memory after 2,000 sessions, and what parked sessions cost others."""
+"""`make load`, which takes minutes: fifty clients at once, memory after 2,000 sessions, what parked ones cost; with figures."""
 
 from __future__ import annotations
 

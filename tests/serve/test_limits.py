@@ -11,9 +11,11 @@ import pytest
 import torch
 from remote_server import served
 from serve_client import Raw
+from transformers import LlamaConfig, LlamaForCausalLM
 from websockets.exceptions import InvalidStatus
 
 from nnatomy import StandardizedTransformer
+from nnatomy.arch_configs import cache_name
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
 from nnatomy.serve import policy
 from nnatomy.serve.app import Server
@@ -91,6 +93,103 @@ def test_of_forward_passes(opened: Open) -> None:
     )
     assert "2 forward passes open" in str(ask(opened(forwards=2), [ONES, ids, *start], blobs=BYTES))
     assert "ok" in ask(opened(), [ONES, ids, *start], blobs=BYTES)
+
+
+def test_of_a_session_in_all(opened: Open) -> None:
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 8]], {"dtype": {"dtype": "int64"}}, [60]]
+    passes = [["open", k, {"input_ids": {"t": 60}}] for k in range(3)]
+    answer = ask(opened(total_tokens=20), [ONES, ids, *passes], blobs=BYTES)
+    assert "this session has used up its 20 tokens" in answer["error"]["text"]
+    products = [["op", "aten.mm.default", [{"t": 2}, {"t": 2}], {}, [50]]] * 4
+    answer = ask(opened(total_operations=200), [ONES, *products], blobs=BYTES)
+    assert "this session has used up its 200 operations" in answer["error"]["text"]
+    answer = ask(opened(total_operations=10**6), [ONES, ids, *passes], blobs=BYTES)
+    assert "has used up its 1,000,000 operations" in answer["error"]["text"]  # those of the passes count
+
+
+def test_of_what_gradients_keep(opened: Open) -> None:
+    """It is counted while somebody needs it, and let go with the last who does."""
+    session = opened(graph_bytes=1 << 20)
+    ask(session, [ONES, zeros(1 << 16), ["needs", 50, True]], blobs=BYTES)
+    steps = [["op", "aten.exp.default", [{"t": 50 + 2 * k}], {}, [52 + 2 * k]] for k in range(3)]
+    held = session.held_bytes
+    assert "ok" in ask(session, steps)
+    assert session.held_bytes - held == 2 * 3 * (1 << 18)  # three results, which are kept too
+    answer = ask(session, [["op", "aten.exp.default", [{"t": 56}], {}, [56]]] * 3)
+    assert "more than 1,048,576 bytes would be kept for gradients" in answer["error"]["text"]
+    assert "ok" in ask(session, [["drop", [52, 54, 56]]])
+    assert session.held_bytes == held
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [6, 60]], {"dtype": {"dtype": "int64"}}, [60]]
+    answer = ask(session, [ids, ["open", 8, {"input_ids": {"t": 60}}]], ["go", 8, []])
+    assert "would be kept for gradients: trace within torch.no_grad()" in answer["error"]["text"]
+    assert "ok" in ask(session, [["grad", False], ["open", 10, {"input_ids": {"t": 60}}]], ["go", 10, []])
+
+
+def test_gradients_are_the_same_though_they_are_counted(opened: Open) -> None:
+    session = opened()
+    ask(session, [ONES, ["needs", 2, True], ["op", "aten.exp.default", [{"t": 2}], {}, [50]]], blobs=BYTES)
+    ask(
+        session,
+        [["op", "aten.mul.Tensor", [{"t": 50}, {"t": 2}], {}, [52]], ["op", "aten.sum.default", [{"t": 52}], {}, [54]]],
+    )
+    found = session.handle(pack({"n": 1, "c": [["grads", [54], [2], None, False, False, [56]]], "q": ["fetch", [56]]}))
+    x = torch.ones(4, 4, requires_grad=True)
+    (x.exp() * x).sum().backward()
+    assert bytes(unpack(found)[1][0]) == to_bytes(x.grad)  # type: ignore[arg-type]
+
+
+def test_of_a_cache(opened: Open) -> None:
+    """The tokens of a cache count as those that are given, and its bytes as those that are held."""
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
+    session = opened(tokens=30)
+    name = cache_name(session._points.root)
+    first = ["open", 8, {"input_ids": {"t": 60}, name: {"cache": 70}, "use_cache": True}]
+    again = ["open", 10, {"input_ids": {"t": 60}, name: {"object": 70}, "use_cache": True}]
+    assert "ok" in ask(session, [ONES, ids, first], ["go", 8, []], blobs=BYTES)
+    assert "40 tokens in a forward pass; 30 are allowed" in ask(session, [again])["error"]["text"]
+    session = opened(held_bytes=80_000)
+    last = session._points.numbers[session._points.layers[-1]]
+    assert "ok" in ask(session, [["grad", False], ONES, ids, first], ["go", 8, [[last, "output"]]], blobs=BYTES)
+    assert session.held_bytes < 20_000
+    assert "would hold more than 80,000 bytes" in ask(session, [["end", 8], again])["error"]["text"]
+
+
+def test_what_is_passed_by_is_bounded(opened: Open) -> None:
+    session = opened(held_bytes=20_000)
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
+    everywhere = [[number, "output"] for number in range(3, len(session._points.modules))]
+    answer = ask(
+        session, [["grad", False], ONES, ids, ["open", 8, {"input_ids": {"t": 60}}]], ["go", 8, [], everywhere], BYTES
+    )
+    assert "more than 20,000 bytes at once" in answer["error"]["text"]
+
+
+def test_one_clients_long_prompt_does_not_show_in_anothers_values() -> None:
+    """Some models grow their table of positions with the longest prompt, and then use that for all."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    config = LlamaConfig(**sizes, max_position_embeddings=16, rope_parameters=rope, initializer_range=0.5)
+    served = Server({"x": StandardizedTransformer(LlamaForCausalLM(config).eval())}).models["x"]
+
+    def logits(tokens: int) -> bytes:
+        opened = served.open(Limits(), Client("use", ""))
+        put, ids = ["put", 60, "int64", [1, tokens], [0, 1]], torch.arange(tokens)[None] % 40
+        told = ask(opened.session, [put, ["open", 8, {"input_ids": {"t": 60}}]], ["go", 8, []], [to_bytes(ids)])
+        number = dict(told["ok"]["result"]["output"][2])["logits"]["t"][0]
+        found = opened.session.handle(pack({"n": 1, "q": ["fetch", [number]]}))
+        opened.session.close()
+        return bytes(unpack(found)[1][0])
+
+    before = logits(20)
+    assert logits(60) != before
+    assert logits(20) == before
 
 
 def test_of_time_and_commands(opened: Open) -> None:
