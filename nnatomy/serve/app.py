@@ -156,7 +156,7 @@ class Server:
             "models": models,
             "sessions": sum(one["sessions"] for one in models),
             "waiting": sum(one["waiting"] for one in models),
-            "runs": dict(sum((Counter(one["runs"]) for one in models), Counter({"running": 0, "kept": 0, "bytes": 0}))),
+            "runs": {key: sum(one["runs"][key] for one in models) for key in ("running", "kept", "bytes")},
             "refused": dict(self._all_refused()),
         }
         if client.is_admin:
