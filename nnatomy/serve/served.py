@@ -41,7 +41,7 @@ class Served:
         InputError: for a model that cannot be served.
     """
 
-    def __init__(self, name: str, model: Any, limits: Limits) -> None:
+    def __init__(self, name: str, model: Any, limits: Limits | None = None) -> None:
         check_servable(model)
         self.name = name
         self.sessions: dict[int, Open] = {}
@@ -52,7 +52,7 @@ class Served:
         self._points, self._weights = Points(model), Weights(model.hf_model)
         self._hello = hello(model, name, self._weights, weights_hash(self._weights))
         self._thread = ThreadPoolExecutor(1, f"nnatomy-serve {name}")
-        self.jobs = Jobs(limits, self.compute, lambda: self.waiting > 1)
+        self.jobs = Jobs(limits or Limits(), self.compute, lambda: self.waiting > 1)
 
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives, in the model's thread, when all that has been asked for before is done."""
@@ -75,7 +75,7 @@ class Served:
         """About how long it takes until what waits now is done: at least one."""
         return 1 + int(self.waiting * self.seconds / max(1, self.frames))
 
-    def open(self, limits: Limits, client: Client, owner: str) -> Open:
+    def open(self, limits: Limits, client: Client, owner: str = "") -> Open:
         """A new session. The results of its runs are the owner's."""
         session = Session(self._model, self._points, self._weights, limits, self._hello, self.refused, self.jobs, owner)
         opened = Open(next(_numbers), session, client)
