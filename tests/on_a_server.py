@@ -4,7 +4,7 @@
 
 Each `StandardizedTransformer(model)` of a test is one at a server, to which the model has gone by a folder. Each method that is
 called with it is called with a local one too, and has to give the same, bit for bit, or raise the same error. A model that a server
-cannot have stays local, and is counted, with the reason. What is not to be had is in `NOT_TO_BE_HAD`: such a test is
+cannot have stays local, and is counted, with the reason. What is not to be had is in `not_at_a_server.txt`: such a test is
 expected to fail, and one that passes fails the run.
 """
 
@@ -30,8 +30,19 @@ ONCE = (
     "test_for_a_metric_that_is_linear_one_step_is_attribution_patching",
     "test_progress_is_shown_with_what_is_given",
 )
-#: By the beginning of a test's id, behind `tests/methods/`: why it cannot be had of a remote model.
-NOT_TO_BE_HAD: dict[str, str] = {}
+
+
+def _not_to_be_had() -> dict[str, str]:
+    """By the ids of tests, behind `tests/methods/`: why they cannot be had of a remote model."""
+    found, why = {}, ""
+    for line in Path(__file__).with_name("not_at_a_server.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            why = line.removeprefix("# ")
+        elif line:
+            found[line] = why
+    return found
+
+
 _local: Counter[str] = Counter()
 _calls: Counter[str] = Counter()
 _state: dict[str, Any] = {}
@@ -207,11 +218,10 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = _not_to_be_had()
     for item in items:
-        name = item.nodeid.removeprefix("tests/methods/")
-        for begins, why in NOT_TO_BE_HAD.items():
-            if name.startswith(begins):
-                item.add_marker(pytest.mark.xfail(reason=why, strict=True))
+        if why := reasons.get(item.nodeid.removeprefix("tests/methods/")):
+            item.add_marker(pytest.mark.xfail(reason=why, strict=True))
 
 
 def pytest_runtest_teardown() -> None:
