@@ -205,7 +205,11 @@ class ActivationCache:
         beside = {"own": self._own, "lengths": self.lengths, **(inputs if again else {})}
         for name, value in [*((f"{n}[{i}]", v) for (n, i), v in self.tensors.items()), *beside.items()]:
             if isinstance(value, Tensor):
-                memory = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
+                if hasattr(value, "local"):  # one at a server, which has no memory here
+                    memory: Any = id(value)
+                    value = value.local().contiguous()
+                else:
+                    memory = value.device, value.data_ptr(), value.shape, value.stride(), value.dtype
                 if value.numel() and (first := names.setdefault(memory, name)) != name:
                     same[name] = first  # a layer's input is what the one before gave
                     continue
