@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and three more, two of models that live elsewhere, and one for what the small models cannot show:
+# and four more, three of models that live elsewhere, and one for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
+#   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make real    a real language model out of the package index, and the literature's findings on it
 
@@ -12,13 +13,17 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo demo-remote test lint types tests load real clean
+.PHONY: demo demo-remote remote-methods test lint types tests load real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
 
 demo-remote: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m nnatomy.demo.remote
+
+# Each method is compared with the local one, bit for bit; what is not to be had is listed in tests/on_a_server.py.
+remote-methods: $(VENV)/installed
+	PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -p on_a_server tests/methods
 
 test: lint types tests
 

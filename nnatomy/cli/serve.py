@@ -25,6 +25,9 @@ _LIMITS = (
     "send_seconds",
     "sessions",
     "waiting",
+    "runs",
+    "kept_bytes",
+    "kept_seconds",
 )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
@@ -17,6 +16,7 @@ from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs, Positions, check_pair, gap
 from nnatomy.methods.patched_runs import Cells, PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of
+from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
@@ -268,7 +268,9 @@ class Grid:
         passes = [(at, chunk) for at in layers for chunk in chunks]
         values: list[Tensor] = []
         ends: list[Tensor] = []
-        for number, (at, chunk) in enumerate(self._shown(passes, progress), start=1):
+        for number, (at, chunk) in enumerate(
+            shown(passes, f"patching {runs.accessor.name}", progress, delay=2.0), start=1
+        ):
             ends += runs(at, chunk)
             # The unembedding is as large as a layer or more, and is read once for all of these.
             if number == len(passes) or len(ends) * runs.batch >= _ENDS:
@@ -276,6 +278,3 @@ class Grid:
                 ends = []
         axes = [len(axis) for axis in (self.heads, self.positions) if axis is not None]
         return torch.stack(values, 1).unflatten(1, (len(layers), *axes))
-
-    def _shown(self, passes: list[Any], progress: bool) -> Iterator[Any]:
-        yield from tqdm(passes, desc=f"patching {self._runs.accessor.name}", disable=not progress, delay=2)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
@@ -22,6 +21,7 @@ from nnatomy.methods.gradients import (
     values,
 )
 from nnatomy.methods.points import accessor_of, layers_of, streams_of
+from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -92,7 +92,7 @@ def attribution_patching(
     drops = list(range(len(accessor))) if grad_drop else [None]
     slopes = [
         gradients(model, pairs.corrupted, where, chosen, metric, drop)
-        for drop in tqdm(drops, desc="backward passes", disable=not progress)
+        for drop in shown(drops, "backward passes", progress)
     ]
 
     def effect(after: list[Tensor]) -> Float[Tensor, "pass prompt layer *axes"]:
@@ -105,7 +105,7 @@ def attribution_patching(
         effects = effect(_patterns(model, pairs, point, chosen, new, before)).sum(-1).transpose(-1, -2)
     else:
         each = []
-        for t in tqdm(range(old[0].shape[2]), desc="keys", disable=not progress):
+        for t in shown(range(old[0].shape[2]), "keys", progress):
             patched = [y.clone() for y in old]
             for x, y in zip(new, patched, strict=True):
                 y[:, :, t] = x[:, :, t]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
@@ -18,6 +17,7 @@ from nnatomy.methods.edges import INSIDE, Graph, Streams, graph_of, heads_writte
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.methods.gradients import Metric, Pairs, measured
 from nnatomy.methods.pairs import gap
+from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
@@ -107,7 +107,7 @@ def circuit_faithfulness(
     one, other = (run(model, graph, inputs) for inputs in (pairs.clean, pairs.corrupted))
     metrics = [
         measured(metric, _circuit(model, graph, pairs, one, other, attribution.kept(size))).cpu()
-        for size in tqdm(sizes, desc="sizes", disable=not progress)
+        for size in shown(sizes, "sizes", progress)
     ]
     return Faithfulness(
         tuple(sizes),

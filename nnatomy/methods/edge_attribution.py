@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nnatomy.methods.arguments import method, whole
 from nnatomy.methods.edges import INSIDE, Graph, graph_of, run
 from nnatomy.methods.gradients import Metric, Pairs, measured
+from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -125,7 +125,7 @@ def edge_attribution(
     with torch.no_grad(), model.trace(**pairs.corrupted, use_cache=False):
         baseline = model.token_embeddings
     scores = torch.zeros(len(mask), len(graph.sources), len(graph.destinations))
-    for k in tqdm(range(1, steps + 1), desc="steps", disable=not progress):
+    for k in shown(range(1, steps + 1), "steps", progress):
         at = start if k == steps else baseline + k / steps * (start - baseline)
         slopes = _slopes(model, graph, pairs.clean, at, metric)
         for d, name in enumerate(graph.destinations):

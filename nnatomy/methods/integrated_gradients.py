@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from nnatomy.methods.arguments import method
 from nnatomy.methods.gradients import (
@@ -19,6 +18,7 @@ from nnatomy.methods.gradients import (
     values,
 )
 from nnatomy.methods.points import accessor_of, layers_of
+from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
 
 
@@ -71,7 +71,7 @@ def integrated_gradients(
     new, clean_value = values(model, pairs.clean, point, chosen, metric)
     old, corrupted_value = values(model, pairs.corrupted, point, chosen, metric)
     changes, slopes = [], []
-    for i, one, other in tqdm(list(zip(chosen, new, old, strict=True)), desc="layers", disable=not progress):
+    for i, one, other in shown(zip(chosen, new, old, strict=True), "layers", progress):
         change = difference(one, other)
         total = torch.zeros_like(change)
         for k in range(steps):

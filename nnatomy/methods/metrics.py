@@ -47,20 +47,17 @@ def logit_difference(answer: Answer, wrong: Answer, model: StandardizedTransform
         >>> metric(torch.tensor([[3.0, 0.0, 1.0], [5.0, 0.0, 1.0]]))
         tensor([2., 4.])
     """
-    right, other = Answers(answer, model), Answers(wrong, model)
-    return lambda logits: right.of(logits, logits) - other.of(logits, logits)
+    return NamedMetric("logit_difference", Answers(answer, model), Answers(wrong, model))
 
 
 def probability(answer: Answer, model: StandardizedTransformer | None = None) -> Metric:
     """softmax(logits)[answer]. Arguments and errors as `logit_difference`."""
-    right = Answers(answer, model)
-    return lambda logits: right.of(logits.softmax(-1), logits)
+    return NamedMetric("probability", Answers(answer, model))
 
 
 def log_probability(answer: Answer, model: StandardizedTransformer | None = None) -> Metric:
     """log softmax(logits)[answer], in nats. Arguments and errors as `logit_difference`."""
-    right = Answers(answer, model)
-    return lambda logits: right.of(logits.log_softmax(-1), logits)
+    return NamedMetric("log_probability", Answers(answer, model))
 
 
 def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
@@ -78,18 +75,77 @@ def kl_divergence(reference_logits: Float[Tensor, "*batch vocab"]) -> Metric:
         or bool(reference_logits.isnan().any())
     ):
         raise InputError("reference_logits are a tensor of (vocab) or (batch, vocab), with no NaN in it.")
-    reference = reference_logits.log_softmax(-1)
+    return NamedMetric("kl_divergence", reference_logits.log_softmax(-1))
 
-    def metric(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
-        if reference.shape[-1] != logits.shape[-1] or (reference.ndim == 2 and len(reference) not in (1, len(logits))):
-            raise InputError(
-                f"The reference's logits are of {tuple(reference.shape)}, the run's of {tuple(logits.shape)}: give one for all rows, "
-                "or one for each."
-            )
-        ours = reference.to(logits)
-        return (ours.exp() * (ours - logits.log_softmax(-1)).nan_to_num()).sum(-1)  # -inf - -inf: no share in it
 
-    return metric
+def _logit_difference(logits: Float[Tensor, "batch vocab"], right: Answers, other: Answers) -> Float[Tensor, " batch"]:
+    return right.of(logits, logits) - other.of(logits, logits)
+
+
+def _probability(logits: Float[Tensor, "batch vocab"], right: Answers) -> Float[Tensor, " batch"]:
+    return right.of(logits.softmax(-1), logits)
+
+
+def _log_probability(logits: Float[Tensor, "batch vocab"], right: Answers) -> Float[Tensor, " batch"]:
+    return right.of(logits.log_softmax(-1), logits)
+
+
+def _kl_divergence(
+    logits: Float[Tensor, "batch vocab"], reference: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, " batch"]:
+    if reference.shape[-1] != logits.shape[-1] or (reference.ndim == 2 and len(reference) not in (1, len(logits))):
+        raise InputError(
+            f"The reference's logits are of {tuple(reference.shape)}, the run's of {tuple(logits.shape)}: give one for all rows, "
+            "or one for each."
+        )
+    ours = reference.to(logits)
+    return (ours.exp() * (ours - logits.log_softmax(-1)).nan_to_num()).sum(-1)  # -inf - -inf: no share in it
+
+
+#: The metrics of this library by name: what makes one, and what it computes.
+METRICS: dict[str, tuple[Callable[..., Metric], Callable[..., Tensor]]] = {
+    "logit_difference": (logit_difference, _logit_difference),
+    "probability": (probability, _probability),
+    "log_probability": (log_probability, _log_probability),
+    "kl_divergence": (kl_divergence, _kl_divergence),
+}
+
+
+class NamedMetric:
+    """A metric of this library: its name, and the answers or log-probabilities that it compares with, which are data.
+
+    Attributes:
+        name: one of METRICS.
+        parts: what it compares with.
+    """
+
+    def __init__(self, name: str, *parts: Any) -> None:
+        self.name, self.parts = name, parts
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        return METRICS[self.name][1](logits, *self.parts)
+
+    def __repr__(self) -> str:
+        return f"<metric {self.name}>"
+
+    def data(self) -> list[Any]:
+        """What it is made from again by `of`."""
+        return [one.data() if isinstance(one, Answers) else one for one in self.parts]
+
+    def spellings(self) -> list[list[str | None]]:
+        """By part and answer: its text, as long as it is not clear that it is that one which is meant."""
+        return [one.texts() if isinstance(one, Answers) else [] for one in self.parts]
+
+    def take_over(self, spellings: list[list[str | None]]) -> None:
+        """Warn no more of what was told of by another one of the same data."""
+        for part, texts in zip(self.parts, spellings, strict=True):
+            if isinstance(part, Answers):
+                part.keep(texts)
+
+    @classmethod
+    def of(cls, name: str, data: Any, model: StandardizedTransformer) -> NamedMetric:
+        """Errors as the metric's own."""
+        return cls(name, *(one if isinstance(one, Tensor) else Answers.of_data(one, model) for one in data))
 
 
 class Answers:
@@ -115,6 +171,36 @@ class Answers:
             Spelling.of(one, int(token), model) if isinstance(one, str) else None
             for one, token in zip(answers, self.ids, strict=True)
         ]
+
+    def texts(self) -> list[str | None]:
+        """By answer, as `NamedMetric.spellings`."""
+        return [None if one is None else one.text for one in self._spellings]
+
+    def data(self) -> list[list[Any]]:
+        """By answer: its id and its text."""
+        return [list(one) for one in zip(self.ids.tolist(), self.texts(), strict=True)]
+
+    @classmethod
+    def of_data(cls, data: Any, model: StandardizedTransformer) -> Answers:
+        """Of the ids and texts that `data` gives. Raises InputError for others."""
+        try:
+            pairs = [(token, text) for token, text in data]
+        except (TypeError, ValueError):
+            raise InputError("The answers of a metric are ids and texts.") from None
+        found = cls([token for token, _ in pairs], model)
+        found._spellings = [
+            Spelling.of(text, token, model) if isinstance(text, str) and model.tokenizer is not None else None
+            for token, text in pairs
+        ]
+        return found
+
+    def keep(self, texts: list[str | None]) -> None:
+        """Look only at the spellings of those that are there."""
+        self._spellings = [None if text is None else one for one, text in zip(self._spellings, texts, strict=True)]
+
+    def is_of(self, tokenizer: Any) -> bool:
+        """Whether that tokenizer has read all texts."""
+        return all(one is None or one.tokenizer is tokenizer for one in self._spellings)
 
     def of(self, values: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         """Each row's value of its answer."""

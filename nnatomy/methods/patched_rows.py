@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from nnatomy.arch_configs import cache_name
 from nnatomy.methods.ends import end_logits, ends
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
+from nnatomy.methods.progress import counting
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.prompt_trace import Given, PromptTrace
 
@@ -64,10 +64,10 @@ class PatchedRows:
             size: how many rows run at once.
         """
         found = []
-        with tqdm(total=len(rows), desc="Patching", disable=not progress) as bar:
+        with counting(len(rows), "Patching", progress) as count:
             for end in self._ends(rows, size):
                 found.append(end)
-                bar.update(len(end))
+                count(len(end))
         # Only now, when the keys and values are gone: logits are large.
         return torch.cat([end_logits(self._model, end).softmax(-1).cpu() for end in found])
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
 from nnatomy.methods.patched_rows import PatchedRows, of_rows
+from nnatomy.methods.progress import shown
 from nnatomy.methods.prompts import plain, prepared
 from nnatomy.methods.target_prompts import TargetPrompt, TargetPromptBatch, repeat_prompt
 from nnatomy.methods.tokens import refuse_encoder_decoder
@@ -302,7 +302,7 @@ def _prepared(
 
 
 def _batches(rows: Int[Tensor, "row 2"], size: int, progress: bool) -> Iterator[Tensor]:
-    for batch in tqdm(rows.split(size), desc="Patching", disable=not progress):
+    for batch in shown(rows.split(size), "Patching", progress):
         yield batch.T
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.methods.activation_patching import TOKENS, measured
@@ -24,6 +23,7 @@ from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs, check_pair, gap
 from nnatomy.methods.patched_runs import is_close, repeated
 from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
+from nnatomy.methods.progress import shown
 from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
 
@@ -144,7 +144,7 @@ def path_patching(
         paths.only_at(pairs.columns(positions))
     rows = max(1, (batch_size or max(1, TOKENS // pairs.seq)) // len(base))
     values: list[Tensor] = []
-    for start in tqdm(range(0, len(names), rows), desc="path patching", disable=not progress, delay=2):
+    for start in shown(range(0, len(names), rows), "path patching", progress, delay=2.0):
         logits = paths.logits(list(range(start, min(start + rows, len(names)))))
         values += [measured(metric, one) for one in logits]
     effect = torch.stack(values, -1)

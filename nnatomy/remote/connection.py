@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
 from itertools import count
@@ -65,7 +66,7 @@ class Connection:
     """
 
     def __init__(self, server: str, key: str | None = None, model: str | None = None) -> None:
-        self.server = server.rstrip("/")
+        self.server, self.key, self.model = server.rstrip("/"), key, model
         self.trips = 0
         self.gradients = [0]
         self.pinned: list[Any] = []
@@ -122,23 +123,38 @@ class Connection:
             if len(self._commands) >= COMMANDS or self._bytes >= BYTES:
                 self._send(None)
 
-    def ask(self, *question: Any) -> tuple[Any, list[memoryview]]:
+    def send(self) -> None:
+        """Send what has gathered."""
+        with self._lock:
+            self._send(None)
+
+    def ask(
+        self, *question: Any, blobs: Sequence[bytes] = (), told: Callable[..., Any] | None = None
+    ) -> tuple[Any, list[memoryview]]:
         """The answer to a question, with the bytes of the tensors in it.
+
+        Args:
+            blobs: the bytes of the tensors in the question.
+            told: is called with how far it has come, while it is waited for.
 
         Raises:
             RemoteError: what has failed there, now or in a command before; it says which line of the user's that was.
             ConnectionLostError: if the server is gone.
         """
         with self._lock:
+            self._blobs += blobs
             serial = self._send([*question])
             self.pinned.clear()
             self.unanswered = False
             self.trips += 1
-            header, blobs = self._receive()
-            while header.get("n") != serial:  # of a question that somebody has not waited for: Ctrl-C
-                header, blobs = self._receive()
+            header, answer = self._receive()
+            # Others are to a question that somebody has not waited for: Ctrl-C.
+            while header.get("n") != serial or "progress" in header:
+                if header.get("n") == serial and told is not None:
+                    told(*header["progress"])
+                header, answer = self._receive()
         if (failed := header.get("error")) is None:
-            return header.get("ok"), blobs
+            return header.get("ok"), answer
         raise self._error(failed)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ for something that the server does not find, the skeleton's own forward runs her
 
 from __future__ import annotations
 
+import inspect
 import sys
 from functools import partial
 from threading import get_ident
@@ -31,6 +32,7 @@ from nnatomy.core.gates import runs
 from nnatomy.core.points import Axes, Slot
 from nnatomy.core.taps import Taps
 from nnatomy.errors import NotRemoteError
+from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.remote.caches import Caches
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.tensor import sent, wrap
@@ -48,6 +50,11 @@ _PASSIVE = (Cache, _Collected)
 
 def _axes(told: dict[str, Any]) -> Axes | None:
     return None if told["axes"] is None else Axes(*map(tuple, told["axes"]))
+
+
+def _is_sent(mode: Any) -> bool:
+    """Whether a function mode is one of ours, which the server has too."""
+    return type(mode) is FrozenNorms
 
 
 class RemoteObject:
@@ -83,6 +90,7 @@ class RemoteForward:
     def __init__(self, root: Module, connection: Connection, kinds: set[str]) -> None:
         self._root, self._connection = root, connection
         self._own = root.forward
+        self._names = list(inspect.signature(root.forward).parameters)
         self._modules = list(root.modules())
         self._numbers = {module: number for number, module in enumerate(self._modules)}
         self._kinds = {"input", "output", *kinds}
@@ -93,15 +101,15 @@ class RemoteForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = runs.get(get_ident())
-        if self.by_commands or self._cannot_be_sent(run):
+        if self.by_commands or self.cannot_be_sent(run):
             return self._by_commands(run, *args, **kwargs)
-        if args:
-            raise NotRemoteError("A remote model is given its arguments by name: model(input_ids=...).")
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if recorded := [name for name in _RECORDS if kwargs.get(name)]:
             raise NotRemoteError(f"{recorded[0]}=True of a remote model: read what you need by its name.")
         number = self._connection.number()
         arguments = {key: self._sent(one) for key, one in kwargs.items() if one is not None}
-        self._connection.command("open", number, arguments)
+        frozen = any(map(_is_sent, _get_current_function_mode_stack()))
+        self._connection.command("open", number, arguments, *([frozen] if frozen else []))
         try:
             return self._follow(run, number, [0])
         except BaseException:
@@ -117,7 +125,7 @@ class RemoteForward:
         finally:
             self._connection.quiet = before
 
-    def _cannot_be_sent(self, run: Any) -> bool:
+    def cannot_be_sent(self, run: Any) -> bool:
         """Whether the caller has put something around the pass that is in this process alone."""
         hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks or _functorch.peek_interpreter_stack() is not None:
@@ -126,7 +134,7 @@ class RemoteForward:
             return True
         if any(one.training or one._forward_hooks or one._forward_pre_hooks for one in self._modules):
             return True  # dropout, and hooks of the caller's
-        if _get_current_function_mode_stack() or dispatch._get_current_dispatch_mode_stack():
+        if not all(map(_is_sent, _get_current_function_mode_stack())) or dispatch._get_current_dispatch_mode_stack():
             return True
         waiting = () if run is None else run.taps.waiting.values()
         unknown = [kind for taps in waiting for kind, _ in taps if not self._is_known(kind)]

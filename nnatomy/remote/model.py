@@ -7,6 +7,7 @@ from functools import update_wrapper
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.nn import Module
 
 from nnatomy.arch_configs import ArchConfig, Dimensions
@@ -15,6 +16,7 @@ from nnatomy.errors import InputError, LoadError, NotRemoteError
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.forward import RemoteForward
 from nnatomy.remote.gradients import refuse_functions_of_the_users
+from nnatomy.remote.methods import Server, reading_of, run_whole
 from nnatomy.remote.skeleton import anatomy_of, check_versions, learn, report_of, skeleton_of, tokenizer_of
 from nnatomy.remote.tensor import RemoteTensor, fetch
 from nnatomy.standardized import StandardizedTransformer
@@ -34,6 +36,11 @@ class RemoteTransformer(StandardizedTransformer):
         model: the name by which the server has it.
         tokenizer: one to take in the place of the server's.
         server, api_key: see `StandardizedTransformer`.
+
+    Attributes:
+        server: what runs methods whole, and tells its status: see `nnatomy.remote.methods.Server`.
+        whole_methods: whether a method of `nnatomy.methods` whose arguments are data runs whole at the server, by itself: one
+            round trip. Set it to False to have each of its passes run from here.
 
     Raises:
         ConnectionLostError: if there is no server, or it asks for another key.
@@ -75,6 +82,11 @@ class RemoteTransformer(StandardizedTransformer):
 
             skeleton.forward = update_wrapper(forward, skeleton.forward)
             super().__init__(skeleton, tokenizer_of(self._told["tokenizer"]) if tokenizer is None else tokenizer)
+            self.server = Server(address, connection.key, str(model), connection=connection)
+            self.whole_methods = True
+            #: How texts are read at the server; nothing equals it where the tokenizer is another one.
+            self._reading = reading_of(self.tokenizer) if tokenizer is None else object()
+            self._generation = _settings(skeleton)
         except BaseException:
             connection.close()
             raise
@@ -103,6 +115,7 @@ class RemoteTransformer(StandardizedTransformer):
             with self._blocks.example(self._blocks) as tracer:
                 tracer.block.run.collect(finder)
                 tracer.result  # noqa: B018
+            self._connection.ask("sync")  # what has failed is told at a question
             self._sums.layers = finder.found
         except Exception as error:  # noqa: BLE001 - told to whoever wants to run by commands
             there.no_commands = str(error)
@@ -126,6 +139,21 @@ class RemoteTransformer(StandardizedTransformer):
             raise NotRemoteError(f"This model cannot be run by commands: {self._forward_there.no_commands}")
         self._forward_there.by_commands = on
 
+    def run_whole(self, method: str, given: dict[str, Any]) -> tuple[Any] | None:
+        """Have a method run whole at the server, if what is here makes no difference: what it gives; None if it has not run."""
+        if not self.whole_methods or self._connection.lost or self.edits or self._blocks.is_open_here:
+            return None
+        there = self._forward_there
+        if (
+            there.cannot_be_sent(None)
+            or torch.is_inference_mode_enabled()
+            or torch.get_default_dtype() != torch.float32
+        ):
+            return None
+        if reading_of(self.tokenizer) != self._reading or _settings(self.hf_model) != self._generation:
+            return None
+        return run_whole(self.server, method, given, self)
+
     def scan(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Any:  # noqa: ARG002
         """Is not to be had. Raises NotRemoteError."""
         raise NotRemoteError(
@@ -138,11 +166,17 @@ class RemoteTransformer(StandardizedTransformer):
 
     def server_status(self) -> dict[str, Any]:
         """What the server tells of itself: versions, its model with the hash of its weights and its validation, sessions."""
-        return self._connection.status()
+        return self.server.status()
 
     def close(self) -> None:
         """End the session at the server; what has been fetched stays."""
         self._connection.close()
+
+
+def _settings(model: Any) -> tuple[Any, ...]:
+    """What of a model's configuration says how it runs, and can be changed here."""
+    generation = getattr(model, "generation_config", None)
+    return model.config._attn_implementation, None if generation is None else generation.to_dict()
 
 
 def bring(connection: Connection, well: bool) -> None:

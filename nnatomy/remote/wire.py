@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 #: Client and server have to have the same. It is another one whenever a frame means something else than before.
-PROTOCOL = 1
+PROTOCOL = 2
 #: The bytes of a header at most, and how deep the values in it may lie in one another.
 HEADER_BYTES, DEPTH = 8 << 20, 24
 

@@ -10,11 +10,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError
-from nnatomy.remote.wire import PROTOCOL, FrameError
+from nnatomy.remote.wire import PROTOCOL, FrameError, pack
 from nnatomy.serve.hello import versions
+from nnatomy.serve.jobs import Later, owner_of
 from nnatomy.serve.keys import Client, Keys
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.metrics import metrics
@@ -72,7 +74,7 @@ class Server:
             raise InputError("A server needs a model.")
         self.limits = limits or Limits()
         self.keys = keys or Keys()
-        self.models = {name: Served(name, model) for name, model in models.items()}
+        self.models = {name: Served(name, model, self.limits) for name, model in models.items()}
         self.refused: Counter[str] = Counter()
         self.application = Starlette(
             routes=[
@@ -90,7 +92,7 @@ class Server:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         yield
         for served in self.models.values():
-            served.close()
+            await served.close()
 
     # Who may come.
 
@@ -154,6 +156,7 @@ class Server:
             "models": models,
             "sessions": sum(one["sessions"] for one in models),
             "waiting": sum(one["waiting"] for one in models),
+            "runs": {key: sum(one["runs"][key] for one in models) for key in ("running", "kept", "bytes")},
             "refused": dict(self._all_refused()),
         }
         if client.is_admin:
@@ -194,7 +197,7 @@ class Server:
             except RuntimeError:  # what runs this has no such answers
                 await socket.close(ENDED)
             return
-        opened = served.open(self.limits, client)
+        opened = served.open(self.limits, client, owner_of(bool(self.keys), socket.headers.get("authorization")))
         try:
             await socket.accept()
             with suppress(WebSocketDisconnect, RuntimeError, OSError):
@@ -204,6 +207,13 @@ class Server:
             with suppress(RuntimeError):  # the server is going down
                 await asyncio.shield(served.compute(opened.session.close))
 
+    async def _send(self, socket: WebSocket, header: dict[str, Any], blobs: list[bytes]) -> None:
+        await self._send_bytes(socket, pack(header, blobs))
+
+    async def _send_bytes(self, socket: WebSocket, frame: bytes) -> None:
+        async with asyncio.timeout(self.limits.send_seconds):
+            await socket.send_bytes(frame)
+
     async def _serve(self, socket: WebSocket, opened: Open, served: Served) -> None:
         """Answer frames until one of the two ends it."""
         while True:
@@ -212,10 +222,13 @@ class Server:
                 if message["type"] == "websocket.disconnect":
                     return
                 answer = await served.compute(opened.session.handle, message.get("bytes"))
-                if answer is not None:
-                    async with asyncio.timeout(self.limits.send_seconds):
-                        await socket.send_bytes(answer)
+                if isinstance(answer, Later):
+                    served.jobs.answer(answer, opened.session, partial(self._send, socket))
+                elif answer is not None:
+                    await self._send_bytes(socket, answer)
             except TimeoutError as error:
+                if opened.may_wait(self.limits):
+                    continue
                 kind, code = ("idle", IDLE) if not opened.why else ("ended", ENDED)
                 why = opened.why or str(error) or "what was sent has not been read"
             except FrameError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache
 
+from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.remote.wire import FrameError, from_bytes, layout_of, to_bytes
 from nnatomy.serve import policy
 from nnatomy.serve.forward import Forward, Points
@@ -168,7 +170,12 @@ class Commands:
 
     # Forward passes.
 
-    def _do_open(self, number: Any, kwargs: Any) -> None:
+    def _do_open(self, number: Any, kwargs: Any, frozen_norms: Any = False) -> None:
+        """Have a forward pass stand at its start.
+
+        Args:
+            frozen_norms: whether no gradient goes through what a norm divides by, see `FrozenNorms`.
+        """
         if type(number) is not int or number in self._forwards or len(self._forwards) >= self._limits.forwards:
             raise Refused(
                 f"a session has {self._limits.forwards} forward passes open at most, each of a number of its own",
@@ -178,7 +185,9 @@ class Commands:
             raise Refused(f"the arguments of a forward pass are {', '.join(sorted(ARGUMENTS))}")
         arguments = {key: self._tensors.read(one, own=True) for key, one in kwargs.items()}
         self._check_tokens(arguments)
-        self._forwards[number] = Forward(self._points, partial(self._points.root, **arguments), self._limits.held_bytes)
+        with FrozenNorms() if frozen_norms is True else nullcontext():
+            call = partial(self._points.root, **arguments)
+            self._forwards[number] = Forward(self._points, call, self._limits.held_bytes)
 
     def _check_tokens(self, arguments: dict[str, Any]) -> None:
         embeds = arguments.get("inputs_embeds")

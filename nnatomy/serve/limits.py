@@ -39,6 +39,9 @@ class Limits:
         send_seconds: until what it is sent has been read.
         sessions: of all clients.
         waiting: frames of all clients that wait for a model; where so many do, no new session is opened.
+        runs: methods run whole for one key that are at work.
+        kept_bytes: of the results that are kept for one key: the oldest go first.
+        kept_seconds: how long a result is kept.
     """
 
     frame_bytes: int = 256 << 20
@@ -59,6 +62,9 @@ class Limits:
     send_seconds: float = 300.0
     sessions: int = 64
     waiting: int = 256
+    runs: int = 16
+    kept_bytes: int = 1 << 30
+    kept_seconds: float = 600.0
 
 
 class Used:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nnatomy.serve.forward import Points
 from nnatomy.serve.hello import check_servable, hello, weights_hash
+from nnatomy.serve.jobs import Jobs
 from nnatomy.serve.keys import Client
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.session import Session
@@ -27,6 +28,7 @@ class Served:
 
     Args:
         name: what clients call it.
+        limits: those of its runs.
         model: a StandardizedTransformer. It is not to be used in this process otherwise.
 
     Attributes:
@@ -39,7 +41,7 @@ class Served:
         InputError: for a model that cannot be served.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, name: str, model: Any, limits: Limits | None = None) -> None:
         check_servable(model)
         self.name = name
         self.sessions: dict[int, Open] = {}
@@ -50,6 +52,7 @@ class Served:
         self._points, self._weights = Points(model), Weights(model.hf_model)
         self._hello = hello(model, name, self._weights, weights_hash(self._weights))
         self._thread = ThreadPoolExecutor(1, f"nnatomy-serve {name}")
+        self.jobs = Jobs(limits or Limits(), self.compute, lambda: self.waiting > 1)
 
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives, in the model's thread, when all that has been asked for before is done."""
@@ -72,9 +75,9 @@ class Served:
         """About how long it takes until what waits now is done: at least one."""
         return 1 + int(self.waiting * self.seconds / max(1, self.frames))
 
-    def open(self, limits: Limits, client: Client) -> Open:
-        """A new session."""
-        session = Session(self._model, self._points, self._weights, limits, self._hello, self.refused)
+    def open(self, limits: Limits, client: Client, owner: str = "") -> Open:
+        """A new session. The results of its runs are the owner's."""
+        session = Session(self._model, self._points, self._weights, limits, self._hello, self.refused, self.jobs, owner)
         opened = Open(next(_numbers), session, client)
         self.sessions[opened.number] = opened
         return opened
@@ -98,10 +101,12 @@ class Served:
             "frames": self.frames,
             "seconds": round(self.seconds, 3),
             "held_bytes": sum(one.session.held_bytes for one in self.sessions.values()),
+            "runs": self.jobs.told(),
         }
 
-    def close(self) -> None:
-        """End the thread, after what it is at."""
+    async def close(self) -> None:
+        """End the runs, and the thread, after what it is at."""
+        await self.jobs.close()
         self._thread.shutdown(cancel_futures=True)
 
 
@@ -117,6 +122,10 @@ class Open:
         self.why = ""
         self._began = self._last = time.monotonic()
         self._clock: asyncio.Timeout | None = None
+
+    def may_wait(self, limits: Limits) -> bool:
+        """Whether it still waits for an answer, in the time that it has."""
+        return bool(self.session.pending) and not self.why and time.monotonic() < self._began + limits.total_seconds
 
     async def within(self, coming: Awaitable[Any], limits: Limits) -> Any:
         """What comes, within the time that a session has.

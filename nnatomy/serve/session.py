@@ -18,6 +18,7 @@ import torch
 from nnatomy.remote.wire import FrameError, pack, unpack
 from nnatomy.serve.commands import Commands
 from nnatomy.serve.forward import Points
+from nnatomy.serve.jobs import Jobs, Later, Runs
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.tensors import Failed, FailedBefore, Weights
@@ -30,11 +31,13 @@ _GIVES: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
-class Session(Commands):
+class Session(Commands, Runs):
     """What one client has at the server. Its methods are called by one thread.
 
     Args:
         hello: what a client is told of the model.
+        jobs: the methods that run whole; None if none do.
+        owner: whose results are this client's: see `owner_of`.
         refused: where commands that are refused are counted, by kind.
 
     Attributes:
@@ -49,15 +52,18 @@ class Session(Commands):
         limits: Limits,
         hello: dict[str, Any],
         refused: Counter[str] | None = None,
+        jobs: Jobs | None = None,
+        owner: str = "",
     ) -> None:
         super().__init__(model, points, weights, limits, hello)
+        self._has_runs(model, weights, jobs, owner)
         self._refused = Counter[str]() if refused is None else refused
         self._command = 0
         self._failed: Failed | None = None
         self.seconds = 0.0
 
-    def handle(self, frame: Any) -> bytes | None:
-        """Carry out the commands of a frame; the frame to answer its question with, if it has one.
+    def handle(self, frame: Any) -> bytes | Later | None:
+        """Carry out the commands of a frame; the frame to answer its question with, if it has one, or what will be the answer.
 
         Raises:
             FrameError: for what is no frame: the session is over.
@@ -84,7 +90,8 @@ class Session(Commands):
                 )
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop everything but the runs, which go on."""
+        self.gone = True
         for forward in self._forwards.values():
             forward.end()
         self._forwards.clear()
@@ -122,7 +129,7 @@ class Session(Commands):
         except (Refused, IndexError, TypeError):
             pass  # what was given are no numbers
 
-    def _answer(self, question: Any, serial: Any) -> bytes:
+    def _answer(self, question: Any, serial: Any) -> bytes | Later:
         self._command += 1
         try:
             if self._failed is not None:
@@ -135,7 +142,11 @@ class Session(Commands):
             if method is None:
                 raise Refused(f"there is no question {name!r:.40}")
             with torch.set_grad_enabled(self._grad), self._graph.kept():
-                answer, blobs = method(*given)
+                found = method(*given)
+            if isinstance(found, Later):
+                found.serial = serial
+                return found
+            answer, blobs = found
             return pack({"n": serial, "ok": answer}, blobs)
         except Exception as error:  # noqa: BLE001 - told to the client
             failed = self._note(error)

@@ -39,7 +39,7 @@ class Parts(Traceable):
     _name: str | None = None
     #: The address and the API key of the server that `trace(..., remote=True)` sends a trace to; by default those of the
     #: environment, NNATOMY_SERVER and NNATOMY_API_KEY.
-    server: str | None = None
+    server: Any = None
     api_key: str | None = None
     #: The connection to it, once there is one: see `nnatomy.remote.sending`.
     _sender: Any = None

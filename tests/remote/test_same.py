@@ -41,10 +41,11 @@ def test_block(pair: tuple[Any, Any], name: str, by_commands: bool) -> None:
     assert not differ
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by passes"])
 @pytest.mark.parametrize("name", METHODS)
-def test_method(pair: tuple[Any, Any], name: str) -> None:
+def test_method(pair: tuple[Any, Any], name: str, whole: bool) -> None:
     local, remote = pair
-    remote.by_commands = False
+    remote.by_commands, remote.whole_methods = False, whole
     torch.manual_seed(0)
     wanted = leaves(methods(local)[name]())
     torch.manual_seed(0)

@@ -123,14 +123,14 @@ def test_a_client_of_another_protocol_is_refused_with_both_named(
     server: Process, keys: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "PROTOCOL", 7)
-    with pytest.raises(ConnectionLostError, match="this server speaks protocol 1, and the client 7"):
+    with pytest.raises(ConnectionLostError, match="this server speaks protocol 2, and the client 7"):
         StandardizedTransformer("demo:gpt2", server=server.address, api_key=keys[1]["use"])
 
 
 @pytest.mark.parametrize(
     ("versions", "text"),
     [
-        ({"protocol": 7}, "speaks protocol 7, and this nnatomy 1"),
+        ({"protocol": 7}, "speaks protocol 7, and this nnatomy 2"),
         ({"transformers": "4.1.0"}, r"has Transformers 4\.1\.0, and here is 5\."),
     ],
 )
