@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from nnatomy.blocks.capture import Body, Names
-from nnatomy.core.frames import frame_of_with
 
 
 class EditBlock:
@@ -20,7 +19,7 @@ class EditBlock:
         self._with_edit = with_edit
 
     def __enter__(self) -> Any:
-        body = self._body = Body(frame_of_with())
+        body = self._body = Body()
         edited = self._with_edit(lambda: body.run(Names(body.look_up)))
         body.skip()
         return edited

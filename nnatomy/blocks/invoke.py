@@ -10,7 +10,7 @@ from nnatomy.blocks.capture import Body, Names
 from nnatomy.blocks.schedule import Schedule
 from nnatomy.blocks.shared_block import SharedBlock, Waiting
 from nnatomy.core.coroutine import Coroutine
-from nnatomy.core.frames import frame_of_with, user_line
+from nnatomy.core.frames import user_line
 from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import UsageError
 
@@ -52,7 +52,7 @@ class Invoke(SharedBlock):
             raise UsageError(
                 "This block has its body: tracer.invoke(prompt, function) is no `with`, and any other is entered once."
             )
-        self.body = Body(frame_of_with())
+        self.body = Body()
         self.function = partial(self.body.run, self.names)
         self.body.skip()
         return self
