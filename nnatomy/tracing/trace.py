@@ -10,9 +10,8 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy import core
-from nnatomy.blocks.invoke import Barrier, Invoke
 from nnatomy.blocks.joining import Joining
-from nnatomy.blocks.schedule import Schedule
+from nnatomy.blocks.schedule import Barrier, Invoke, Schedule
 from nnatomy.core.block import Block
 from nnatomy.core.run import Run
 from nnatomy.core.views import ModuleView

@@ -275,7 +275,7 @@ def test_where_no_order_satisfies_all_both_lines_are_named() -> None:
                 view.layers[0].output = (late, 0.5)  # the early write
     for text in ("late read", "early write"):
         assert f"test_invoke.py:{line_of('the ' + text)}" in str(caught.value)
-    with pytest.raises(OutOfOrderError, match="No order lets all blocks go on") as caught:
+    with pytest.raises(OutOfOrderError, match="No order lets all blocks go on, as they wait for each other: ") as caught:
         with view.trace() as tracer:
             with tracer.invoke(ONE):  # the first block
                 first = second  # noqa: F821 # the first wait
