@@ -126,6 +126,28 @@ class Names(dict[str, Any]):
         return {name: value for name, value in self.items() if not re.fullmatch("__.*__", name)}
 
 
+class EditBlock:
+    """A `with` whose body becomes an edit.
+
+    Args:
+        with_edit: takes an edit, a function without arguments, and makes the view that has it, which `with` gives.
+    """
+
+    def __init__(self, with_edit: Callable[[Callable[[], None]], Any]) -> None:
+        self._with_edit = with_edit
+
+    def __enter__(self) -> Any:
+        body = self._body = Body()
+        edited = self._with_edit(lambda: body.run(Names(body.look_up)))
+        body.skip()
+        return edited
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        skipped = self._body.left(kind)
+        self._body.forget()
+        return skipped
+
+
 def _names_in(code: CodeType) -> set[str]:
     inner = (_names_in(part) for part in code.co_consts if isinstance(part, CodeType))
     return {*code.co_names}.union(*inner)
