@@ -15,7 +15,10 @@ from nnatomy.errors import InputError
 
 
 class Joining:
-    """How the inputs of several blocks become those of one call."""
+    """The call of a trace whose blocks bring the inputs: called itself, where none has brought any."""
+
+    def __call__(self) -> Any:
+        raise NotImplementedError
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One block's inputs, checked. Raises InputError."""
@@ -35,6 +38,9 @@ class JoinTensors(Joining):
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, structure = flatten((args, kwargs))

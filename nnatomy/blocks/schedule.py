@@ -32,13 +32,14 @@ class Schedule(SharedBlock):
 
     Attributes:
         invokes: the others, in their order.
+        joining: how their inputs become those of one call, where the trace has none of its own.
         started: whether all blocks are known, and their inputs are joined.
     """
 
-    def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining | None) -> None:
+    def __init__(self, run: Run, blocks: OpenBlocks) -> None:
         super().__init__(run, Batch(run))
         self.blocks = blocks
-        self._joining = joining
+        self.joining = run.call if isinstance(run.call, Joining) else None
         self.invokes: list[Invoke] = []
         self.started = False
 
@@ -95,8 +96,8 @@ class Schedule(SharedBlock):
         """
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
-            assert self._joining is not None
-            call, rows = self._joining.join([invoke.inputs for invoke in with_inputs])
+            assert self.joining is not None
+            call, rows = self.joining.join([invoke.inputs for invoke in with_inputs])
             if not self.run.started:  # a run that has been stopped needs no call any more
                 self.run.call = call
             for invoke, mine in zip(with_inputs, rows, strict=True):

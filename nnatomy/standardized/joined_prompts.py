@@ -34,13 +34,13 @@ class JoinPrompts(Joining):
         prepare: Callable[..., dict[str, Any]],
         call: Callable[[dict[str, Any]], Callable[[], Any]],
         prompts: Prompts,
-        given: Mapping[str, Any] | Iterable[str] = (),
+        given: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         #: How many blocks there are so far, and whether the model is to give a loss.
         self._blocks, self._labelled = 0, has_labels(given)
-        self._in_chunks = isinstance(given, Mapping) and any(
+        self._in_chunks = any(
             one is not None and getattr(one, "prefill_chunk_size", one) is not None
             for one in (given.get("prefill_chunk_size"), given.get("generation_config"))
         )
@@ -48,6 +48,10 @@ class JoinPrompts(Joining):
         self._prepare = partial(prepare, **(options or {}))
         self._call = call
         self._prompts = prompts
+        self._given = given
+
+    def __call__(self) -> Any:
+        return self._prepare(**self._given)  # raises: there are no prompts
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | list[list[int]]:
         self._blocks += 1

@@ -230,7 +230,7 @@ class PromptTrace(Trace):
             root._block_is_over(well)
 
     def _block_of(self, run: Run) -> Schedule:
-        return _PromptSchedule(run, self._root._blocks, self._joining)
+        return _PromptSchedule(run, self._root._blocks)
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
         self._keywords.check(set(kwargs).difference(OPTIONS), OPTIONS, self._generating)

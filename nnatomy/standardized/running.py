@@ -203,7 +203,7 @@ class Running(Parts):
             options,
         )
         early_stop = early_stop and not states_in(kwargs)
-        return open_trace(lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
+        return open_trace(joining, early_stop=early_stop)
 
     def _refuse_right_padding(self, mask: Any) -> None:
         """An encoder's prompts may be padded on the right."""

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from nnatomy import core
 from nnatomy.blocks.capture import EditBlock
-from nnatomy.blocks.joining import Joining, JoinTensors
+from nnatomy.blocks.joining import JoinTensors
 from nnatomy.blocks.schedule import Barrier, Invoke, Schedule
 from nnatomy.core.block import Block
 from nnatomy.core.run import Run
@@ -25,25 +25,10 @@ from nnatomy.tracing.steps import Steps
 
 
 class Trace(core.Trace):
-    """A trace whose forward pass several blocks may share: see `invoke`.
-
-    Args:
-        joining: how the inputs of several blocks become those of one call, where the trace has none of its own.
-    """
-
-    def __init__(
-        self,
-        root: ModuleView,
-        call: Callable[[], Any],
-        *,
-        early_stop: bool = True,
-        joining: Joining | None = None,
-    ) -> None:
-        super().__init__(root, call, early_stop=early_stop)
-        self._joining = joining
+    """A trace whose forward pass several blocks may share, where its call is a `Joining`: see `invoke`."""
 
     def _block_of(self, run: Run) -> Schedule:
-        return Schedule(run, self._root._blocks, self._joining)
+        return Schedule(run, self._root._blocks)
 
     def __enter__(self) -> Trace:
         super().__enter__()
@@ -112,7 +97,7 @@ class Trace(core.Trace):
             InputError: if the inputs cannot be run, or (at the end) cannot be joined.
         """
         schedule = self._schedule
-        if self._joining is None:
+        if schedule.joining is None:
             raise UsageError(
                 "This trace has inputs of its own. For blocks with an input each, open it with none: "
                 "`with model.trace() as tracer:`."
@@ -120,7 +105,7 @@ class Trace(core.Trace):
         function = None
         if inputs and callable(inputs[-1]) and not isinstance(inputs[-1], Module):
             *inputs, function = inputs  # type: ignore[assignment]
-        prepared = self._joining.prepare(tuple(inputs), kwargs) if inputs or kwargs else None
+        prepared = schedule.joining.prepare(tuple(inputs), kwargs) if inputs or kwargs else None
         return Invoke(schedule, prepared, function)
 
     def barrier(self, count: int) -> Barrier:
@@ -280,9 +265,8 @@ class Traceable(ModuleView, core.Traceable):
         Args:
             early_stop: cancel the forward pass when the block ends; with False it runs to its end.
         """
-        if args or kwargs:
-            return self._new_trace(lambda: self.module(*args, **kwargs), early_stop)
-        return Trace(self, self.module, early_stop=early_stop, joining=JoinTensors(self.module))
+        call = partial(self.module, *args, **kwargs) if args or kwargs else JoinTensors(self.module)
+        return self._new_trace(call, early_stop)
 
     def _new_trace(self, call: Callable[[], Any], early_stop: bool) -> Trace:
         return Trace(self, call, early_stop=early_stop)

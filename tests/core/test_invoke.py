@@ -275,7 +275,9 @@ def test_where_no_order_satisfies_all_both_lines_are_named() -> None:
                 view.layers[0].output = (late, 0.5)  # the early write
     for text in ("late read", "early write"):
         assert f"test_invoke.py:{line_of('the ' + text)}" in str(caught.value)
-    with pytest.raises(OutOfOrderError, match="No order lets all blocks go on, as they wait for each other: ") as caught:
+    with pytest.raises(
+        OutOfOrderError, match="No order lets all blocks go on, as they wait for each other: "
+    ) as caught:
         with view.trace() as tracer:
             with tracer.invoke(ONE):  # the first block
                 first = second  # noqa: F821 # the first wait
@@ -514,7 +516,7 @@ def test_steps_of_a_generation_in_two_blocks() -> None:
     from nnatomy.blocks.joining import JoinTensors
     from nnatomy.tracing import Trace
 
-    with torch.no_grad(), Trace(view, lambda: None, joining=JoinTensors(generate)) as tracer:
+    with torch.no_grad(), Trace(view, JoinTensors(generate)) as tracer:
         with tracer.invoke(ONE):
             for step in tracer.iter[1:3]:
                 view.child.output = view.child.output * 0

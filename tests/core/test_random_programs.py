@@ -212,7 +212,7 @@ class Traced:
         play = self.play
         if play.blocks and play.steps is not None:
             joining = JoinTensors(play.call(self.root))
-            return Trace(view, lambda: None, early_stop=play.early_stop, joining=joining)
+            return Trace(view, joining, early_stop=play.early_stop)
         if play.blocks:
             return view.trace(early_stop=play.early_stop)
         if play.steps is None:
