@@ -166,11 +166,7 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
             f"The source of the `with tracer.invoke(...)` block at {where} cannot be had (typed into a plain "
             f"Python prompt, or passed to `exec`), so it cannot be run together with the others. {instead}"
         )
-    try:
-        tree = parsed("".join(lines))
-    except SyntaxError as error:
-        raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
-    for statement in ast.walk(tree):
+    for statement in ast.walk(parsed("".join(lines))):
         if isinstance(statement, ast.With):
             # Which of these the instruction's position is differs between versions of Python.
             starts: list[Any] = [statement, *(item.context_expr for item in statement.items)]
@@ -208,9 +204,12 @@ def _does_nothing(statement: ast.stmt) -> bool:
 
 @lru_cache(maxsize=8)
 def parsed(source: str) -> ast.Module:
-    """The tree of a source text. Raises SyntaxError."""
-    with _parsing:
-        return ast.parse(source)
+    """The tree of a source text: an empty one if that is no Python, which a file may be that is just being edited."""
+    try:
+        with _parsing:
+            return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
 
 
 class _InFunction(ast.NodeTransformer):

@@ -252,10 +252,6 @@ def _site(file: str, code: CodeType, instruction: int) -> Site:
 @lru_cache(maxsize=100)
 def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
     """The calls and operators in a source text, by where they begin and end, or a method's by where it ends."""
-    try:
-        tree = parsed(source)
-    except SyntaxError:
-        return {}
     found: dict[tuple[int | None, ...], tuple[str, bool]] = {}
 
     def walk(node: ast.AST, counts: Counter[str], in_loop: bool) -> None:
@@ -274,7 +270,7 @@ def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
             if isinstance(node, ast.Call):
                 found[node.end_lineno, node.end_col_offset] = entry
 
-    walk(tree, Counter(), False)
+    walk(parsed(source), Counter(), False)
     return found
 
 

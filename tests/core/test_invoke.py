@@ -184,6 +184,10 @@ def test_a_body_in_exec_with_and_without_its_source() -> None:
     assert names["h"].shape == (1, 4)
     with pytest.raises(CaptureError, match=r"cannot be had.*tracer.invoke\(prompt, function\)"):
         exec(compile(source, "<nowhere>", "exec"), names)
+    broken = source.replace("(x):", "(x:")  # the file is just being edited
+    linecache.cache["<edited>"] = (len(broken), None, broken.splitlines(True), "<edited>")
+    with pytest.raises(CaptureError, match="is not what its source file says now"):
+        exec(compile(source, "<edited>", "exec"), names)
 
 
 def test_bodies_that_cannot_run_later() -> None:
