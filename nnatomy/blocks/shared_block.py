@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -19,8 +18,7 @@ from nnatomy.core.run import Run
 from nnatomy.errors import RowsError
 
 
-@dataclass
-class Waiting:
+class Waiting(NamedTuple):
     """What a block waits for.
 
     Attributes:
