@@ -46,7 +46,7 @@ class Schedule(SharedBlock):
     def block_here(self) -> SharedBlock:
         """The block at work in this thread."""
         here = get_ident()
-        return next((invoke for invoke in self.invokes if invoke.coroutine.thread == here), self)
+        return next((invoke for invoke in self.invokes if invoke.coroutine.interruptible.thread == here), self)
 
     def wait(self, question: Question | None) -> None:
         if self.invokes:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import islice
-from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from torch.utils import _pytree as pytree
 from nnatomy.blocks.capture import parsed
 from nnatomy.core import views
 from nnatomy.core.frames import frames, is_ours
-from nnatomy.core.gates import is_call, runs
+from nnatomy.core.gates import is_call
 from nnatomy.core.points import Collector, Report, Slot
 from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
@@ -176,8 +175,7 @@ class SourceMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        run = runs.get(get_ident())
-        is_inside = run is not None and run.progress.stack[-1][0] is self._module
+        is_inside = self._report.run.progress.stack[-1][0] is self._module
         sites = self._sites() if is_inside and func.__name__ != "__get__" else []
         if not sites:
             return func(*args, **kwargs)
