@@ -8,7 +8,7 @@ the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch._C import _functorch
@@ -129,16 +129,12 @@ class Run(Coroutine):
         self.result, self.slot = NO_RESULT, None
         super().forget()
         self.collectors, self.replacements = [], []
+        self.taps.modes.clear()
 
     # What the forward pass does, in its own thread.
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
-        with gated(self):
-            try:
-                yield
-            finally:
-                self.taps.modes.clear()
+    def around(self) -> AbstractContextManager[Any]:
+        return gated(self)
 
     def _work(self) -> None:
         assert self.call is not None
