@@ -194,7 +194,8 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
         ) from None
     body = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
     stores = (i.argval for i in dis.get_instructions(body) if i.opname in ("STORE_NAME", "STORE_GLOBAL"))
-    return body, frozenset(stores), all(map(_does_nothing, around.body[0].body))
+    # A notebook looks for the lines around an error in the scope that the name tells.
+    return body.replace(co_name="<module>"), frozenset(stores), all(map(_does_nothing, around.body[0].body))
 
 
 def _does_nothing(statement: ast.stmt) -> bool:
