@@ -37,6 +37,8 @@ class JoinPrompts(Joining):
         given: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        self._prepare = partial(prepare, **(options or {}))
+        super().__init__(partial(self._prepare, **given))  # which raises: there are no prompts
         self._model = model
         #: How many blocks there are so far, and whether the model is to give a loss.
         self._blocks, self._labelled = 0, has_labels(given)
@@ -45,13 +47,8 @@ class JoinPrompts(Joining):
             for one in (given.get("prefill_chunk_size"), given.get("generation_config"))
         )
         self._plain = not options and prompts.side == "left"
-        self._prepare = partial(prepare, **(options or {}))
-        self._call = call
+        self._call_with = call
         self._prompts = prompts
-        self._given = given
-
-    def __call__(self) -> Any:
-        return self._prepare(**self._given)  # raises: there are no prompts
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | list[list[int]]:
         self._blocks += 1
@@ -110,7 +107,7 @@ class JoinPrompts(Joining):
                 joined["position_ids"] = torch.cat([_positions(one, seq) for one in given])
             else:
                 joined |= self._prompts.positions(joined)
-        return self._call(joined), rows_of(counts, seq, [seq - length for length in lengths])
+        return self._call_with(joined), rows_of(counts, seq, [seq - length for length in lengths])
 
     def _length(self, lengths: list[int], batch: int) -> int:
         """How many positions the joined batch has."""
