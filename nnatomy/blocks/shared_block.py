@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import RowSlot, flatten, is_opaque, merge
+from nnatomy.blocks.row_slot import RowSlot, flatten, merge
 from nnatomy.blocks.rows import FIRST, Rows
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
@@ -181,8 +181,10 @@ class _ReplaceOutput(Collector):
             mine = self._block.peek(slot)
             assert isinstance(mine, RowSlot)
             # Where the value has no tensor (a skipped layer gives nothing beside its hidden states), the module's own stays.
-            mine.value = pytree.tree_map(
-                lambda new, old: new if isinstance(new, Tensor) else old, self._value, mine.value, is_leaf=is_opaque
+            leaves, structure = flatten(mine.value)
+            both = zip(flatten(self._value)[0], leaves, strict=True)
+            mine.value = pytree.tree_unflatten(
+                [new if isinstance(new, Tensor) else old for new, old in both], structure
             )
             merge(slot, [mine])
             self._block.run.replacements.remove(self)  # the call is over: a generation makes many
