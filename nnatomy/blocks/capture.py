@@ -13,6 +13,7 @@ import ctypes
 import dis
 import inspect
 import linecache
+import re
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,17 +21,11 @@ from functools import lru_cache
 from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
+from nnatomy.core.frames import frame_of_with
 from nnatomy.errors import CaptureError
 
 _parsing = Lock()  # CPython 3.11 counts the depth of all threads' trees in one number: SystemError
-_NOTHING = {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}  # all there is in a body of `pass`
-#: The bodies compiled so far, by the code around them, then by its file and the instruction that enters the `with`: the code, the
-#: names that it binds, and whether it does nothing. (Codes are equal whatever their files. What belongs to a code that is gone,
-#: as those of a notebook's cells are, is forgotten.)
-_bodies: WeakKeyDictionary[CodeType, dict[tuple[str, int], tuple[CodeType, frozenset[str], bool]]]
-_bodies = WeakKeyDictionary()
 
 
 class SkipBodyError(BaseException):
@@ -38,7 +33,7 @@ class SkipBodyError(BaseException):
 
 
 class Body:
-    """The body of the `with` statement whose `__enter__` is being called from `frame`.
+    """The body of the `with` statement whose `__enter__` is being called.
 
     Attributes:
         frame: the user's.
@@ -49,17 +44,12 @@ class Body:
         CaptureError: if the source cannot be had, or the body cannot be run anywhere else.
     """
 
-    def __init__(self, frame: FrameType) -> None:
-        self.frame = frame
+    def __init__(self) -> None:
+        self.frame = frame = frame_of_with()
         self.outer: dict[str, Any] = {}
         code = frame.f_code
-        known, key = _bodies.setdefault(code, {}), (code.co_filename, frame.f_lasti)
-        if key not in known:
-            body = _compile(frame)
-            instructions = list(dis.get_instructions(body))
-            binds = frozenset(i.argval for i in instructions if i.opname in ("STORE_NAME", "STORE_GLOBAL"))
-            known[key] = body, binds, {i.opname for i in instructions} <= _NOTHING
-        self._code, self.binds, self._is_empty = known[key]
+        linecache.lazycache(code.co_filename, frame.f_globals)
+        self._code, self.binds, self._is_empty = compiled_body(code, code.co_filename, frame.f_lasti)
         self._module_names = frame.f_globals
         # In a function, what it binds and has no place for is what it declares to be global.
         local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
@@ -132,8 +122,30 @@ class Names(dict[str, Any]):
         return self.look_up(name)
 
     def bound(self) -> dict[str, Any]:
-        """What the body has bound."""
-        return {name: value for name, value in self.items() if name != "__builtins__"}
+        """What the body has bound. (What Python itself puts there, as `__builtins__`, is none of it.)"""
+        return {name: value for name, value in self.items() if not re.fullmatch("__.*__", name)}
+
+
+class EditBlock:
+    """A `with` whose body becomes an edit.
+
+    Args:
+        with_edit: takes an edit, a function without arguments, and makes the view that has it, which `with` gives.
+    """
+
+    def __init__(self, with_edit: Callable[[Callable[[], None]], Any]) -> None:
+        self._with_edit = with_edit
+
+    def __enter__(self) -> Any:
+        body = self._body = Body()
+        edited = self._with_edit(lambda: body.run(Names(body.look_up)))
+        body.skip()
+        return edited
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        skipped = self._body.left(kind)
+        self._body.forget()
+        return skipped
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -141,23 +153,20 @@ def _names_in(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*inner)
 
 
-def _compile(frame: FrameType) -> CodeType:
-    """The code of the body of the `with` that the frame is entering."""
-    code, filename = frame.f_code, frame.f_code.co_filename
-    where = f"{filename}:{frame.f_lineno}"
-    lines = linecache.getlines(filename, frame.f_globals)
+@lru_cache(maxsize=1_000)
+def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[CodeType, frozenset[str], bool]:
+    """The body of the `with` that this instruction enters: its code, the names that it binds, and whether it does nothing.
+    (Codes are equal whatever their files.)"""
+    line, _, column, _ = list(code.co_positions())[instruction // 2]  # columns are in bytes, as in the tree
+    where = f"{filename}:{line}"
+    lines = linecache.getlines(filename)
     instead = "Give the block as a function: tracer.invoke(prompt, function)."
     if not lines:
         raise CaptureError(
             f"The source of the `with tracer.invoke(...)` block at {where} cannot be had (typed into a plain "
             f"Python prompt, or passed to `exec`), so it cannot be run together with the others. {instead}"
         )
-    try:
-        tree = parsed("".join(lines))
-    except SyntaxError as error:
-        raise CaptureError(f"The source at {where} is no Python file: {error}. {instead}") from None
-    line, _, column, _ = list(code.co_positions())[frame.f_lasti // 2]  # columns are in bytes, as in the tree
-    for statement in ast.walk(tree):
+    for statement in ast.walk(parsed("".join(lines))):
         if isinstance(statement, ast.With):
             # Which of these the instruction's position is differs between versions of Python.
             starts: list[Any] = [statement, *(item.context_expr for item in statement.items)]
@@ -170,49 +179,46 @@ def _compile(frame: FrameType) -> CodeType:
         )
     if len(statement.items) > 1:
         raise CaptureError(f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone.")
+    # It is compiled as the body of a class: in a method, of the method's, as private names (`self.__scale`) have its name in
+    # them; else of one called `_`, which changes no names.
+    owners = ["_", *re.findall(r"(\w+)\.\w+(?=\.<locals>|$)", code.co_qualname)]
+    around: Any = deepcopy(parsed(f"class {owners[-1]}: pass"))
+    around.body[0].body = [_InFunction().visit(deepcopy(part)) for part in statement.body]
+    postponed = code.co_flags & __future__.annotations.compiler_flag
     try:
-        in_function = _InFunction(code.co_qualname)
-        body = [in_function.visit(deepcopy(part)) for part in statement.body]
-        postponed = code.co_flags & __future__.annotations.compiler_flag
-        return compile(ast.Module(body, []), filename, "exec", postponed, dont_inherit=True)
+        module = compile(around, filename, "exec", postponed, dont_inherit=True)
     except SyntaxError as error:  # return, yield, await, or a break of an outer loop
         raise CaptureError(
             f"The block of `with tracer.invoke(...)` at {where} runs later, apart from what stands around it: "
             f"{error.msg} (line {error.lineno})."
         ) from None
+    body = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
+    stores = (i.argval for i in dis.get_instructions(body) if i.opname in ("STORE_NAME", "STORE_GLOBAL"))
+    # A notebook looks for the lines around an error in the scope that the name tells.
+    return body.replace(co_name="<module>"), frozenset(stores), all(map(_does_nothing, around.body[0].body))
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    is_remark = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return is_remark or isinstance(statement, (ast.Pass, ast.Global))
 
 
 @lru_cache(maxsize=8)
 def parsed(source: str) -> ast.Module:
-    """The tree of a source text. Raises SyntaxError."""
-    with _parsing:
-        return ast.parse(source)
+    """The tree of a source text: an empty one if that is no Python, which a file may be that is just being edited."""
+    try:
+        with _parsing:
+            return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
 
 
 class _InFunction(ast.NodeTransformer):
-    """What the compiler does to code in a function, or in a method: private names have the class's name in them
-    (`self.__scale`), and annotations of variables are not evaluated."""
-
-    def __init__(self, name: str) -> None:
-        owners = [part.split(".") for part in name.split(".<locals>.")]
-        methods = [names for names in owners if len(names) > 1]
-        self._class = methods[-1][-2].lstrip("_") if methods else ""
-
-    def _mangled(self, name: str) -> str:
-        private = name.startswith("__") and not name.endswith("__") and self._class
-        return f"_{self._class}{name}" if private else name
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        node.attr = self._mangled(node.attr)
-        return self.generic_visit(node)
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        node.id = self._mangled(node.id)
-        return node
+    """What the compiler does to code in a function: annotations of variables are not evaluated."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         new = ast.Pass() if node.value is None else ast.Assign([node.target], node.value)
         return self.generic_visit(ast.fix_missing_locations(ast.copy_location(new, node)))
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node  # which has private names and annotations of its own
+        return node  # which has annotations of its own

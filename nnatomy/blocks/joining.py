@@ -15,7 +15,17 @@ from nnatomy.errors import InputError
 
 
 class Joining:
-    """How the inputs of several blocks become those of one call."""
+    """The call of a trace whose blocks bring the inputs.
+
+    Args:
+        call: what is called where none has brought any.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self) -> Any:
+        return self._call()
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One block's inputs, checked. Raises InputError."""
@@ -29,12 +39,8 @@ class Joining:
 class JoinTensors(Joining):
     """Tensors are put together along their first axis; anything else has to be the same for all.
 
-    Args:
-        call: the module, or a function that calls it.
+    `call` is the module, or a function that calls it.
     """
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, structure = flatten((args, kwargs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,19 +24,16 @@ def flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(value, is_leaf=is_opaque)
 
 
+@dataclass(eq=False)
 class UnknownRows:
     """Stands among a module's further arguments or results where nobody can tell which rows are the block's."""
 
-    def __init__(self, why: str) -> None:
-        self._why = why
+    _why: str
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise RowsError(self._why)
-
-    def __repr__(self) -> str:
-        return f"<{self._why}>"
 
 
 class Edit(NamedTuple):

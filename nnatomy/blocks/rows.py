@@ -60,9 +60,7 @@ class Rows(NamedTuple):
         mine = self.part(tensor)
         if mine is None:
             return tensor
-        if mine.ndim == tensor.ndim:
-            return mine
-        return mine[0] if len(mine) == 1 else mine.flatten(0, 1)
+        return mine if mine.ndim == tensor.ndim else mine.flatten(0, 1)
 
     def check(self, whole: Tensor, mine: Any) -> None:
         """Raise AssignmentError unless that can be these rows of the tensor."""

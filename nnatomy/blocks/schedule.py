@@ -1,4 +1,4 @@
-"""Several blocks on one forward pass, and whose turn it is.
+"""`tracer.invoke`: several blocks on one forward pass, each with inputs of its own, and whose turn it is.
 
 Each block of `tracer.invoke` is a coroutine on a thread of its own, as the forward pass is one, and has rows of its own in the
 joined batch. The thread that opened the trace owns them all, and alone decides who is next: a block that can go on, in
@@ -9,21 +9,22 @@ that any of them waits for. So there is exactly one thread at work at any time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from threading import get_ident
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nnatomy.blocks.capture import Body, Names
 from nnatomy.blocks.joining import Joining
 from nnatomy.blocks.shared_block import Batch, SharedBlock, Waiting
 from nnatomy.core.block import Block
+from nnatomy.core.coroutine import Coroutine
 from nnatomy.core.frames import user_line
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Question
 from nnatomy.core.run import Run
+from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import OutOfOrderError, UsageError
-
-if TYPE_CHECKING:
-    from nnatomy.blocks.invoke import Invoke
 
 
 class Schedule(SharedBlock):
@@ -31,20 +32,21 @@ class Schedule(SharedBlock):
 
     Attributes:
         invokes: the others, in their order.
+        joining: how their inputs become those of one call, where the trace has none of its own.
         started: whether all blocks are known, and their inputs are joined.
     """
 
-    def __init__(self, run: Run, blocks: OpenBlocks, joining: Joining | None) -> None:
+    def __init__(self, run: Run, blocks: OpenBlocks) -> None:
         super().__init__(run, Batch(run))
         self.blocks = blocks
-        self._joining = joining
+        self.joining = run.call if isinstance(run.call, Joining) else None
         self.invokes: list[Invoke] = []
         self.started = False
 
     def block_here(self) -> SharedBlock:
         """The block at work in this thread."""
         here = get_ident()
-        return next((invoke for invoke in self.invokes if invoke.coroutine.thread == here), self)
+        return next((invoke for invoke in self.invokes if invoke.coroutine.interruptible.thread == here), self)
 
     def wait(self, question: Question | None) -> None:
         if self.invokes:
@@ -52,13 +54,14 @@ class Schedule(SharedBlock):
         else:  # this block is alone, and always the next: without asking who is, a read takes two thirds of the time
             Block.wait(self, question)
 
-    def _give_way(self) -> None:
-        self.go_on(lambda: self.is_ready)
-
     # Whose turn it is: all of this in the thread that opened the trace.
 
-    def go_on(self, is_done: Callable[[], bool]) -> None:
-        """Let the blocks, and the forward pass, go on until that is so, or nobody can go on."""
+    def _give_way(self) -> None:
+        """Let the other blocks, and the forward pass, go on until this one can.
+
+        Raises:
+            OutOfOrderError: if nobody can go on.
+        """
         if not self.started:
             self._start()
         try:
@@ -68,40 +71,33 @@ class Schedule(SharedBlock):
                     ready.coroutine.resume()
                     if (error := ready.coroutine.error) is not None:
                         raise error
-                elif is_done() or not self._let_the_model_go_on():
+                elif self.is_ready:
                     return
+                else:
+                    self._let_the_model_go_on()
         except BaseException:
             self.dismiss()
             raise
 
-    def _let_the_model_go_on(self) -> bool:
-        """To the nearest point that a block waits for. False if none waits."""
+    def _let_the_model_go_on(self) -> None:
+        """To the nearest point that a block waits for."""
         waits = [block.waits for block in (*self.invokes, self) if block.waits is not None]
-        if any(not one.others for one in waits):
-            self.batch.merge_edits()
-            self.run.wait(tuple(one.question for one in waits if one.question is not None))
-        elif waits:
+        if all(one.others for one in waits):
             others = "; ".join(one.others for one in waits)
-            waits[0].failure = OutOfOrderError(f"No order lets all blocks go on: {others}, which waits as well.")
-        return bool(waits)
+            raise OutOfOrderError(f"No order lets all blocks go on, as they wait for each other: {others}.")
+        self.batch.merge_edits()
+        self.run.wait(tuple(one.question for one in waits if one.question is not None))
 
     def _start(self) -> None:
         """All blocks are known: begin.
 
         Raises:
-            UsageError: if an invoke has no block.
             InputError: if their inputs cannot be joined.
         """
-        for invoke in self.invokes:
-            if invoke.function is None:
-                raise UsageError(
-                    f"tracer.invoke(...) at {invoke.line} has no block: write `with tracer.invoke(...):`, or give "
-                    "a function, tracer.invoke(prompt, function)."
-                )
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
-            assert self._joining is not None
-            call, rows = self._joining.join([invoke.inputs for invoke in with_inputs])
+            assert self.joining is not None
+            call, rows = self.joining.join([invoke.inputs for invoke in with_inputs])
             if not self.run.started:  # a run that has been stopped needs no call any more
                 self.run.call = call
             for invoke, mine in zip(with_inputs, rows, strict=True):
@@ -138,7 +134,9 @@ class Schedule(SharedBlock):
         """Let the others come to their ends, and bind what they have bound."""
         waited_for = [invoke for invoke in self.invokes if not invoke.lasting]
         if waited_for:
-            self.go_on(lambda: all(invoke.done for invoke in waited_for))
+            self.let_others_go_on(
+                Waiting(lambda: all(one.done for one in waited_for), "the end of the trace waits for all")
+            )
         for invoke in self.invokes:
             lost = invoke.lasting and invoke.coroutine.lost
             if (error := invoke.coroutine.error) is not None and not lost:
@@ -173,3 +171,97 @@ class Schedule(SharedBlock):
             invoke.forget()
         self.invokes, self.batch.views = [], {}
         super().forget()
+
+
+class Invoke(SharedBlock):
+    """`with tracer.invoke(prompt):`, or `tracer.invoke(prompt, function)`.
+
+    Attributes:
+        value: what `function` returned, once the trace is over.
+        function: what the block runs; None until its `with` is entered, if it has one.
+        lasting: whether it stays in the background: the trace does not wait for its end.
+        body: that of its `with`, if it has one.
+        names: those of the body.
+    """
+
+    def __init__(
+        self, schedule: Schedule, inputs: Any, function: Callable[[], Any] | None, lasting: bool = False
+    ) -> None:
+        super().__init__(schedule.run, schedule.batch)
+        if schedule.started or self.run.started:
+            raise UsageError(
+                "tracer.invoke has to come before the first value is asked for: the forward pass, which runs all "
+                "prompts together, has begun."
+            )
+        self.schedule = schedule
+        self.line = user_line()
+        self.inputs = inputs
+        self.function = function
+        self.lasting = lasting
+        self.body: Body | None = None
+        self.names = Names(partial(schedule.look_up, self))
+        self.value: Any = None
+        self.coroutine = Coroutine(self._work, ThreadState())
+        self.coroutine.owner = self.run.owner
+        schedule.invokes.append(self)
+
+    def __enter__(self) -> Invoke:
+        if self.function is not None:
+            raise UsageError(
+                "This block has its body: tracer.invoke(prompt, function) is no `with`, and any other is entered once."
+            )
+        self.body = Body()
+        self.function = partial(self.body.run, self.names)
+        self.body.skip()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        assert self.body is not None
+        return self.body.left(kind)
+
+    def _work(self) -> None:
+        if self.function is None:
+            raise UsageError(
+                f"tracer.invoke(...) at {self.line} has no block: write `with tracer.invoke(...):`, or give "
+                "a function, tracer.invoke(prompt, function)."
+            )
+        self.schedule.blocks.add(self)
+        try:
+            self.value = self.function()
+            self.note_edits()
+        finally:
+            self.schedule.blocks.remove(self)
+
+    @property
+    def done(self) -> bool:
+        """Whether its body is over."""
+        return self.coroutine.ended
+
+    def _give_way(self) -> None:
+        self.coroutine.suspend()
+
+    def forget(self) -> None:
+        """The trace is over."""
+        self.inputs = self.function = self.body = None
+        self.coroutine.forget()
+        del self.names
+
+
+class Barrier:
+    """`tracer.barrier(n)`: a block that calls it goes on when `n` blocks have."""
+
+    def __init__(self, schedule: Schedule, count: int) -> None:
+        self._schedule = schedule
+        self._count = count
+        self._waiting: list[SharedBlock] = []
+
+    def __call__(self) -> None:
+        block = self._schedule.blocks.current("barrier")
+        assert isinstance(block, SharedBlock)
+        mine = self._waiting
+        mine.append(block)
+        if len(mine) == self._count:
+            self._waiting = []
+        else:
+            where = f"a block stands at the barrier at {user_line()}"
+            block.let_others_go_on(Waiting(lambda: mine is not self._waiting, where))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -19,21 +18,18 @@ from nnatomy.core.run import Run
 from nnatomy.errors import RowsError
 
 
-@dataclass
-class Waiting:
+class Waiting(NamedTuple):
     """What a block waits for.
 
     Attributes:
         until: whether it has come, or will not come.
         others: what it wants of other blocks, to say so; "" if it waits for the forward pass.
         question: for which point of it; None if for its end.
-        failure: why it waits in vain, if it does: raised when it goes on.
     """
 
     until: Callable[[], bool]
     others: str = ""
     question: Question | None = None
-    failure: BaseException | None = None
 
 
 class Batch(Collector):
@@ -87,7 +83,7 @@ class SharedBlock(Block):
     @property
     def is_ready(self) -> bool:
         """Whether it waits for nothing, or for what has come or will not come."""
-        return self.waits is None or self.waits.failure is not None or self.waits.until()
+        return self.waits is None or self.waits.until()
 
     def wait(self, question: Question | None) -> None:
         run = self.run
@@ -107,8 +103,6 @@ class SharedBlock(Block):
             raise hide_our_frames(error)  # noqa: B904
         finally:
             self.waits = None
-        if waits.failure is not None:
-            raise waits.failure
 
     def _give_way(self) -> None:
         raise NotImplementedError
@@ -187,12 +181,12 @@ class _ReplaceOutput(Collector):
         if (slot.call, slot.step) == (self._at.call, self._at.step):
             mine = self._block.peek(slot)
             assert isinstance(mine, RowSlot)
-            old_leaves, structure = flatten(mine.value)
-            new_leaves, _ = flatten(self._value)
             # Where the value has no tensor (a skipped layer gives nothing beside its hidden states), the module's own stays.
-            both = zip(old_leaves, new_leaves, strict=True)
-            leaves = [new if isinstance(new, Tensor) else old for old, new in both]
-            mine.value = pytree.tree_unflatten(leaves, structure)
+            leaves, structure = flatten(mine.value)
+            both = zip(flatten(self._value)[0], leaves, strict=True)
+            mine.value = pytree.tree_unflatten(
+                [new if isinstance(new, Tensor) else old for new, old in both], structure
+            )
             merge(slot, [mine])
             self._block.run.replacements.remove(self)  # the call is over: a generation makes many
             self._block.run.watch()

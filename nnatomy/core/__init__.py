@@ -9,5 +9,5 @@ from nnatomy.core.points import Collector as Collector
 from nnatomy.core.points import Slot as Slot
 from nnatomy.core.points import Tap as Tap
 from nnatomy.core.trace import Trace as Trace
-from nnatomy.core.traceable import Traceable as Traceable
+from nnatomy.core.trace import Traceable as Traceable
 from nnatomy.core.views import ModuleView as ModuleView

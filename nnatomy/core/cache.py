@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.points import Collector, Slot, versions
+from nnatomy.core.points import Collector, Slot, Tap, versions
 from nnatomy.core.values import Inputs
 from nnatomy.core.views import ModuleView
 from nnatomy.errors import CacheError
@@ -32,6 +33,7 @@ class CachedCall(NamedTuple):
     inputs: Inputs | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Cache(Collector, Mapping[str, "CachedCalls"]):
     """The values of many modules, by path: `cache["layers.3"].output`.
 
@@ -47,49 +49,40 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
         view: a slot as the block sees it.
     """
 
-    def __init__(
-        self,
-        root: Module,
-        paths: dict[Module, str],
-        kinds: Iterable[str],
-        view: Callable[[Slot], Slot],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        clone: bool = False,
-    ) -> None:
-        self.modules = set(paths)
-        self.kinds = dict.fromkeys(kinds)
-        self._paths = paths
-        self._root = root
-        self._view = view
-        self._device = device
-        self._dtype = dtype
-        self._clone = clone
+    root: Module
+    paths: dict[Module, str]
+    kinds: dict[str, Tap | None]
+    view: Callable[[Slot], Slot]
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    clone: bool = False
+
+    def __post_init__(self) -> None:
+        self.modules = set(self.paths)
         #: By module, and then by step and call.
         self._calls: dict[Module, dict[tuple[int, int], CachedCall]] = {}
         #: The values that are no clones, by module, with the versions of their tensors.
         self._shared: dict[Module, list[tuple[Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        kept = pytree.tree_map_only(Tensor, self._keep, self._view(slot).value)
-        if not self._clone:
+        kept = pytree.tree_map_only(Tensor, self._keep, self.view(slot).value)
+        if not self.clone:
             self._shared.setdefault(slot.module, []).append((kept, versions(kept)))
         calls, key = self._calls.setdefault(slot.module, {}), (slot.step, slot.call)
         field = "output" if slot.kind == "output" else "inputs"
         calls[key] = calls.get(key, CachedCall(*key))._replace(**{field: kept})
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        dtype = self._dtype if tensor.is_floating_point() else None
-        kept = tensor.to(device=self._device, dtype=dtype)
-        if kept is tensor and (self._clone or tensor.is_inference()):  # which has no version to compare
+        dtype = self.dtype if tensor.is_floating_point() else None
+        kept = tensor.to(device=self.device, dtype=dtype)
+        if kept is tensor and (self.clone or tensor.is_inference()):  # which has no version to compare
             kept = tensor.clone()
         return kept
 
     def __getitem__(self, module: str | ModuleView) -> CachedCalls:
         path, found = module if isinstance(module, str) else module.path, self._find(module)
         if found not in self._calls:
-            if found in self._paths:
+            if found in self.paths:
                 raise CacheError(f"{path!r} was not called while the cache was open.")
             held = ", ".join(list(self)[:20]) or "nothing yet"
             raise CacheError(f"{path!r} is not in the cache. It holds: {held}.")
@@ -103,13 +96,13 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
     def _find(self, module: object) -> Any:
         if isinstance(module, ModuleView):
             return module.module
-        mine = next((known for known, path in self._paths.items() if path == module), None)
-        return mine or dict(self._root.named_modules(remove_duplicate=False)).get(module)
+        mine = next((known for known, path in self.paths.items() if path == module), None)
+        return mine or dict(self.root.named_modules(remove_duplicate=False)).get(module)
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's would compare tensors
 
     def __iter__(self) -> Iterator[str]:
-        return (self._paths[module] for module in self._calls)
+        return (self.paths[module] for module in self._calls)
 
     def __len__(self) -> int:
         return len(self._calls)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum, auto
-from threading import TIMEOUT_MAX, Lock, get_ident
+from threading import TIMEOUT_MAX, Lock
 from types import TracebackType
 from typing import Any
 from weakref import ref
@@ -43,7 +43,7 @@ class Coroutine:
         cancelled: whether it has been told to end.
         owner: a weak reference to something that lives as long as somebody may resume the work. When it is gone (an
             interrupt can come where nobody is able to cancel any more), suspended work ends by itself. None: it waits.
-        thread: the identifier of its thread, while it has one.
+        interruptible: the work in its thread, and which thread that is.
         lost: whether this process is a fork of the one that it is at work in.
     """
 
@@ -52,13 +52,12 @@ class Coroutine:
         self.cancelled = self.lost = False
         self._error: tuple[BaseException, TracebackType | None] | None = None
         self.owner: ref[Any] | None = None
-        self.thread = 0
         self._job: Any = (work, state)
         self._begin = Lock()  # taken by the thread when it begins, or else by `cancel`
         self._resumed, self._yielded = Lock(), Lock()
         self._resumed.acquire()  # released to let the suspended work go on
         self._yielded.acquire()  # released when it is suspended, or over
-        self._interruptible = Interruptible()
+        self.interruptible = Interruptible()
 
     @property
     def started(self) -> bool:
@@ -111,7 +110,7 @@ class Coroutine:
         try:
             while not self.ended:
                 if not suspended:
-                    self._interruptible.interrupt()
+                    self.interruptible.interrupt()
                 with suppress(RuntimeError):  # it has been released just now
                     self._resumed.release()
                 # Work that swallows the exception (`except:`) is given it again.
@@ -119,7 +118,7 @@ class Coroutine:
                 if again and not came:
                     return
         except BaseException:  # Ctrl-C, while a `finally` of the work's own is running
-            self._interruptible.interrupt()
+            self.interruptible.interrupt()
             raise
 
     def forget(self) -> None:
@@ -150,18 +149,16 @@ class Coroutine:
         if not self._begin.acquire(blocking=False):
             return True, lambda: None
         (work, state), self._job = self._job, None
-        self.thread = get_ident()
         _at_work.add(self)
         try:
             with self.around():
-                self._interruptible.run(lambda: state.call(work))
+                self.interruptible.run(lambda: state.call(work))
         except BaseException as error:  # noqa: BLE001
             # What is raised after cancelling comes of it: a `finally` that misses a value, say.
             if not self.cancelled:
                 self._error = hide_our_frames(error), error.__traceback__
-        self.thread = 0
         _at_work.discard(self)
-        return not self._interruptible.interrupted, self._end
+        return not self.interruptible.interrupted, self._end
 
     def _end(self) -> None:
         self.state = State.ENDED

@@ -45,9 +45,7 @@ def warn(text: str) -> None:
 
 def user_line() -> str:
     """The file and line of the innermost frame that is not this library's."""
-    frame = sys._getframe(1)
-    while is_ours(frame) and frame.f_back is not None:
-        frame = frame.f_back
+    frame = next(user_frames())
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 

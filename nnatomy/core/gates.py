@@ -51,8 +51,8 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     try:
         try:
             instead = None
-            if self in run.watched_inputs or run.cancelled:  # if it is, `enter` ends the forward pass
-                slot = run.enter(self, call, args, kwargs)
+            if self in run.watched_inputs or run.cancelled:  # if it is, `arrive` ends the forward pass
+                slot = run.arrive(self, "input", call, (args, kwargs))
                 (args, kwargs), instead = slot.value, slot if slot.skipped else None
                 del slot
             output = _ungated(self, *args, **kwargs) if instead is None else instead.instead
@@ -60,7 +60,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
             if run.taps.modes:
                 run.taps.leave(len(stack) - 1)
         if self in run.watched_outputs:
-            output = run.leave(self, call, output)
+            output = run.arrive(self, "output", call, output).value
     finally:
         stack.pop()
     if not stack and run.root in calls:

@@ -18,18 +18,19 @@ class Interruptible:
 
     Attributes:
         interrupted: whether another thread has asked for it.
+        thread: the identifier of the thread, while it is at work in it; else 0.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._thread = 0
+        self.thread = 0
         self._lock = Lock()
 
     def run(self, work: Callable[[], object]) -> None:
         """Do the work. Raises Cancelled if it is interrupted meanwhile, or has been before."""
         try:
             try:
-                self._thread = get_ident()
+                self.thread = get_ident()
                 if self.interrupted:
                     raise Cancelled
                 work()
@@ -40,7 +41,7 @@ class Interruptible:
 
     def _end(self) -> None:
         with self._lock:
-            self._thread = 0
+            self.thread = 0
             if self.interrupted:
                 try:  # what has been sent and has not come yet comes here, and not later
                     for _ in range(100):
@@ -52,8 +53,8 @@ class Interruptible:
         """Have Cancelled raised in the thread, wherever it is in the work."""
         with self._lock:
             self.interrupted = True
-            if self._thread:
+            if self.thread:
                 # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
                 error = ctypes.py_object(Cancelled)
                 with starting:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), error)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), error)

@@ -24,6 +24,8 @@ class Place(Enum):
 
 #: The stages of a call in flight: its input is being shown; the module is at work; its output is being shown.
 ENTERING, INSIDE, RETURNING = range(3)
+#: In which of them each end of a call is shown.
+SHOWN_IN = {"input": ENTERING, "output": RETURNING}
 
 
 class Progress:

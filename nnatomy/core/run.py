@@ -8,7 +8,7 @@ the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch._C import _functorch
@@ -18,7 +18,7 @@ from nnatomy.core.coroutine import Coroutine
 from nnatomy.core.gates import gated
 from nnatomy.core.interrupts import Cancelled
 from nnatomy.core.points import Axes, Collector, Question, Slot
-from nnatomy.core.progress import ENTERING, INSIDE, RETURNING, Place, Progress
+from nnatomy.core.progress import INSIDE, SHOWN_IN, Place, Progress
 from nnatomy.core.recompute import is_recomputed, unchanged
 from nnatomy.core.taps import Taps
 from nnatomy.core.thread_state import ThreadState
@@ -129,16 +129,12 @@ class Run(Coroutine):
         self.result, self.slot = NO_RESULT, None
         super().forget()
         self.collectors, self.replacements = [], []
+        self.taps.modes.clear()
 
     # What the forward pass does, in its own thread.
 
-    @contextmanager
-    def around(self) -> Iterator[None]:
-        with gated(self):
-            try:
-                yield
-            finally:
-                self.taps.modes.clear()
+    def around(self) -> AbstractContextManager[Any]:
+        return gated(self)
 
     def _work(self) -> None:
         assert self.call is not None
@@ -147,29 +143,22 @@ class Run(Coroutine):
         if not self.cancelled:
             self.result = result
 
-    def enter(self, module: Module, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Slot:
-        """A watched module is called: the slot with its inputs, or with what is put in the place of its output."""
-        in_flight = self.progress.stack[-1]
-        in_flight[2] = ENTERING
-        slot = self.arrive(module, "input", call, (args, kwargs))
-        in_flight[2] = INSIDE
-        return slot
-
-    def leave(self, module: Module, call: int, output: Any) -> Any:
-        """A watched module has returned: what goes on in the place of its output."""
-        self.progress.stack[-1][2] = RETURNING
-        return self.arrive(module, "output", call, output).value
-
     def arrive(self, module: Module, kind: str, call: int, value: Any, axes: Axes | None = None) -> Slot:
-        """The forward pass is at a point of a watched module: let everybody look at it who waits for it."""
+        """The forward pass is at a point of a watched module: let everybody look at it who waits for it.
+
+        Returns:
+            The slot with what goes on in its place.
+        """
         if self.cancelled:
             raise Cancelled
         progress = self.progress
+        if kind in SHOWN_IN:
+            progress.stack[-1][2] = SHOWN_IN[kind]
         slot = Slot(module, kind, call, progress.step, value, axes)
         for replacement in tuple(self.replacements):
             if replacement.takes(module, kind):
                 self._let_edit(slot, replacement.take, replacement)
-        if kind not in ("input", "output"):
+        if kind not in SHOWN_IN:
             progress.found.add((module, call, kind))
         while self.questions:
             places = [progress.place(question, slot) for question in self.questions]
@@ -186,6 +175,8 @@ class Run(Coroutine):
                 collector.take(slot)
         if self.taps.waiting and not slot.skipped:
             self.taps.enter(self)
+        if kind == "input":
+            progress.stack[-1][2] = INSIDE
         return slot
 
     def _let_edit(self, slot: Slot, look: Callable[[Slot], Any], who: Question | Collector) -> None:

@@ -1,4 +1,4 @@
-"""A trace: the context manager whose body looks into one call of the model."""
+"""A trace: the context manager whose body looks into one call of the model; and the entry that opens it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.nn import Module
 from nnatomy.core.block import Block
 from nnatomy.core.cache import Cache
 from nnatomy.core.frames import hide_our_frames
+from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.run import NO_RESULT, Run
+from nnatomy.core.scan import on_fake_tensors
 from nnatomy.core.thread_state import ThreadState
 from nnatomy.core.views import ModuleView
 from nnatomy.errors import NotReachedError, OutsideTraceError, UsageError
@@ -153,8 +155,50 @@ class Trace:
             include_inputs: collect (args, kwargs).
         """
         block, paths = self.block, self._root.paths(modules)
-        kinds = ["input"] * include_inputs + ["output"] * include_output
-        cache = Cache(self._root.module, paths, kinds, block.peek, device=device, dtype=dtype, clone=clone)
+        kinds = dict.fromkeys(["input"] * include_inputs + ["output"] * include_output)
+        cache = Cache(self._root.module, paths, kinds, block.peek, device, dtype, clone)
         block.run.collect(cache)
         block.run.run_to_end = True
         return cache
+
+
+class Traceable(ModuleView):
+    """A view of a whole module that can be traced.
+
+    `nnatomy.Traceable` is this with several blocks on one pass, lasting edits, attached modules and sources.
+
+    Example:
+        >>> import torch
+        >>> from nnatomy.core import Traceable
+        >>> net = Traceable(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))
+        >>> with net.trace(torch.tensor([-1.0, 2.0])):
+        ...     print(net[0].output)
+        tensor([0., 2.])
+    """
+
+    __slots__ = ("steps_of",)
+
+    def __init__(self, module: Module) -> None:
+        super().__init__(OpenBlocks(), module, "")
+        #: The module whose calls are the steps: the whole, or one that it wraps.
+        self.steps_of = module
+
+    def trace(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """Trace `module(*args, **kwargs)`: `with net.trace(x) as tracer: ...`.
+
+        Args:
+            early_stop: cancel the forward pass when the block ends; with False it runs to its end.
+        """
+        return self._new_trace(lambda: self.module(*args, **kwargs), early_stop)
+
+    def trace_call(self, function: Callable[..., Any], *args: Any, early_stop: bool = True, **kwargs: Any) -> Trace:
+        """Trace `function(*args, **kwargs)`, which calls the module, once or (generating) many times."""
+        return self._new_trace(lambda: function(*args, **kwargs), early_stop)
+
+    def scan(self, *args: Any, early_stop: bool = True, **kwargs: Any) -> Any:
+        """A trace over fake tensors: shapes and dtypes without computing, and without weights if the
+        module is on the meta device. Values read in the block are `FakeTensor`s."""
+        return self._new_trace(on_fake_tensors(self.module, args, kwargs), early_stop)
+
+    def _new_trace(self, call: Callable[[], Any], early_stop: bool) -> Trace:
+        return Trace(self, call, early_stop=early_stop)

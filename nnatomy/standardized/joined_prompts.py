@@ -34,19 +34,20 @@ class JoinPrompts(Joining):
         prepare: Callable[..., dict[str, Any]],
         call: Callable[[dict[str, Any]], Callable[[], Any]],
         prompts: Prompts,
-        given: Mapping[str, Any] | Iterable[str] = (),
+        given: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        self._prepare = partial(prepare, **(options or {}))
+        super().__init__(partial(self._prepare, **given))  # which raises: there are no prompts
         self._model = model
         #: How many blocks there are so far, and whether the model is to give a loss.
         self._blocks, self._labelled = 0, has_labels(given)
-        self._in_chunks = isinstance(given, Mapping) and any(
+        self._in_chunks = any(
             one is not None and getattr(one, "prefill_chunk_size", one) is not None
             for one in (given.get("prefill_chunk_size"), given.get("generation_config"))
         )
         self._plain = not options and prompts.side == "left"
-        self._prepare = partial(prepare, **(options or {}))
-        self._call = call
+        self._call_with = call
         self._prompts = prompts
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | list[list[int]]:
@@ -106,7 +107,7 @@ class JoinPrompts(Joining):
                 joined["position_ids"] = torch.cat([_positions(one, seq) for one in given])
             else:
                 joined |= self._prompts.positions(joined)
-        return self._call(joined), rows_of(counts, seq, [seq - length for length in lengths])
+        return self._call_with(joined), rows_of(counts, seq, [seq - length for length in lengths])
 
     def _length(self, lengths: list[int], batch: int) -> int:
         """How many positions the joined batch has."""

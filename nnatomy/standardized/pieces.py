@@ -106,7 +106,7 @@ def keys_seen(run: Run, module: nn.Module) -> int:
 
 def stream_given(run: Run, layers: Iterable[nn.Module]) -> tuple[int, ...] | None:
     """The shape of the stream that the innermost of these layers that is at work was given; None if none is."""
-    frame = sys._current_frames().get(run.thread)
+    frame = sys._current_frames().get(run.interruptible.thread)
     while frame is not None:
         if is_gate(frame):
             here = frame.f_locals

@@ -13,9 +13,8 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from nnatomy.arch_configs import CACHE_NAMES, cached_positions, given_cache, has_decoder
-from nnatomy.blocks.invoke import Invoke
 from nnatomy.blocks.row_slot import UnknownRows
-from nnatomy.blocks.schedule import Schedule
+from nnatomy.blocks.schedule import Invoke, Schedule
 from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames
 from nnatomy.core.run import Run
@@ -242,7 +241,7 @@ class PromptTrace(Trace):
             (root if self._sender is None else self._sender)._block_is_over(well)
 
     def _block_of(self, run: Run) -> Schedule:
-        return _PromptSchedule(run, self._root._blocks, self._joining)
+        return _PromptSchedule(run, self._root._blocks)
 
     def invoke(self, *inputs: Any, **kwargs: Any) -> Invoke:
         self._keywords.check(set(kwargs).difference(OPTIONS), OPTIONS, self._generating)

@@ -210,7 +210,7 @@ class Running(Parts):
             options,
         )
         early_stop = early_stop and not states_in(kwargs)
-        return open_trace(lambda: self.prepare(**kwargs), early_stop=early_stop, joining=joining)
+        return open_trace(joining, early_stop=early_stop)
 
     def _sent(self, name: bool | str) -> Any:
         """What has a server run the model's forward passes. (It needs packages of its own.)"""

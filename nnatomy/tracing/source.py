@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import islice
-from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -28,12 +27,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from nnatomy.blocks.capture import parsed
+from nnatomy.core import views
 from nnatomy.core.frames import frames, is_ours
-from nnatomy.core.gates import is_call, runs
+from nnatomy.core.gates import is_call
 from nnatomy.core.points import Collector, Report, Slot
 from nnatomy.core.progress import ENTERING
 from nnatomy.core.values import Calls, Values
-from nnatomy.core.views import ModuleView
 
 _LISTED = "listed"
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -99,9 +98,6 @@ class Source(Values):
         written = f"source.{self._name}.{name}"
         return self._view._asking(_kind(self._name, self._time, kind), written, SourceMode)
 
-    def __iter__(self) -> Iterator[SourceCall]:
-        return iter(self._list())
-
     def __str__(self) -> str:
         rows = [(str(call.line), call.name, ", ".join(str(tuple(s)) for s in call.shapes), call.text) for call in self]
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
@@ -111,7 +107,7 @@ class Source(Values):
         name = f"{self._view.path or type(self._view.module).__name__}.source"
         return f"<{name}{'.' * bool(self._name)}{self._name}: print it to list its calls>"
 
-    def _list(self) -> list[SourceCall]:
+    def __iter__(self) -> Iterator[SourceCall]:
         view = self._view
         listing = _Listing(view.module)
         blocks = view._blocks
@@ -122,7 +118,21 @@ class Source(Values):
             with block.run.collecting(listing):
                 block.reach(view.module, "output", f"{view.path}.source", view._call)
         under = f"{self._name}." if self._name else ""
-        return [call for call in listing.calls if f"{call.name}.".startswith(under)]
+        return iter([call for call in listing.calls if f"{call.name}.".startswith(under)])
+
+
+class ModuleView(views.ModuleView):
+    """A module of a traced model, with the calls inside its forward."""
+
+    __slots__ = ()
+
+    @property
+    def source(self) -> Source:
+        """The calls inside the module's forward: `view.source.softmax.input`; printing it lists them."""
+        return Source(self)
+
+    def _module_view(self, module: Module, path: str, call: int = 0) -> ModuleView:
+        return ModuleView(self._blocks, module, path, call)
 
 
 class _Listing(Collector):
@@ -165,8 +175,7 @@ class SourceMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        run = runs.get(get_ident())
-        is_inside = run is not None and run.progress.stack[-1][0] is self._module
+        is_inside = self._report.run.progress.stack[-1][0] is self._module
         sites = self._sites() if is_inside and func.__name__ != "__get__" else []
         if not sites:
             return func(*args, **kwargs)
@@ -241,10 +250,6 @@ def _site(file: str, code: CodeType, instruction: int) -> Site:
 @lru_cache(maxsize=100)
 def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
     """The calls and operators in a source text, by where they begin and end, or a method's by where it ends."""
-    try:
-        tree = parsed(source)
-    except SyntaxError:
-        return {}
     found: dict[tuple[int | None, ...], tuple[str, bool]] = {}
 
     def walk(node: ast.AST, counts: Counter[str], in_loop: bool) -> None:
@@ -263,7 +268,7 @@ def _calls(source: str) -> dict[tuple[int | None, ...], tuple[str, bool]]:
             if isinstance(node, ast.Call):
                 found[node.end_lineno, node.end_col_offset] = entry
 
-    walk(tree, Counter(), False)
+    walk(parsed(source), Counter(), False)
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 from nnatomy.core import Traceable
-from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.errors import NotCalledError, OutOfOrderError
 from nnatomy.tracing.steps import Steps
 
 
@@ -69,7 +69,7 @@ def answer(view: Traceable, point: Point) -> Any:
     """The number, or which error came in its place."""
     try:
         return getattr(view[point.module].calls[point.call], point.kind)
-    except (NotReachedError, OutOfOrderError) as error:
+    except (NotCalledError, OutOfOrderError) as error:
         return type(error)
 
 
@@ -82,7 +82,7 @@ def right_answers(happened: dict[Point, int], asked: list[Point]) -> Iterator[se
             yield {number} if number >= now else {OutOfOrderError}
             now = max(now, number)
         else:  # the pass goes to its end to find out, where everything is past
-            yield {NotReachedError} if now < float("inf") else {NotReachedError, OutOfOrderError}
+            yield {NotCalledError} if now < float("inf") else {NotCalledError, OutOfOrderError}
             now = float("inf")
 
 

@@ -184,6 +184,10 @@ def test_a_body_in_exec_with_and_without_its_source() -> None:
     assert names["h"].shape == (1, 4)
     with pytest.raises(CaptureError, match=r"cannot be had.*tracer.invoke\(prompt, function\)"):
         exec(compile(source, "<nowhere>", "exec"), names)
+    broken = source.replace("(x):", "(x:")  # the file is just being edited
+    linecache.cache["<edited>"] = (len(broken), None, broken.splitlines(True), "<edited>")
+    with pytest.raises(CaptureError, match="is not what its source file says now"):
+        exec(compile(source, "<edited>", "exec"), names)
 
 
 def test_bodies_that_cannot_run_later() -> None:
@@ -275,7 +279,9 @@ def test_where_no_order_satisfies_all_both_lines_are_named() -> None:
                 view.layers[0].output = (late, 0.5)  # the early write
     for text in ("late read", "early write"):
         assert f"test_invoke.py:{line_of('the ' + text)}" in str(caught.value)
-    with pytest.raises(OutOfOrderError, match="No order lets all blocks go on") as caught:
+    with pytest.raises(
+        OutOfOrderError, match="No order lets all blocks go on, as they wait for each other: "
+    ) as caught:
         with view.trace() as tracer:
             with tracer.invoke(ONE):  # the first block
                 first = second  # noqa: F821 # the first wait
@@ -514,7 +520,7 @@ def test_steps_of_a_generation_in_two_blocks() -> None:
     from nnatomy.blocks.joining import JoinTensors
     from nnatomy.tracing import Trace
 
-    with torch.no_grad(), Trace(view, lambda: None, joining=JoinTensors(generate)) as tracer:
+    with torch.no_grad(), Trace(view, JoinTensors(generate)) as tracer:
         with tracer.invoke(ONE):
             for step in tracer.iter[1:3]:
                 view.child.output = view.child.output * 0
@@ -762,7 +768,7 @@ def test_one_thread_at_a_time_parses_a_file(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(capture.ast, "parse", slow)
     capture.parsed.cache_clear()
-    monkeypatch.setattr(capture, "_bodies", weakref.WeakKeyDictionary())
+    capture.compiled_body.cache_clear()
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -771,11 +777,10 @@ def test_one_thread_at_a_time_parses_a_file(monkeypatch: pytest.MonkeyPatch) -> 
     assert most == [1]
 
 
-def test_what_is_kept_of_a_body_goes_with_the_code_around_it() -> None:
+def test_what_is_kept_of_bodies_is_bounded() -> None:
     """A notebook makes a code of each cell that is run."""
     view = Traceable(net())
     text = "with view.trace() as tracer:\n    with tracer.invoke(ONE):\n        value = view.head.output\n"
-    before = len(capture._bodies)
     for cell in range(20):
         name = f"<cell {cell}>"
         linecache.cache[name] = len(text), None, text.splitlines(True), name
@@ -783,9 +788,8 @@ def test_what_is_kept_of_a_body_goes_with_the_code_around_it() -> None:
         exec(compile(text, name, "exec"), names)
         assert "value" in names
         del linecache.cache[name]
-    gc.collect()
-    assert len(capture._bodies) <= before + 1
-    assert capture.parsed.cache_info().maxsize is not None
+    for cached in (capture.compiled_body, capture.parsed):
+        assert cached.cache_info().maxsize is not None
 
 
 def test_a_gradient_asked_for_late() -> None:
@@ -903,7 +907,11 @@ class Experiment:
         with view.trace() as tracer:
             for x in inputs:
                 with tracer.invoke(x):
-                    found: OnlyForTypeCheckers = view.embed.output * self.__scale  # noqa: F821
+
+                    def __scaled(__value: Tensor) -> Tensor:
+                        return __value * self.__scale
+
+                    found: OnlyForTypeCheckers = __scaled(view.embed.output)  # noqa: F821
         return found
 
 

@@ -212,7 +212,7 @@ class Traced:
         play = self.play
         if play.blocks and play.steps is not None:
             joining = JoinTensors(play.call(self.root))
-            return Trace(view, lambda: None, early_stop=play.early_stop, joining=joining)
+            return Trace(view, joining, early_stop=play.early_stop)
         if play.blocks:
             return view.trace(early_stop=play.early_stop)
         if play.steps is None:
@@ -432,7 +432,7 @@ class Hooked:
                 elif point in self.past or step < self.step:
                     player.log.append("OutOfOrderError")
                 elif here is None:
-                    player.log.append("NotReachedError")
+                    player.log.append("NotCalledError")
                 else:
                     break
                 self.given = self.given or ask.what == GIVE
@@ -639,7 +639,7 @@ def test_the_callers_block() -> None:
             play = Play(data.draw(parts(root)), steps=steps, early_stop=early)
             assert differences(root, play) == []
 
-    run_often(check, "Tensor", "int", "OutOfOrderError", "NotReachedError", "skipped")
+    run_often(check, "Tensor", "int", "OutOfOrderError", "NotCalledError", "skipped")
 
 
 @pytest.mark.parametrize("functions", [False, True])
@@ -661,7 +661,7 @@ def test_blocks_of_invoke(functions: bool) -> None:
                 for part, log in zip(made, whole.logs, strict=False):
                     assert same(log, alone(root, play, part)), (log, part)
 
-    run_often(check, "Tensor", "int", "OutOfOrderError", "NotReachedError", "skipped", "taken")
+    run_often(check, "Tensor", "int", "OutOfOrderError", "NotCalledError", "skipped", "taken")
 
 
 def alone(root: Node, play: Play, part: Part) -> list[Any]:
@@ -682,7 +682,7 @@ def test_lasting_edits() -> None:
             caller = data.draw(parts(root, most=4))
             assert differences(root, Play(caller, made, edits, steps, functions, early)) == []
 
-    run_often(check, "Tensor", "int", "OutOfOrderError", "NotReachedError", "skipped")
+    run_often(check, "Tensor", "int", "OutOfOrderError", "NotCalledError", "skipped")
 
 
 @torch.no_grad()
