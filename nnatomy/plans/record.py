@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _other(model: Any, ids: list[int]) -> list[int]:
 
 def _take_over(plan: Plan, replay: Replay) -> None:
     """A block of another plan."""
-    name = {old: _constant(plan, tensor) for old, tensor in replay.plan.constants.items()}
+    name = {old: _constant(plan, tensor, old) for old, tensor in replay.plan.constants.items()}
     if plan.about and plan.dtype != replay.plan.dtype:
         raise PlanError("The plans that the view has were recorded on models of different dtypes.")
     plan.about = replay.plan.about
@@ -135,12 +136,13 @@ def _named(node: Node, name: str) -> Node:
     return node if node.kind != "constant" else Node("constant", name)
 
 
-def _constant(plan: Plan, tensor: Tensor) -> str:
-    """Its name in the plan, which has it once."""
+def _constant(plan: Plan, tensor: Tensor, name: str = "") -> str:
+    """Its name in the plan, which has it once; that if it is free."""
     for name, known in plan.constants.items():
         if known.dtype == tensor.dtype and torch.equal(known, tensor):
             return name
-    name = f"v{len(plan.constants)}"
+    if not name or name in plan.constants:
+        name = next(one for one in (f"{name or 'v'}{i}" for i in count()) if one not in plan.constants)
     plan.constants[name] = tensor
     return name
 
@@ -271,7 +273,7 @@ class _Making:
         names = {}
         for node in nodes:
             if node.kind == "constant":
-                names[id(node)] = _constant(self._plan, recording.constants[node.args[0]])
+                names[id(node)] = _constant(self._plan, recording.constants[node.args[0]], node.name)
         nodes = [_named(node, names.get(id(node), "")) for node in nodes]
         return for_any_model(nodes, self._model.hf_model.dtype, {self._model.device, torch.device("cpu")})
 

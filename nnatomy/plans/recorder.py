@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nnatomy.core.frames import frames, is_ours
 from nnatomy.errors import PlanError
 from nnatomy.names import row_of as any_row
-from nnatomy.plans.graph import GIVEN, Node, Ref, alive, row_of
-from nnatomy.serve import policy
+from nnatomy.plans.graph import GIVEN, Node, Ref, alive, function, row_of
 from nnatomy.serve.policy import GIVE_VALUES, Refused
 from nnatomy.standardized.watched import watcher
 
@@ -46,19 +46,23 @@ _LEAVES = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr)
 
 def line() -> str:
     """The innermost line that is neither ours nor torch's."""
-    for frame in frames():
-        if not is_ours(frame) and not frame.f_globals.get("__name__", "").startswith(("torch.", "contextlib")):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    return "?"
+    frame = _frame()
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def _memory(tensor: Tensor) -> int:
-    """What is the same for tensors that share memory."""
+def _frame() -> FrameType | None:
+    theirs = ("torch.", "contextlib", "einops.")
+    names = ((frame, frame.f_globals.get("__name__", "")) for frame in frames() if not is_ours(frame))
+    return next((frame for frame, name in names if not name.startswith(theirs)), None)
+
+
+def memory(tensor: Tensor) -> int:
+    """What is the same for tensors that share memory. (Those without elements share none.)"""
     changes = getattr(tensor, "_changes", None)  # of a remote one
     if changes is not None:
         return id(changes)
     with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
+        return int(tensor.untyped_storage().data_ptr()) or id(tensor)
 
 
 class Recorder:
@@ -122,9 +126,9 @@ class Recorder:
     def done(self) -> list[Node]:
         """What has an effect of it. Raises PlanError for what cannot be in a plan."""
         found = alive(self.nodes, self._roots)
-        for node in found:
-            if node.refused:
-                raise PlanError(f"{node.line}: {node.refused}")
+        refused = [node for node in found if node.refused]
+        for node in sorted(refused, key=lambda one: one.refused != _RANDOM):
+            raise PlanError(f"{node.line}: {node.refused}")
         return found
 
     # What the names tell: see `Watcher`.
@@ -140,7 +144,7 @@ class Recorder:
     def put(self, of: Any, name: str, layer: int | None, value: Any) -> None:
         self._check(of, name, layer)
         self._add(Node("put", name, layer, [Ref(self._value(value))], gives=0, sizes=self._sizes(name, value)))
-        self._put_roots.add(_memory(value))
+        self._put_roots.add(memory(value))
 
     def skip(self, model: Any, layers: tuple[int, int], skip_with: Any) -> None:
         given = None if skip_with is None else Ref(self._value(skip_with))
@@ -180,23 +184,24 @@ class Recorder:
         call = call or func
         given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         draws = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func._schema.name
-        if not any(id(one) in self._known for one in given):
+        base = func._schema.name.removeprefix("aten::")
+        name = f"aten.{base}.{func._schema.overload_name or 'default'}"
+        if not any(id(one) in self._known for one in given) and (draws or not given or _why_not(name)):
             result = call(*args, **kwargs)
-            if self._any_prompt and (draws or any(id(one) in self._random for one in given)):
+            if self._any_prompt and draws:
                 for one in pytree.tree_leaves(result):
                     if isinstance(one, Tensor):
                         self._random[id(one)] = one, line()
             return result
-        base = func._schema.name.removeprefix("aten::")
         of_prompt = any(self._known.get(id(one)) in self._of_prompt for one in given)
         if of_prompt and (why := _decided(func, base, args)):
-            self.stop(f"{why} is decided by values that the model has computed of this prompt")
-        if base in GIVE_VALUES or (draws and not self._any_prompt) or (base == "copy_" and _is_same(*args[:2])):
+            self.stop(f"{why} is decided by what the model has computed of this prompt")
+        if base in GIVE_VALUES or (base == "copy_" and _is_same(*args[:2])):
             return call(*args, **kwargs)
-        node = Node("op", f"aten.{base}.{func._schema.overload_name or 'default'}", line=line())
-        node.refused = _why_not(node.name)
-        if draws:
-            node.refused = _RANDOM
+        name = name.replace("empty", "zeros") if base in ("empty_like", "new_empty") else name
+        node = Node("op", name, line=line(), refused=_RANDOM if draws else _why_not(name))
+        if node.refused and not self._any_prompt:
+            return call(*args, **kwargs)  # what it gives is a constant of that prompt
         encoded = pytree.tree_map(lambda one: Ref(self._value(one)) if isinstance(one, Tensor) else one, (args, kwargs))
         node.args, node.kwargs = list(encoded[0]), encoded[1]
         targets = [] if node.refused else node.writes
@@ -238,7 +243,7 @@ class Recorder:
         for one in given:
             self._known[id(one)] = len(self._values)
             self._values.append(one)
-            self._roots.append(_memory(one))
+            self._roots.append(memory(one))
         return first
 
     def _value(self, tensor: Tensor) -> int:
@@ -246,11 +251,11 @@ class Recorder:
         known = self._known.get(id(tensor))
         if known is not None:
             return known
-        if _memory(tensor) in {self._roots[one] for one in self._of_prompt}:
+        if self._any_prompt and memory(tensor) in {self._roots[one] for one in self._of_prompt}:
             self.refuse("a tensor shares memory with a value of the model's in a way that is not seen: read it by its name")
         if id(tensor) in self._paths:
             return self._add(Node("weight", self._paths[id(tensor)]), (tensor,))
-        node = Node("constant", refused=_RANDOM if id(tensor) in self._random else "")
+        node = Node("constant", _name_of(tensor), refused=_RANDOM if id(tensor) in self._random else "")
         if node.refused:
             node.line = self._random[id(tensor)][1]
         number = self._add(node, (tensor,))
@@ -260,6 +265,13 @@ class Recorder:
 
 
 _RANDOM = "a random number is drawn in the block, which would be another each time: draw it before, for a constant of the plan."
+
+
+def _name_of(tensor: Tensor) -> str:
+    """What the user's innermost function calls it; "" if it has no name."""
+    frame = _frame()
+    names = {} if frame is None else {**frame.f_globals, **frame.f_locals}
+    return next((name for name, one in names.items() if one is tensor and len(name) < 40 and name[0] != "_"), "")
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -273,7 +285,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 def _why_not(name: str) -> str:
     try:
-        policy.overload(name)
+        function(name)
     except Refused as error:
         return f"a plan cannot have {error}."
     return ""
@@ -316,7 +328,7 @@ class _Functions(TorchFunctionMode):
             return args[0].detach()
         known = recorder._known.get(id(args[0])) if args else None
         if func in _LEAVES and known in recorder._of_prompt:
-            recorder.stop(f"{func.__name__}: what is done outside of tensors")
+            recorder.stop(f"{func.__name__} takes what the model has computed of this prompt out of its tensors")
         op = _WHOLE_OPS.get(func)
         if op is None or kwargs.keys() - {one.name for one in op._schema.arguments}:
             return func(*args, **kwargs)

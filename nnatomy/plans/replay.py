@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.errors import PlanError
 from nnatomy.plans.graph import Block, Node, Of, Part, Ref, Size, mapped
-from nnatomy.plans.recorder import WHOLE
+from nnatomy.plans.recorder import WHOLE, memory
 from nnatomy.plans.rows import Row, Rows
 from nnatomy.remote.shapes import Shapes
 from nnatomy.standardized.accessors import check_fits
@@ -68,7 +68,7 @@ class Replay:
                 tensor = tensor.to(self.dtype)
             self._constants[name, device] = tensor.to(device)
         tensor = self._constants[name, device]
-        self.kept_apart.add(_memory(tensor))
+        self.kept_apart.add(memory(tensor))
         return tensor
 
     def weight(self, path: str) -> Tensor:
@@ -81,12 +81,12 @@ class Replay:
             }
         if path not in self._weights:
             raise PlanError(f"The plan uses a weight {path!r}, which {type(self.model.hf_model).__name__} has not.")
-        self.kept_apart.add(_memory(self._weights[path]))
+        self.kept_apart.add(memory(self._weights[path]))
         return self._weights[path]
 
     def apart(self, tensor: Tensor) -> Tensor:
         """A copy, where it shares memory with a weight, or a constant of the plan."""
-        return tensor.clone() if _memory(tensor) in self.kept_apart else tensor
+        return tensor.clone() if memory(tensor) in self.kept_apart else tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,9 +178,9 @@ class _Pass:
     def _do_op(self, node: Node) -> None:
         self._give(lambda row, values: self._one_op(node, row, values))
         if self._replay.seen is not None:
-            written = {_memory(values[one]) for values in self._values for one in node.writes}
+            written = {memory(values[one]) for values in self._values for one in node.writes}
             for point, value in self._points.items():
-                if _memory(value) in written:
+                if memory(value) in written:
                     self._replay.seen[point][1] = value.detach().clone()
 
     def _one_op(self, node: Node, row: Row, values: list[Tensor]) -> list[Tensor]:
@@ -194,7 +194,7 @@ class _Pass:
             return leaf
 
         args, kwargs = mapped(node.args, meant), {key: mapped(one, meant) for key, one in node.kwargs.items()}
-        if any(_memory(values[one]) in self._replay.kept_apart for one in node.writes):
+        if any(memory(values[one]) in self._replay.kept_apart for one in node.writes):
             raise PlanError(f"{node.name} of a plan would write into a weight of the model, or a constant of the plan.")
         try:
             if self._replay.plan.from_file:
@@ -210,7 +210,7 @@ class _Pass:
 
     def _near(self, tensor: Tensor) -> Tensor:
         """A constant where the values are, if these are on several devices."""
-        moved = tensor.device != self._device and _memory(tensor) in self._replay.kept_apart
+        moved = tensor.device != self._device and memory(tensor) in self._replay.kept_apart
         return tensor.to(self._device) if moved else tensor
 
     def _check_size(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -230,7 +230,3 @@ class _Pass:
 
     def _part_of(self, row: Row, name: str, value: Tensor) -> Tensor:
         return value if row.number is None else value[row.place(name, value, self._rows.keys(row, name, value))]
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnatomy.plans.graph import Node, Of, Ref, Size, leaves, rewritten
+from nnatomy.plans.graph import Node, Of, Size, leaves, rewritten
 
 
 @dataclass
@@ -43,12 +43,16 @@ def united(recordings: Sequence[Recording]) -> list[Node]:
     first = recordings[0]
     for other in recordings[1:]:
         for one, its in zip(first.nodes, other.nodes, strict=False):
-            if (one.kind, one.name, one.layer, one.gives) != (its.kind, its.name, its.layer, its.gives):
+            if _kind(one) != _kind(its):
                 raise Differ(f"{one.line}: the block does {_what(one)} here, and {_what(its)} {_on(other)} ({its.line})")
         if len(first.nodes) != len(other.nodes):
             more = max(first.nodes, other.nodes, key=len)[min(len(first.nodes), len(other.nodes))]
             raise Differ(f"{more.line}: the block does {_what(more)} in one case and not in the other ({_on(other)})")
     return [_united(nodes, recordings) for nodes in zip(*(one.nodes for one in recordings), strict=True)]
+
+
+def _kind(node: Node) -> tuple[Any, ...]:
+    return node.kind, "" if node.kind == "constant" else node.name, node.layer, node.gives
 
 
 def _united(nodes: tuple[Node, ...], recordings: Sequence[Recording]) -> Node:
@@ -109,6 +113,3 @@ def for_any_model(nodes: list[Node], dtype: torch.dtype, devices: set[torch.devi
         return leaf
 
     return [rewritten(node, change) for node in nodes]
-
-
-__all__ = ["Differ", "Recording", "Ref", "for_any_model", "united"]

@@ -76,6 +76,7 @@ class _Text:
         #: By value: its text, and whether it is one term.
         self._texts: list[tuple[str, bool]] = []
         self._written = self._values_written()
+        self._named = 0
 
     def _values_written(self) -> set[int]:
         """The values that are changed in place, themselves or as a view of theirs."""
@@ -111,7 +112,8 @@ class _Text:
         if node.gives == 1 and once and len(text) < 80 and first not in self._written:
             self._texts.append((text, is_term))
             return []
-        names = [f"x{first + i}" for i in range(node.gives)]
+        names = [f"x{self._named + i}" for i in range(node.gives)]
+        self._named += node.gives
         self._texts += [(name, True) for name in names]
         return [f"{', '.join(names)} = {text}"]
 
@@ -140,8 +142,11 @@ class _Text:
             return f"{self._term(node.args[0])}[..., None]", True
         if base in ("alias", "detach", "lift_fresh"):
             return args[0], True
-        given = ", ".join([*args, *(f"{key}={self._arg(one)}" for key, one in node.kwargs.items())])
-        return f"{base}({given})", True
+        return f"{base}({self._given(args, node)})", True
+
+    def _given(self, args: list[str], node: Node) -> str:
+        named = {key: self._arg(one) for key, one in node.kwargs.items() if one not in (None, False)}
+        return ", ".join([*args, *(f"{key}={text}" for key, text in named.items())])
 
     def _indexed(self, node: Node, index: str) -> str:
         of, axis = self._term(node.args[0]), node.args[1] if len(node.args) > 1 else 0
@@ -156,8 +161,7 @@ class _Text:
             return f"{target} = {others[0]}" if target.endswith("]") else f"{target}[...] = {others[0]}"
         if base in _BETWEEN and len(others) == 1 and not node.kwargs:
             return f"{target} {_BETWEEN[base]}= {others[0]}"
-        given = ", ".join([*others, *(f"{key}={self._arg(one)}" for key, one in node.kwargs.items())])
-        return f"{target}.{base}_({given})"
+        return f"{target}.{base}_({self._given(others, node)})"
 
     def _term(self, one: Any) -> str:
         text = self._arg(one)
