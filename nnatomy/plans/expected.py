@@ -79,7 +79,7 @@ class Check:
         return bool(self.numbers) and all(one.off <= self.tolerance for one in self.numbers)
 
     def __str__(self) -> str:
-        model = f"another {', '.join(self.differs)}" if self.differs else "the same model"
+        model = f"another model (other {', '.join(self.differs)})" if self.differs else "the same model"
         lines = [f"{model}; {self._told()}"]
         width = max((len(one.name) for one in self.numbers), default=0)
         lines += [

@@ -24,6 +24,7 @@ from nnatomy.errors import PlanError
 from nnatomy.names import row_of as any_row
 from nnatomy.plans.graph import GIVEN, Node, Ref, alive, function, row_of
 from nnatomy.serve.policy import GIVE_VALUES, Refused
+from nnatomy.standardized.positions import is_fake
 from nnatomy.standardized.watched import watcher
 
 _MATMUL = torch.ops.aten.matmul.default
@@ -62,7 +63,8 @@ def memory(tensor: Tensor) -> int:
     if changes is not None:
         return id(changes)
     with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage().data_ptr()) or id(tensor)
+        storage = tensor.untyped_storage()
+        return int(storage._cdata if is_fake(tensor) else storage.data_ptr()) or id(tensor)
 
 
 class Recorder:
