@@ -44,7 +44,9 @@ def from_control_vector(path: str | Path, model: Any, strength: float = 1.0) -> 
             f"{path}: its directions are of width {len(wide[0])}, the model's residual stream of width {model.hidden_size}."
         )
     if max(directions) >= model.num_layers:
-        raise PlanError(f"{path}: it has a direction.{max(directions)}; the model has layers 0 to {model.num_layers - 1}.")
+        raise PlanError(
+            f"{path}: it has a direction.{max(directions)}; the model has layers 0 to {model.num_layers - 1}."
+        )
 
     def block() -> None:
         for layer, direction in directions.items():

@@ -124,7 +124,7 @@ def measured(
         for one in replays:
             one.seen = None
     if logits is not None:
-        last = _finite(logits[0, -1])
+        last = finite(logits[0, -1])
         numbers["logits: norm"] = float(last.norm())
         tokens = last.topk(min(_TOP, len(last))).indices.tolist() if tokens is None else tokens
         numbers |= {f"{_OF_TOKEN}{token}": float(last[token]) for token in tokens if token < len(last)}
@@ -146,19 +146,20 @@ def _of_points(replay: Replay, seen: Seen) -> dict[str, float]:
     for point, (before, after) in seen.items():
         if after is not None:
             name = f"{point}" if replay.number == 0 else f"{point} of block {replay.number}"
-            before, after = _finite(before), _finite(after)
+            before, after = finite(before), finite(after)
             numbers[f"{name}: norm before"] = float(before.norm())
             numbers[f"{name}: norm of the change"] = float((after - before).norm())
     return numbers
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """In float32, with 0 for what is masked by an infinite number."""
     return value.float().nan_to_num(0.0, 0.0, 0.0)
 
 
 def compare(plan: Plan, model: Any) -> Check:
     """The plan's numbers on that model. Raises PlanError if it does not fit."""
+    model = model.without_edits()
     here = identity(model)
     differs = tuple(key for key in here if here[key] != plan.about.get(key) and key not in ("id", "revision"))
     tolerance = max(TOLERANCE.get(str(one["dtype"]), 1e-4) for one in (here, plan.about))

@@ -1,7 +1,7 @@
 """Plans in folders: `plan.json` and `tensors.safetensors`, without code. What is read is taken for anybody's.
 
-Whatever does not hold of a file is an error before anything is made of it: functions are those of a list (see `nnatomy.serve.policy`),
-points are standard names, numbers and sizes are bounded.
+Whatever does not hold of a file is an error before anything is made of it: functions are those of a list (see
+`nnatomy.serve.policy`), points are standard names, numbers and sizes are bounded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ _COUNT = 10_000
 _DTYPES = {
     str(one).removeprefix("torch."): one
     for one in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
+        *(
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+        ),
         *(torch.uint8, torch.bool),
     )
 }
@@ -60,9 +69,7 @@ def _told(plan: Plan) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "about": plan.about,
-        "constants": {
-            name: [_DTYPE_NAMES[one.dtype], list(one.shape)] for name, one in plan.constants.items()
-        },
+        "constants": {name: [_DTYPE_NAMES[one.dtype], list(one.shape)] for name, one in plan.constants.items()},
         "blocks": [
             {
                 "together": block.together,
@@ -74,7 +81,8 @@ def _told(plan: Plan) -> dict[str, Any]:
             for block in plan.blocks
         ],
         "prompts": [
-            {**one, "numbers": {name: _told_leaf(number) for name, number in one["numbers"].items()}} for one in plan.prompts
+            {**one, "numbers": {name: _told_leaf(number) for name, number in one["numbers"].items()}}
+            for one in plan.prompts
         ],
         "only": plan.only,
         "notes": plan.notes,
@@ -127,7 +135,7 @@ _GIVES = {"put": 0, "skip": 0}
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan that `Plan.save` wrote. Nothing in it is run before `Plan.apply` or `Plan.check`, and then only functions of a list.
+    """Read a plan that `Plan.save` wrote. Nothing in it is run before `Plan.apply` or `Plan.check`; then, only functions of a list.
 
     Raises:
         PlanError: for a folder that is no plan; the text says where, and what does not hold.
@@ -180,7 +188,10 @@ def _need(holds: bool, what: str) -> None:
 
 
 def _whole(value: Any, low: int, high: int, what: str) -> int:
-    _need(type(value) is int and low <= value <= high, f"{what} is a whole number from {low} to {high}, and not {value!r:.40}")
+    _need(
+        type(value) is int and low <= value <= high,
+        f"{what} is a whole number from {low} to {high}, and not {value!r:.40}",
+    )
     return int(value)
 
 
@@ -192,7 +203,9 @@ def _text(value: Any, what: str, most: int = 1000) -> str:
 def _dict(value: Any, fields: set[str], what: str) -> dict[str, Any]:
     _need(isinstance(value, dict), f"{what} is an object")
     found: dict[str, Any] = value
-    _need(not found.keys() - fields, f"{what} has {', '.join(map(repr, sorted(found.keys() - fields)))}, which is nothing")
+    _need(
+        not found.keys() - fields, f"{what} has {', '.join(map(repr, sorted(found.keys() - fields)))}, which is nothing"
+    )
     return found
 
 
@@ -213,7 +226,10 @@ class _Reader:
     def plan(self, told: Any) -> Plan:
         told, plan = _dict(told, _FIELDS, "a plan"), self._plan
         _need(told.get("format") == FORMAT, f"its format is not {FORMAT!r}")
-        _need(told.get("version") == VERSION, f"it is of version {told.get('version')!r:.20}; this nnatomy reads {VERSION}")
+        _need(
+            told.get("version") == VERSION,
+            f"it is of version {told.get('version')!r:.20}; this nnatomy reads {VERSION}",
+        )
         _need(told.keys() == _FIELDS, f"it has no {', '.join(sorted(_FIELDS - told.keys()))}")
         plan.about = self._about(told["about"])
         plan.constants = self._constants(told["constants"])
@@ -245,12 +261,18 @@ class _Reader:
         path = _regular(self._folder / _TENSORS, 1 << 40)
         try:
             with safe_open(path, "pt") as file:
-                _need({*file.keys()} == told.keys(), f"{_TENSORS} has other tensors than the plan")  # noqa: SIM118
+                _need({*file.keys()} == told.keys(), f"{_TENSORS} has other tensors than the plan")
                 for name, (dtype, shape) in told.items():
                     its = file.get_slice(name)
-                    _need(list(its.get_shape()) == shape, f"{name} is of {its.get_shape()} in {_TENSORS}, and of {shape} in the plan")
+                    _need(
+                        list(its.get_shape()) == shape,
+                        f"{name} is of {its.get_shape()} in {_TENSORS}, and of {shape} in the plan",
+                    )
                     tensor = file.get_tensor(name)
-                    _need(tensor.dtype == _DTYPES[dtype], f"{name} is {tensor.dtype} in {_TENSORS}, and {dtype} in the plan")
+                    _need(
+                        tensor.dtype == _DTYPES[dtype],
+                        f"{name} is {tensor.dtype} in {_TENSORS}, and {dtype} in the plan",
+                    )
                 return {name: file.get_tensor(name) for name in told}
         except SafetensorError as error:
             raise _NotAPlanError(f"{_TENSORS} is not in the safetensors format: {error}") from None
@@ -260,7 +282,10 @@ class _Reader:
         _need(type(told.get("together")) is bool, "together is true or false")
         parts = [self._part(one) for one in _list(told.get("parts"), 1000, "parts")]
         firsts = [part.first for part in parts]
-        _need(bool(parts) and firsts == sorted({*firsts}) and firsts[0] == 0, "parts begin in step 0, and go on in later ones")
+        _need(
+            bool(parts) and firsts == sorted({*firsts}) and firsts[0] == 0,
+            "parts begin in step 0, and go on in later ones",
+        )
         return Block(parts, told["together"])
 
     def _part(self, told: Any) -> Part:
@@ -296,7 +321,7 @@ class _Reader:
         for axis, size in sizes.items():
             _need(len(axis) <= 20, "an axis has a short name")
             _whole(size, 0, 2**40, f"the size of {axis}")
-        node = Node(kind, name, layer, args, kwargs, gives, sizes)  # type: ignore[arg-type]
+        node = Node(kind, name, layer, args, kwargs, gives, sizes)
         _CHECKS[node.kind](self._plan, node)
         return node
 
@@ -310,7 +335,10 @@ class _Reader:
             return _text(told, "an argument", 40)
         if isinstance(told, int):
             return _whole(told, -_INTEGER - 1, _INTEGER, "an argument")
-        _need(isinstance(told, dict) and len(told) == 1, "an argument is a number, a text, a list, or an object of one name")
+        _need(
+            isinstance(told, dict) and len(told) == 1,
+            "an argument is a number, a text, a list, or an object of one name",
+        )
         ((kind, of),) = told.items()
         if kind == "value":
             return Ref(_whole(of, 0, values - 1, "the number of a value that is there already"))
@@ -320,7 +348,7 @@ class _Reader:
             return Size(of[0], _whole(of[1], 0, 2**31, "times"), _whole(of[2], -(2**31), 2**31, "plus"))
         if kind == "slice":
             for one in _list(of, 2, "a slice"):
-                _need(one is None or type(one) is int, "a slice is of whole numbers")
+                _need(one is None or (type(one) is int and abs(one) < 2**31), "a slice is of whole numbers")
             _need(len(of) == 2, "a slice has a start and a stop")
             return slice(*of)
         table: dict[str, dict[Any, Any]] = {
@@ -330,7 +358,10 @@ class _Reader:
             "memory": _FORMATS,
             "layout": {"strided": torch.strided},
         }
-        _need(kind in table and isinstance(of, str) and of in table[kind], f"an argument that is nothing: {kind}: {of!r:.40}")
+        _need(
+            kind in table and isinstance(of, str) and of in table[kind],
+            f"an argument that is nothing: {kind}: {of!r:.40}",
+        )
         return table[kind][of]
 
     def _prompt(self, told: Any) -> dict[str, Any]:
@@ -367,7 +398,10 @@ def _check_point(_: Plan, node: Node) -> None:
     row = row_of(node.name)
     _need(row is not None, f"{node.name!r:.60} is no standard name that a plan may have")
     assert row is not None
-    _need((row.part == "model") == (node.layer is None), f"{node.name} {'has no layer' if row.part == 'model' else 'is of a layer'}")
+    _need(
+        (row.part == "model") == (node.layer is None),
+        f"{node.name} {'has no layer' if row.part == 'model' else 'is of a layer'}",
+    )
     _need(not node.kwargs and {*node.sizes} <= {*row.axes}, f"{node.point} has what a point has not")
     if node.kind == "put":
         _need(row.assignable and node.name not in GIVEN, f"{node.name} cannot be assigned")
@@ -378,7 +412,9 @@ def _check_point(_: Plan, node: Node) -> None:
 
 def _check_skip(_: Plan, node: Node) -> None:
     good = len(node.args) == 3 and not node.kwargs and not node.gives and not node.name
-    _need(good and (node.args[2] is None or isinstance(node.args[2], Ref)), "skip is of two layers, and a value or null")
+    _need(
+        good and (node.args[2] is None or isinstance(node.args[2], Ref)), "skip is of two layers, and a value or null"
+    )
     for layer in node.args[:2]:
         _whole(layer, -_COUNT, _COUNT, "a layer")
 
@@ -393,7 +429,10 @@ def _check_op(_: Plan, node: Node) -> None:
     arguments = op._schema.arguments
     names = [one.name for one in arguments]
     positional = [one for one in arguments if not one.kwarg_only]
-    _need(len(node.args) <= len(positional) and {*node.kwargs} <= {*names[len(node.args) :]}, f"{node.name} is given other arguments")
+    _need(
+        len(node.args) <= len(positional) and {*node.kwargs} <= {*names[len(node.args) :]},
+        f"{node.name} is given other arguments",
+    )
     _need(bool(node.refs), f"{node.name} is of no value")
     writes = any(one.alias_info is not None and one.alias_info.is_write for one in arguments)
     _need((node.gives == 0) == writes, f"{node.name} gives {node.gives} values")
@@ -411,9 +450,12 @@ def _check_weight(_: Plan, node: Node) -> None:
 
 def _check_chosen(_: Plan, node: Node) -> None:
     where = node.args[0] if len(node.args) == 1 else "?"
-    many = isinstance(where, list) and where and all(type(one) is int for one in where)
-    good = where is None or type(where) is int or isinstance(where, slice) or many
-    _need(bool(good) and not node.kwargs and node.gives == 1 and not node.name, "chosen is of one or several positions, or a slice")
+    each = where if isinstance(where, list) and where else [where]
+    good = where is None or isinstance(where, slice) or all(type(one) is int and abs(one) < 2**31 for one in each)
+    _need(
+        bool(good) and not node.kwargs and node.gives == 1 and not node.name,
+        "chosen is of one or several positions, or a slice",
+    )
 
 
 _CHECKS: dict[str, Callable[[Plan, Node], None]] = {

@@ -129,6 +129,8 @@ class Plan:
 
         if not isinstance(model, StandardizedTransformer):
             raise PlanError(f"A plan is applied to a StandardizedTransformer; got a {type(model).__name__}.")
+        if model.config.is_encoder_decoder:
+            raise PlanError("Of encoder-decoders no plans are made yet.")
         missing: dict[str, str] = {}
         weights = {**dict(model.hf_model.named_parameters()), **dict(model.hf_model.named_buffers())}
         for node in self.nodes:
@@ -153,7 +155,7 @@ class Plan:
         known = {"hidden": model.hidden_size, "vocab": model.dimensions.vocab_size}
         for axis, size in node.sizes.items():
             if known.get(axis, size) != size:
-                raise PlanError(f"{node.point}: {axis} is {known[axis]} here, and {size} where it was recorded")
+                raise PlanError(_sizes(node, axis, known[axis]))
 
     def check_sizes(self, node: Node, value: Tensor) -> None:
         """Raise PlanError if a point's value has other sizes than where it was recorded."""
@@ -162,9 +164,7 @@ class Plan:
         axes = row_of(node.name).axes
         for axis, size in zip(axes, value.shape, strict=False):
             if node.sizes.get(axis, size) != size:
-                raise PlanError(
-                    f"The plan does not fit this model: {node.point}: {axis} is {size} here, and {node.sizes[axis]} where it was recorded"
-                )
+                raise PlanError(f"The plan does not fit this model: {_sizes(node, axis, size)}")
 
     def check_prompt(self, ids: Tensor | None, rows: list[Row]) -> None:
         """Raise PlanError if a row is of another prompt than that of a plan that is for one."""
@@ -177,3 +177,7 @@ class Plan:
                         f"This plan is for the one prompt that it was recorded on, of tokens {self.only['ids']!r:.80}; this one has "
                         f"{one!r:.80}. ({self.only['why']}.)"
                     )
+
+
+def _sizes(node: Node, axis: str, here: Any) -> str:
+    return f"{node.point}: {axis} is {here} here, and {node.sizes[axis]} where it was recorded"

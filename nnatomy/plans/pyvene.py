@@ -77,7 +77,9 @@ def from_pyvene(
             accessor[layer] = new
 
     plan: Plan = model.without_edits().record(block)
-    plan.notes.append("interventions of pyvene: " + ", ".join(f"{kind} at {name}[{layer}]" for name, layer, kind, _ in edits))
+    plan.notes.append(
+        "interventions of pyvene: " + ", ".join(f"{kind} at {name}[{layer}]" for name, layer, kind, _ in edits)
+    )
     return plan
 
 
@@ -134,10 +136,14 @@ def _check(row: dict[str, Any], kind: str, source: Tensor | None, model: Any, i:
     """Raise PlanError unless it is read."""
     where = f"representations[{i}]"
     if kind not in _TYPES:
-        raise PlanError(f"{where} is a {kind!r:.60}, whose weights are pickled beside the config, or are code; read are {', '.join(_TYPES)}.")
+        raise PlanError(
+            f"{where} is a {kind!r:.60}, whose weights are pickled, or which is code; read are {', '.join(_TYPES)}."
+        )
     component, unit = row.get("component"), row.get("unit", "pos")
     if not isinstance(component, str) or component not in COMPONENTS:
-        raise PlanError(f"{where} is of {component!r:.60}, which is no standard name; read are {', '.join(COMPONENTS)}.")
+        raise PlanError(
+            f"{where} is of {component!r:.60}, which is no standard name; read are {', '.join(COMPONENTS)}."
+        )
     if unit != "pos":
         raise PlanError(f"{where} is of units {unit!r:.40}, and not of positions (pos).")
     named = ("low_rank_dimension", "subspace_partition", "group_key", "intervention_link_key", "moe_key")
@@ -148,4 +154,6 @@ def _check(row: dict[str, Any], kind: str, source: Tensor | None, model: Any, i:
     if not isinstance(source, Tensor):
         raise PlanError(f"{where} is a {kind}, and needs its source: from_pyvene(..., sources={{{i}: tensor}}).")
     if source.shape[-1:] != (model.hidden_size,):
-        raise PlanError(f"sources[{i}] is of {tuple(source.shape)}, the model's residual stream of width {model.hidden_size}.")
+        raise PlanError(
+            f"sources[{i}] is of {tuple(source.shape)}, the model's residual stream of width {model.hidden_size}."
+        )

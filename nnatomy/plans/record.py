@@ -12,7 +12,7 @@ from torch import Tensor
 from nnatomy.blocks.capture import Body, Names
 from nnatomy.core.frames import frame_of_with, is_ours
 from nnatomy.errors import AssignmentError, InputError, NnatomyError, NotReachedError, PlanError, UsageError
-from nnatomy.plans.expected import measured
+from nnatomy.plans.expected import finite, measured
 from nnatomy.plans.graph import Block, Node, Part
 from nnatomy.plans.identity import identity
 from nnatomy.plans.plan import Plan
@@ -24,6 +24,10 @@ from nnatomy.tracing.attach import Attachment
 
 #: How many steps behind the first are looked at, if nothing asks for more; and how many at most.
 _STEPS, _MOST_STEPS = 3, 64
+_FOR_ONE = (
+    "so that a plan of it would be true for this prompt alone. Write it with functions of the values (zeros_like, [:, -1]), or "
+    "record(..., any_prompt=False) for a plan for this prompt."
+)
 _TEXT = "The quick brown fox jumps over the lazy dog."
 Edit = Callable[[], Any]
 
@@ -92,10 +96,9 @@ def make(plan: Plan, model: Any, edits: tuple[Any, ...], prompt: Any, any_prompt
             _Making(plan, before, edit, ids, any_prompt).make()
         before = before.edit(Replay(plan, len(plan.blocks) - 1, model))
     plan.about = identity(model)
-    texts = [{"text": text, "ids": ids}] + ([] if plan.only else [{"text": None, "ids": _other(model, ids)}])
-    for one in texts:
+    for its_text, its_ids in [(text, ids), (None, _other(model, ids))][: 1 if plan.only else 2]:
         replays = [Replay(plan, i, model) for i in range(len(plan.blocks))]
-        plan.prompts.append({**one, "numbers": measured(model, replays, one["ids"])})
+        plan.prompts.append({"text": its_text, "ids": its_ids, "numbers": measured(model, replays, its_ids)})
 
 
 def _prompt(model: Any, prompt: Any) -> tuple[str | None, list[int]]:
@@ -105,7 +108,9 @@ def _prompt(model: Any, prompt: Any) -> tuple[str | None, list[int]]:
     inputs = model.prepare(prompt)
     ids = inputs.get("input_ids")
     if ids is None or len(ids) != 1 or inputs.keys() - {"input_ids", "attention_mask", "position_ids"}:
-        raise InputError("record(...) takes one prompt: a text, a chat, or token ids. (A plan is for any number of them.)")
+        raise InputError(
+            "record(...) takes one prompt: a text, a chat, or token ids. (A plan is for any number of them.)"
+        )
     return (prompt if isinstance(prompt, str) else None), ids[0].tolist()
 
 
@@ -162,11 +167,11 @@ class _Making:
     def make(self) -> None:
         plan, ids = self._plan, self._ids
         plan.about = plan.about or {"dtype": str(self._model.hf_model.dtype).removeprefix("torch.")}
-        first, logits = self._trace(ids)
+        first, outcome = self._trace(ids)
         groups = [(0, [first])]
         why = ""
         if self._any_prompt:
-            other, others_logits = self._elsewhere(_other(self._model, ids))
+            other, others_outcome = self._elsewhere(_other(self._model, ids))
             groups = [(0, [first, other])]
             self._united(groups[0][1])
             groups, why = self._with_steps(groups)
@@ -179,20 +184,20 @@ class _Making:
         if not any(part.nodes for part in parts):
             raise PlanError("The block changes nothing: it assigns no value, and changes none in place.")
         plan.blocks.append(Block(parts))
-        self._compare(ids, logits)
+        self._compare(ids, outcome)
         if self._any_prompt:
-            self._compare(_other(self._model, ids), others_logits)
-            plan.blocks[-1].together = self._is_together()
+            self._compare(_other(self._model, ids), others_outcome)
+            plan.blocks[-1].together = all(self._is_together(part.nodes) for part in parts if part.nodes)
 
-    def _trace(self, ids: list[int]) -> tuple[Recording, Tensor | None]:
-        """The block in one forward pass, and the logits then."""
+    def _trace(self, ids: list[int]) -> tuple[Recording, Tensor]:
+        """The block in one forward pass, and what that comes to."""
         model = self._model
         with torch.no_grad(), model.trace(ids) as tracer:
             recording = self._record(tracer)
-            logits = model.logits if "logits" not in model._refused else None
-        return recording, logits
+            outcome = _outcome(model)
+        return recording, outcome
 
-    def _elsewhere(self, ids: list[int]) -> tuple[Recording, Tensor | None]:
+    def _elsewhere(self, ids: list[int]) -> tuple[Recording, Tensor]:
         """The same on another prompt, on which a block that is for the one may fail."""
         try:
             return self._trace(ids)
@@ -200,9 +205,7 @@ class _Making:
             raise
         except (NnatomyError, RuntimeError, IndexError, ValueError) as error:
             raise PlanError(
-                f"{_line_of(error)}: on another prompt, of {len(ids)} tokens, the block fails: {error} So a plan of it would be true for "
-                "this prompt alone. Write it with functions of the values (zeros_like, [:, -1]), or record(..., any_prompt=False) for a "
-                "plan for this prompt."
+                f"{_line_of(error)}: on another prompt, of {len(ids)} tokens, the block fails ({error}), {_FOR_ONE}"
             ) from None
 
     def _record(self, tracer: Any) -> Recording:
@@ -222,14 +225,10 @@ class _Making:
         try:
             return united(recordings)
         except Differ as error:
-            raise PlanError(
-                f"{error}, so that a plan of it would be true for this prompt alone. Write it with functions of the values "
-                "(zeros_like, [:, -1]), or record(..., any_prompt=False) for a plan for this prompt."
-            ) from None
+            raise PlanError(f"{error}, {_FOR_ONE}") from None
 
     def _with_steps(self, groups: list[tuple[int, list[Recording]]]) -> tuple[list[tuple[int, list[Recording]]], str]:
-        """With the steps of a generation, each in the group of the one before it if that does the same; and why the block fails in the
-        last one, if it does."""
+        """With the steps of a generation, each in the group of the one before if it does the same; and why the block fails, if so."""
         model, self._seen = self._model, list[Recording]()
         can = getattr(model.hf_model, "can_generate", None)
         if can is None or not can() or not model.causal:
@@ -248,8 +247,8 @@ class _Making:
                     groups.append((step, [one]))
         if not why and len(groups) > 1 and len(groups[-1][1]) == 1:
             raise PlanError(
-                f"The block does something else in step {groups[-1][0]} of a generation than in the one before, and nobody can tell what in "
-                "later ones."
+                f"The block does something else in step {groups[-1][0]} of a generation than in the one before, and nobody can "
+                "tell what in later ones."
             )
         return groups, why
 
@@ -279,40 +278,37 @@ class _Making:
 
     # That the plan does what the block does.
 
-    def _replay(self, together: bool = False) -> Replay:
+    def _replay(self, parts: list[Part], together: bool = False) -> Replay:
         replay = Replay(self._plan, len(self._plan.blocks) - 1, self._model)
-        replay.block = Block(replay.block.parts, together)
+        replay.block = Block(parts, together)
         return replay
 
-    def _compare(self, ids: list[int], wanted: Tensor | None) -> None:
-        if wanted is None:
-            return
-        edited = self._model.edit(self._replay())
+    def _compare(self, ids: list[int], wanted: Tensor) -> None:
+        edited = self._model.edit(self._replay(self._plan.blocks[-1].parts))
         with torch.no_grad(), edited.trace(ids):
-            logits = edited.logits
-        if not torch.equal(logits.nan_to_num(7), wanted.nan_to_num(7)):
+            found = _outcome(edited)
+        if not torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)):
             raise PlanError(
                 "What was recorded of the block does not give, done again, what the block gives: it changes the model in a way that "
                 "is not seen (a hook, a module's own name, memory shared with a value)."
             )
 
-    def _is_together(self) -> bool:
-        """Whether it may be done to a batch at once: seen on two prompts of one length."""
-        if self._ids == self._ids[::-1]:
-            return False
+    def _is_together(self, nodes: list[Node]) -> bool:
+        """Whether they may be done to a batch at once: seen on two prompts of one length."""
         both = [self._ids, self._ids[::-1]]
+        if both[0] == both[1] or any(node.kind == "skip" and node.args[2] is not None for node in nodes):
+            return False
         changes: list[dict[str, Tensor]] = []
         for together in (True, False):
-            replay = self._replay(together)
+            replay = self._replay([Part(0, nodes)], together)
             replay.seen = {}
             try:
                 with torch.no_grad():
                     self._model.edit(replay).trace(both).run()
             except PlanError:
                 return False
-            changes.append({
-                point: after.float() - before.float() for point, (before, after) in replay.seen.items() if after is not None
-            })
+            seen = {point: one for point, one in replay.seen.items() if one[1] is not None}
+            changes.append({point: finite(after) - finite(before) for point, (before, after) in seen.items()})
         for point, change in changes[1].items():
             other = changes[0][point]
             if not torch.equal(change.flatten(1).any(1), other.flatten(1).any(1)):
@@ -320,6 +316,12 @@ class _Making:
             if (change - other).abs().max() > 1e-3 * change.abs().max():
                 return False
         return True
+
+
+def _outcome(model: Any) -> Tensor:
+    """What a pass comes to: the logits, or the last layer's output of a model without a head."""
+    found: Tensor = model.layers_output[-1] if "logits" in model._refused else model.logits
+    return found
 
 
 def _line_of(error: BaseException) -> str:

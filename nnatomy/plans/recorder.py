@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from types import FrameType
 from typing import Any
 
@@ -136,7 +137,8 @@ class Recorder:
     # What the names tell: see `Watcher`.
 
     def read(self, of: Any, name: str, layer: int | None, value: Any) -> None:
-        self._check(of, name, layer)
+        self._check(of, name)
+        layer = None if layer is None else index(layer)
         node = self._add(Node("read", name, layer, sizes=self._sizes(name, value)), (value,))
         self._of_prompt.add(node)
         if name not in GIVEN:
@@ -144,13 +146,14 @@ class Recorder:
             self._point_roots.add(self._here)
 
     def put(self, of: Any, name: str, layer: int | None, value: Any) -> None:
-        self._check(of, name, layer)
+        self._check(of, name)
+        layer = None if layer is None else index(layer)
         self._add(Node("put", name, layer, [Ref(self._value(value))], gives=0, sizes=self._sizes(name, value)))
         self._put_roots.add(memory(value))
 
     def skip(self, model: Any, layers: tuple[int, int], skip_with: Any) -> None:
         given = None if skip_with is None else Ref(self._value(skip_with))
-        self._add(Node("skip", args=[*layers, given], gives=0))
+        self._add(Node("skip", args=[*map(index, layers), given], gives=0))
         with self.paused():
             model.skip_layers(*layers, skip_with)
 
@@ -168,9 +171,11 @@ class Recorder:
     def refuse(self, why: str) -> None:
         raise PlanError(f"{line()}: {why}.")
 
-    def _check(self, of: Any, name: str, layer: int | None) -> None:
+    def _check(self, of: Any, name: str) -> None:
         if of is not self._model._blocks or of.current(name) is not self._block:
-            self.refuse(f"{name} is read in a trace of its own within the block: trace before, and use what that has given")
+            self.refuse(
+                f"{name} is read in a trace of its own within the block: trace before, and use what that has given"
+            )
         if row_of(name) is None:
             self.refuse(f"a plan has no {name}: of encoder-decoders and their encoders no plans are made yet")
 
@@ -254,7 +259,9 @@ class Recorder:
         if known is not None:
             return known
         if self._any_prompt and memory(tensor) in {self._roots[one] for one in self._of_prompt}:
-            self.refuse("a tensor shares memory with a value of the model's in a way that is not seen: read it by its name")
+            self.refuse(
+                "a tensor shares memory with a value of the model's in a way that is not seen: read it by its name"
+            )
         if id(tensor) in self._paths:
             return self._add(Node("weight", self._paths[id(tensor)]), (tensor,))
         node = Node("constant", _name_of(tensor), refused=_RANDOM if id(tensor) in self._random else "")
@@ -305,7 +312,7 @@ def _decided(func: Any, base: str, args: tuple[Any, ...]) -> str:
 
 class _Dispatch(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

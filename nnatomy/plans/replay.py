@@ -14,6 +14,7 @@ from nnatomy.plans.graph import Block, Node, Of, Part, Ref, Size, mapped
 from nnatomy.plans.recorder import WHOLE, memory
 from nnatomy.plans.rows import Row, Rows
 from nnatomy.remote.shapes import Shapes
+from nnatomy.serve.limits import operations
 from nnatomy.standardized.accessors import check_fits
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 #: How many elements a function of a file's may give, and how many times those of the largest value in the block.
 _ELEMENTS, _TIMES = 1 << 22, 16
+_OPERATIONS = 10**13
 _shapes = Shapes(5_000)
 #: What was at a point before a plan changed it, and after: see `Replay.seen`.
 Seen = dict[str, list[Any]]
@@ -51,9 +53,13 @@ class Replay:
     def __call__(self) -> None:
         step = self.model._blocks.current("a plan").step
         part = self.block.part(step)
-        if not part.nodes:
+        if not (part.nodes or part.why):
             return
         rows = Rows(self.model, self.block.together)
+        if step and part.why and rows.is_all:
+            part = self.block.parts[0]  # without a cache every step is like the first
+        if not part.nodes:
+            return
         if self.plan.only is not None:
             self.plan.check_prompt(rows.ids, rows.each)
         _Pass(self, part, rows).run()
@@ -105,16 +111,13 @@ class _Pass:
         self._values: list[list[Tensor]] = [[] for _ in rows.each]
         self._device = self._model.device
         self._most = max([_ELEMENTS // _TIMES, *(one.numel() for one in replay.plan.constants.values())])
+        self._written = {value for node in part.nodes for value in node.writes}
         #: The points that were read, with their values.
         self._points: dict[str, Tensor] = {}
 
     def run(self) -> None:
-        do = {
-            **{"read": self._do_read, "put": self._do_put, "skip": self._do_skip, "op": self._do_op},
-            **{"constant": self._do_constant, "weight": self._do_weight, "chosen": self._do_chosen},
-        }
         for node in self._part.nodes:
-            do[node.kind](node)
+            getattr(self, f"_do_{node.kind}")(node)
 
     def _give(self, give: Callable[[Row, list[Tensor]], list[Tensor]]) -> None:
         """Some more values for each row."""
@@ -124,8 +127,7 @@ class _Pass:
     def _do_constant(self, node: Node) -> None:
         number = len(self._values[0])
         tensor = self._replay.constant(node.name, self._device)
-        is_written = any(number in one.writes for one in self._part.nodes)
-        self._give(lambda *_: [tensor.clone() if is_written else tensor])
+        self._give(lambda *_: [tensor.clone() if number in self._written else tensor])
 
     def _do_weight(self, node: Node) -> None:
         tensor = self._replay.weight(node.name)
@@ -214,6 +216,11 @@ class _Pass:
         return tensor.to(self._device) if moved else tensor
 
     def _check_size(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> None:
+        count = operations(
+            node.name.split(".")[1], [one for one in pytree.tree_leaves(args) if isinstance(one, Tensor)]
+        )
+        if count > _OPERATIONS:
+            raise PlanError(f"{node.name} of a plan needs {count:,} operations: it is not run.")
         try:
             made = [one for one in pytree.tree_leaves(_shapes.of(node.op, args, kwargs)) if isinstance(one, Tensor)]
         except (NotImplementedError, RuntimeError):  # its shape is not known before, or does not fit, as it will say

@@ -6,7 +6,6 @@ in the value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,7 +81,9 @@ class Rows:
         batch, width = (1, total) if tokens is None else tokens.shape[:2]
         self.shape = batch, width
         self.ids: Tensor | None = tokens if tokens is None or not tokens.is_floating_point() else None
-        self._model, self._masks = model, None
+        self.is_all = width == total  # no cache has earlier positions
+        self._model = model
+        self._masks: list[list[bool]] = []
         if is_fake(tokens):
             self.own: Any = None
             self.each = [Row(None, slice(0, width), total, width)]
@@ -100,9 +101,7 @@ class Rows:
         axes = ("batch", "key") if name == "attention_mask" else row_of(name).axes
         if row.number is None or "key" not in axes:
             return None
-        if self._masks is None:
-            self._masks = (self._model.attention_mask != 0).tolist()
-        masks: Sequence[list[bool]] = self._masks
+        masks = self._masks = self._masks or (self._model.attention_mask != 0).tolist()
         if len(masks[row.number]) != value.shape[axes.index("key")]:
             raise InputError(
                 f"{name} has {value.shape[axes.index('key')]} keys, and the attention mask {len(masks[row.number])} columns: nothing "

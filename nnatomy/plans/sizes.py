@@ -44,7 +44,9 @@ def united(recordings: Sequence[Recording]) -> list[Node]:
     for other in recordings[1:]:
         for one, its in zip(first.nodes, other.nodes, strict=False):
             if _kind(one) != _kind(its):
-                raise Differ(f"{one.line}: the block does {_what(one)} here, and {_what(its)} {_on(other)} ({its.line})")
+                raise Differ(
+                    f"{one.line}: the block does {_what(one)} here, and {_what(its)} {_on(other)} ({its.line})"
+                )
         if len(first.nodes) != len(other.nodes):
             more = max(first.nodes, other.nodes, key=len)[min(len(first.nodes), len(other.nodes))]
             raise Differ(f"{more.line}: the block does {_what(more)} in one case and not in the other ({_on(other)})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -31,15 +32,20 @@ def written(plan: Plan) -> str:
     for prompt in plan.prompts:
         what = repr(prompt["text"]) if prompt.get("text") else f"{len(prompt['ids'])} tokens"
         lines.append(f"expected on {what}: {len(prompt['numbers'])} numbers")
-    return "\n".join(lines)
+    return "\n".join(map(_plain, lines))
+
+
+def _plain(line: str) -> str:
+    """Without what is no character to be seen: a file may be anybody's."""
+    return "".join(one if one.isprintable() else "?" for one in line)
 
 
 def one_line(plan: Plan, block: int) -> str:
     """The first assignment."""
     if not plan.blocks:
         return "nothing yet"
-    texts = [text for part in plan.blocks[block].parts for text in _Text(plan, part.nodes).lines()]
-    return next((text for text in texts if text.partition(" ")[0] not in ("x",)), "nothing")
+    texts = (text for part in plan.blocks[block].parts for text in _Text(plan, part.nodes).lines())
+    return _plain(next((text for text in texts if not re.match(r"x\d", text)), "nothing"))
 
 
 def _block(plan: Plan, block: Block) -> list[str]:
@@ -48,7 +54,9 @@ def _block(plan: Plan, block: Block) -> list[str]:
     lines = []
     for part, end in zip(block.parts, ends, strict=True):
         lines.append(f"{_steps(part, end, len(block.parts))}{each}:")
-        lines += [f"    {text}" for text in _Text(plan, part.nodes).lines() or [f"pass{part.why and '    # ' + part.why}"]]
+        lines += [
+            f"    {text}" for text in _Text(plan, part.nodes).lines() or [f"pass{part.why and '    # ' + part.why}"]
+        ]
     return lines
 
 
@@ -81,7 +89,7 @@ class _Text:
     def _values_written(self) -> set[int]:
         """The values that are changed in place, themselves or as a view of theirs."""
         base: list[int] = []
-        found = set()
+        found = set[int]()
         for node in self._nodes:
             is_view = node.kind == "op" and node.gives == 1 and node.name.split(".")[1] in _VIEWS
             of = base[node.refs[0]] if is_view else len(base)
@@ -109,7 +117,7 @@ class _Text:
         text, is_term = self._op(node)
         first = len(self._texts)
         once = self._uses.get(first, 0) <= 1 or (is_term and node.name.split(".")[1] in _VIEWS)
-        if node.gives == 1 and once and len(text) < 80 and first not in self._written:
+        if node.gives == 1 and once and len(text) < 100 and first not in self._written:
             self._texts.append((text, is_term))
             return []
         names = [f"x{self._named + i}" for i in range(node.gives)]
@@ -142,6 +150,11 @@ class _Text:
             return f"{self._term(node.args[0])}[..., None]", True
         if base in ("alias", "detach", "lift_fresh"):
             return args[0], True
+        if base == "_to_copy":
+            return (
+                f"{self._term(node.args[0])}.to({', '.join(self._arg(one) for one in node.kwargs.values() if one)})",
+                True,
+            )
         return f"{base}({self._given(args, node)})", True
 
     def _given(self, args: list[str], node: Node) -> str:

@@ -254,7 +254,9 @@ def read_together(
     ]
     if (watching := watcher.get()) is not None:
         if len(wanted) > 1:
-            watching.refuse("several names are read at once: read one after the other, in the order of the forward pass")
+            watching.refuse(
+                "several names are read at once: read one after the other, in the order of the forward pass"
+            )
         for layer, value in zip(wanted[0][1], found[0], strict=True):
             watching.read(wanted[0][0]._blocks, wanted[0][0].name, layer, value)
     return found

@@ -68,7 +68,9 @@ def test_on_the_same_weights() -> None:
     assert found.differs == ()
     assert found.worst is not None
     assert found.worst.off == 0
-    assert str(found).startswith("the same model; all numbers are equal, bit for bit\n  prompt 0  layers_output[1]: norm before")
+    assert str(found).startswith(
+        "the same model; all numbers are equal, bit for bit\n  prompt 0  layers_output[1]: norm before"
+    )
 
 
 def test_other_weights_are_told() -> None:
@@ -80,7 +82,9 @@ def test_other_weights_are_told() -> None:
     assert not found.same_weights
     assert not found.ok
     assert found.differs == ("weights",)
-    with pytest.warns(UserWarning, match=r"this is another model \(other weights\); numbers are off by \d\.\de-0\d at most") as warned:
+    with pytest.warns(
+        UserWarning, match=r"this is another model \(other weights\); numbers are off by \d\.\de-0\d at most"
+    ) as warned:
         edited = plan_of("llama").apply(other)
     assert warned[0].filename == __file__
     assert torch.equal(edited(IDS).logits, other.edit(partial(add, other))(IDS).logits)
@@ -89,7 +93,9 @@ def test_other_weights_are_told() -> None:
 def test_numbers_that_are_off_on_the_same_weights_fail() -> None:
     plan = copy.deepcopy(plan_of("llama"))
     plan.prompts[1]["numbers"]["logits: norm"] *= 1.01
-    with pytest.raises(PlanError, match=r"(?s)On the weights that it was recorded on, the plan gives other numbers\..*logits: norm"):
+    with pytest.raises(
+        PlanError, match=r"(?s)On the weights that it was recorded on, the plan gives other numbers\..*logits: norm"
+    ):
         plan.apply(model_of("llama"))
     plan.apply(model_of("llama"), check=False)
     plan.prompts[1]["numbers"]["logits: norm"] *= (1 + 1e-5) / 1.01

@@ -35,7 +35,9 @@ def recorded() -> Plan:
     def block() -> None:
         h = model.layers_output[0]
         h[:, -1] += V
-        model.layers_output[1] = model.layers_output[1].masked_fill(model.layers_output[1] > 3, float("inf")).clamp(max=3)
+        model.layers_output[1] = (
+            model.layers_output[1].masked_fill(model.layers_output[1] > 3, float("inf")).clamp(max=3)
+        )
         model.steer(2, V.to(torch.bfloat16), token_positions=slice(1, -1))
         model.layers_output[2] = model.layers_output[2] + model.embed_tokens.module.weight[3]
 
@@ -144,7 +146,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a text": (named("aten.add.Tensor", args=[{"value": 0}, "../../etc/passwd"], gives=1), "the text"),
     "too many arguments": (named("aten.relu.default", args=[{"value": 0}] * 9, gives=1), "is given other arguments"),
-    "an argument of no name": (named("aten.relu.default", args=[{"value": 0}], kwargs={"exec": 1}, gives=1), "is given other arguments"),
+    "an argument of no name": (named("aten.relu.default", args=[{"value": 0}], kwargs={"exec": 1}), "is given other arguments"),
     "of no value": (named("aten.relu.default", args=[1], gives=1), "is of no value"),
     "gives what it does not": (named("aten.relu.default", args=[{"value": 0}], gives=0), "gives 0 values"),
     "in place, and gives": (named("aten.relu_.default", args=[{"value": 0}], gives=1), "gives 1 values"),
@@ -264,9 +266,14 @@ def test_what_grows_without_end_is_not_run(tmp_path: Path) -> None:
     for i in range(40):
         nodes.append({"kind": "op", "name": "aten.cat.default", "args": [[{"value": i}] * 8, 1]})
     plan = changed_plan(tmp_path, nodes_of(*nodes))
-    with pytest.raises(PlanError, match=r"aten.cat.default of a plan gives [\d,]+ elements, where the values in it have"):
+    with pytest.raises(
+        PlanError, match=r"aten.cat.default of a plan gives [\d,]+ elements, where the values in it have"
+    ):
         plan.apply(model_of("llama"), check=False)(IDS)
-    plan = changed_plan(tmp_path, nodes_of(READ, {"kind": "op", "name": "aten.repeat.default", "args": [{"value": 0}, [10**6, 10**6, 1]]}))
+    plan = changed_plan(
+        tmp_path,
+        nodes_of(READ, {"kind": "op", "name": "aten.repeat.default", "args": [{"value": 0}, [10**6, 10**6, 1]]}),
+    )
     with pytest.raises(PlanError, match="it is not run"):
         plan.apply(model_of("llama"), check=False)(IDS)
 
@@ -310,5 +317,7 @@ def test_constants_stay_what_they_are(tmp_path: Path) -> None:
 def test_what_does_not_fit_where_it_is_run(tmp_path: Path) -> None:
     wrong = {"kind": "op", "name": "aten.mm.default", "args": [{"value": 0}, {"value": 0}]}
     plan = changed_plan(tmp_path, nodes_of(READ, wrong))
-    with pytest.raises(PlanError, match=r"aten.mm.default of a plan cannot be done to tensors of \(1, 7, 32\), \(1, 7, 32\)"):
+    with pytest.raises(
+        PlanError, match=r"aten.mm.default of a plan cannot be done to tensors of \(1, 7, 32\), \(1, 7, 32\)"
+    ):
         plan.apply(model_of("llama"), check=False)(IDS)

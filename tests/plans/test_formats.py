@@ -21,7 +21,7 @@ from nnatomy.plans.control_vector import read_control_vector
 
 V = torch.randn(32, generator=torch.Generator().manual_seed(0))
 IDS = prompt_ids(1, 7)[0]
-#: Written by the package `gguf`, 0.17: direction.1 in float32, direction.2 in float16, of arange(32) / 4 - N.
+#: Written by the package `gguf`, 0.19: direction.1 in float32, direction.2 in float16, of arange(32) / 4 - N.
 WRITTEN = zlib.decompress(
     base64.b64decode(
         "eNptzz9PAjEYBvBH8R8aEwcH3fgEFzUOxigWuJPVxRmbo8Il5WrKYeLW0dGRkdHRwYEYxRsdHR39KD4XOxCgyS+9vO/Tt71m8/qyBGAZ/2vN77t+76hU"
@@ -148,7 +148,9 @@ def row(layer: int, component: str = "block_output", unit: str = "pos", *more: A
 
 def test_pyvene(tmp_path: Path) -> None:
     model = model_of("llama")
-    kinds = [f"<class 'pyvene.models.interventions.{name}Intervention'>" for name in ("Subtraction", "Zero", "Addition")]
+    kinds = [
+        f"<class 'pyvene.models.interventions.{name}Intervention'>" for name in ("Subtraction", "Zero", "Addition")
+    ]
     told = config(row(2), row(1, "mlp_output"), row(0), kinds=kinds)
     (tmp_path / "config.json").write_text(json.dumps(told))
     plan = from_pyvene(tmp_path, model, {0: V, 2: 2 * V}, positions=-1)
@@ -184,13 +186,19 @@ def test_pyvene_vanilla_and_names() -> None:
 
 
 REFUSED = {
-    "trained": (config(row(1), kinds="<class 'pyvene.models.interventions.LowRankRotatedSpaceIntervention'>"), "weights are pickled"),
+    "trained": (
+        config(row(1), kinds="<class 'pyvene.models.interventions.LowRankRotatedSpaceIntervention'>"),
+        "weights are pickled",
+    ),
     "code": (config(row(1), kinds="<class '__main__.Mine'>"), "is a 'Mine'"),
     "a component": (config(row(1, "head_attention_value_output", "h.pos")), "is no standard name"),
     "units": (config(row(1, "block_output", "h.pos")), "is of units 'h.pos'"),
     "low rank": (config(row(1, "block_output", "pos", 4)), "has low_rank_dimension: that is not read"),
     "subspaces": (config(row(1, "block_output", "pos", None, None, None, [[0, 4]])), "has subspace_partition"),
-    "no source": (config(row(1), kinds="VanillaIntervention"), r"needs its source: from_pyvene\(..., sources={0: tensor}\)"),
+    "no source": (
+        config(row(1), kinds="VanillaIntervention"),
+        r"needs its source: from_pyvene\(..., sources={0: tensor}\)",
+    ),
     "no list": ({"representations": "x"}, "has a list of representations"),
     "no layer": (config(["x", "block_output"]), "is no representation of pyvene's"),
     "no type": (config(row(1), row(2), kinds=["ZeroIntervention"]), "2 representations, and 1 types"),

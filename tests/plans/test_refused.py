@@ -107,7 +107,7 @@ FOR_ONE_PROMPT = {
     found_places: "a size (of nonzero) is decided by what the model has computed",
     masked_read: "a size (of index) is decided by what the model has computed",
     length: "is made of this prompt's length or values",
-    mask_of_the_prompt: "on another prompt, of 10 tokens, the block fails: The size of tensor a (10) must match",
+    mask_of_the_prompt: "on another prompt, of 10 tokens, the block fails (The size of tensor a (10) must match",
     mean_by_hand: "mul.Tensor is given 0.14285",
     from_elsewhere: "is made of this prompt's length or values",
     another_length_does_more: "the block does",
@@ -155,7 +155,9 @@ def test_a_plan_for_one_prompt(block: Any) -> None:
 @pytest.mark.parametrize("block", [drawn, drawn_like, dropped], ids=lambda block: block.__name__)
 def test_random_numbers(block: Any) -> None:
     model = model_of("llama")
-    with pytest.raises(PlanError, match="a random number is drawn in the block, which would be another each time: draw it before"):
+    with pytest.raises(
+        PlanError, match="a random number is drawn in the block, which would be another each time: draw it before"
+    ):
         model.record(lambda: block(model), IDS)
 
 
@@ -173,7 +175,7 @@ def test_what_is_only_looked_at_is_no_part_of_it(capsys: pytest.CaptureFixture[s
 
     def block() -> None:
         h = model.layers_output[1]
-        print(h, f"{h.norm():.2f}")
+        print(h, f"{h.norm():.2f}")  # noqa: T201
         torch.randn(3) + h.sum()
         model.layers_output[1] = h + V
 

@@ -115,7 +115,9 @@ BLOCKS: dict[str, Callable[[Any], None]] = {
 }
 #: Every block on two models; some on all.
 CASES = [(kind, name) for kind in ("gpt2", "gemma2") for name in BLOCKS]
-CASES += [(kind, name) for kind in TYPES for name in ("by_values", "patterns", "vector") if kind not in ("gpt2", "gemma2")]
+CASES += [
+    (kind, name) for kind in TYPES for name in ("by_values", "patterns", "vector") if kind not in ("gpt2", "gemma2")
+]
 NOT_THERE: set[tuple[str, str]] = set()
 
 
@@ -151,7 +153,10 @@ def test_it_does_what_the_block_does(model_type: str, name: str, tmp_path: Path)
     alone = [logits(wanted, one) for one in lists]
     assert all(same(logits(edited, one), its) for one, its in zip(lists, alone, strict=True))
     if name != "vector_late":
-        assert all((logits(model, one) - its).nan_to_num(0, 0, 0).abs().max() > 1e-3 for one, its in zip(lists, alone, strict=True))
+        assert all(
+            (logits(model, one) - its).nan_to_num(0, 0, 0).abs().max() > 1e-3
+            for one, its in zip(lists, alone, strict=True)
+        )
     batch = logits(edited, lists)  # padded: each prompt as if alone
     for row, its in zip(batch, alone, strict=True):
         assert torch.allclose(row[-its.shape[1] :].nan_to_num(7), its[0].nan_to_num(7), atol=2e-4, rtol=1e-4)
