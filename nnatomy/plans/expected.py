@@ -31,19 +31,21 @@ class Number:
         name: of a point and what of it, or of the logits.
         expected: where the plan was recorded.
         found: here.
+        scale: what a difference is at least relative to: the largest logit; a hundredth of the value that is changed.
     """
 
     prompt: int
     name: str
     expected: float
     found: float
+    scale: float = 0.0
 
     @property
     def off(self) -> float:
         """The relative difference; 0 if they are equal, infinite where one is no number."""
         if self.expected == self.found:
             return 0.0
-        off = abs(self.expected - self.found) / max(abs(self.expected), abs(self.found))
+        off = abs(self.expected - self.found) / max(abs(self.expected), abs(self.found), self.scale)
         return off if off == off else float("inf")
 
 
@@ -180,5 +182,15 @@ def compare(plan: Plan, model: Any) -> Check:
                 raise
             raise PlanError(f"The plan does not fit this model: {error}") from None
         nan = float("nan")
-        numbers += [Number(i, name, one, found.get(name, nan)) for name, one in prompt["numbers"].items()]
+        expected = prompt["numbers"]
+        numbers += [
+            Number(i, name, one, found.get(name, nan), _scale(name, expected)) for name, one in expected.items()
+        ]
     return Check(tuple(numbers), differs, tolerance, "" if numbers else not_run or "nothing to compare")
+
+
+def _scale(name: str, expected: dict[str, float]) -> float:
+    if name.startswith(_OF_TOKEN):
+        return max(abs(one) for other, one in expected.items() if other.startswith(_OF_TOKEN))
+    before = name.replace("norm of the change", "norm before")
+    return 0.0 if before == name else abs(expected.get(before, 0.0)) / 100

@@ -90,8 +90,9 @@ class Plan:
         Warns:
             UserWarning: on another model, with how far off the numbers are.
         """
-        self._check_points(model)
-        if check:
+        if not check:
+            self._check_points(model)
+        else:
             found = self.check(model)
             if found.same_weights and not found.ok and not found.not_run:
                 raise PlanError(f"On the weights that it was recorded on, the plan gives other numbers.\n{found}")

@@ -143,9 +143,9 @@ def _named(node: Node, name: str) -> Node:
 
 def _constant(plan: Plan, tensor: Tensor, name: str = "") -> str:
     """Its name in the plan, which has it once; that if it is free."""
-    for name, known in plan.constants.items():
+    for its_name, known in plan.constants.items():
         if known.dtype == tensor.dtype and torch.equal(known, tensor):
-            return name
+            return its_name
     if not name or name in plan.constants:
         name = next(one for one in (f"{name or 'v'}{i}" for i in count()) if one not in plan.constants)
     plan.constants[name] = tensor
@@ -172,7 +172,7 @@ class _Making:
         why = ""
         if self._any_prompt:
             other, others_outcome = self._elsewhere(_other(self._model, ids))
-            groups = [(0, [first, other])]
+            groups = [(0, [first, other, *self._on_a_short_one()])]
             self._united(groups[0][1])
             groups, why = self._with_steps(groups)
         parts = [Part(at, self._named(self._united(some), some[0])) for at, some in groups]
@@ -207,6 +207,13 @@ class _Making:
             raise PlanError(
                 f"{_line_of(error)}: on another prompt, of {len(ids)} tokens, the block fails ({error}), {_FOR_ONE}"
             ) from None
+
+    def _on_a_short_one(self) -> list[Recording]:
+        """The same on half the prompt, if the block does not need more positions than that."""
+        try:
+            return [self._trace(self._ids[len(self._ids) // 2 :])[0]] if len(self._ids) > 1 else []
+        except (NnatomyError, RuntimeError, IndexError, ValueError):
+            return []
 
     def _record(self, tracer: Any) -> Recording:
         model = self._model

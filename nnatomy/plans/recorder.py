@@ -1,8 +1,8 @@
 """One run of a block, watched: which points it reads and puts, and each function of their values.
 
 A dispatch mode of the block's thread sees the functions (the model runs in another thread, and is not seen); a function mode
-keeps those whole that PyTorch would take apart, and sees how values leave the tensors. A function of nothing that comes of
-a point is no part of the plan: what it gives is a constant, should the block use it.
+keeps those whole that PyTorch would take apart, and sees how values leave the tensors. What is made
+without any tensor is a constant, should the block use it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nnatomy.errors import PlanError
 from nnatomy.names import row_of as any_row
 from nnatomy.plans.graph import GIVEN, Node, Ref, alive, function, row_of
 from nnatomy.serve.policy import GIVE_VALUES, Refused
-from nnatomy.standardized.positions import is_fake
+from nnatomy.standardized.positions import is_fake, is_one
 from nnatomy.standardized.watched import watcher
 
 _MATMUL = torch.ops.aten.matmul.default
@@ -160,8 +160,10 @@ class Recorder:
     def chosen(self, own: Any, where: Any) -> Any:
         with self.paused():
             found = own.chosen(where)
-        if isinstance(where, Tensor) or (where is not None and not isinstance(where, (int, slice))):
-            where = [int(one) for one in where] if getattr(where, "ndim", 1) else int(where)
+        if isinstance(where, slice):
+            where = slice(*(None if one is None else index(one) for one in (where.start, where.stop)))
+        elif where is not None:
+            where = index(where) if is_one(where) else [index(one) for one in where]
         self._of_prompt.add(self._add(Node("chosen", args=[where]), (found,)))
         return found
 
@@ -280,7 +282,11 @@ def _name_of(tensor: Tensor) -> str:
     """What the user's innermost function calls it; "" if it has no name."""
     frame = _frame()
     names = {} if frame is None else {**frame.f_globals, **frame.f_locals}
-    return next((name for name, one in names.items() if one is tensor and len(name) < 40 and name[0] != "_"), "")
+    return next((name for name, one in names.items() if one is tensor and _is_good(name)), "")
+
+
+def _is_good(name: str) -> bool:
+    return name.isidentifier() and len(name) < 40 and name[0] != "_"
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

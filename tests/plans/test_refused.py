@@ -80,6 +80,11 @@ def another_length_does_more(model: Any) -> None:
     model.layers_output[1] = 2 * h if h.shape[1] > 8 else h + V
 
 
+def at_most_six(model: Any) -> None:
+    h = model.layers_output[1]
+    model.layers_output[1] = h * min(h.shape[1], 6)
+
+
 def drawn(model: Any) -> None:
     h = model.layers_output[1]
     model.layers_output[1] = h + torch.randn(32)
@@ -111,6 +116,7 @@ FOR_ONE_PROMPT = {
     mean_by_hand: "mul.Tensor is given 0.14285",
     from_elsewhere: "is made of this prompt's length or values",
     another_length_does_more: "the block does",
+    at_most_six: "mul.Tensor is given 6 here, and 4 on 4 tokens",
 }
 
 
