@@ -170,6 +170,16 @@ def test_in_another_dtype(dtype: torch.dtype) -> None:
     assert torch.allclose(again(IDS).logits, model.edit(block)(IDS).logits, atol=0.05)
 
 
+def test_constants_are_in_the_models_dtype() -> None:
+    """As the block itself would have them: bit for bit."""
+    other = StandardizedTransformer(build("llama").to(torch.bfloat16))
+    with torch.no_grad(), plan_of("llama").apply(other, check=False).trace(IDS):
+        found = other.layers_output[1]
+    with torch.no_grad(), other.trace(IDS):
+        wanted = other.layers_output[1] + 4.0 * V.to(torch.bfloat16)
+    assert torch.equal(found, wanted)
+
+
 def test_another_tokenizer_reads_the_text() -> None:
     gpt2, llama = StandardizedTransformer("demo:gpt2"), StandardizedTransformer("demo:llama")
 

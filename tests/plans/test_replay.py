@@ -177,6 +177,22 @@ def test_while_a_batch_is_generated(model_type: str) -> None:
             assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
 
 
+def test_logits_while_a_batch_is_generated() -> None:
+    """They are of the last position alone, which is each prompt's."""
+    model = model_of("llama")
+
+    def block() -> None:
+        logits = model.logits
+        model.logits = logits - logits[:, -1:].max() * (logits == logits.max(-1, keepdim=True).values)
+
+    plan = model.record(block, prompt_ids(1, 7)[0])
+    lists = [prompt_ids(1, seq, seed)[0].tolist() for seq, seed in ((4, 1), (9, 2))]
+    together = steps(plan.apply(model), lists, 3)
+    for row, one in enumerate(lists):
+        for step, its in enumerate(steps(model.edit(block), one, 3)):
+            assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
+
+
 def test_patterns_of_a_padded_batch_in_a_generation() -> None:
     """Keys that are padding are no prompt's own."""
     model = model_of("llama")
@@ -252,6 +268,15 @@ def test_a_column_that_later_steps_do_not_have() -> None:
         block()
         wanted = tracer.result
     assert torch.equal(edited.generate(prompt_ids(1, 7)[0], max_new_tokens=3, do_sample=False).run(), wanted)
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "use_cache": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    found, wanted = (one.generate(prompt_ids(1, 7)[0], **options).run().logits for one in (edited, model.edit(block)))
+    assert all(torch.equal(one, its) for one, its in zip(found, wanted, strict=True))  # there every step has the column
 
 
 def test_edits_and_views() -> None:
