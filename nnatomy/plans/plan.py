@@ -40,7 +40,7 @@ class Plan:
         ...     model.layers_output[3] = model.layers_output[3] + 4.0 * v
         >>> plan = model.record(block)
         >>> print(plan.summary())
-        layers_output[3] = layers_output[3] + v0
+        layers_output[3] = layers_output[3] + (v0 * 4)
         >>> edited = plan.apply(model)
         >>> torch.equal(edited("Japan is in").logits, model.edit(block)("Japan is in").logits)
         True
