@@ -433,6 +433,8 @@ def _check_op(_: Plan, node: Node) -> None:
         len(node.args) <= len(positional) and {*node.kwargs} <= {*names[len(node.args) :]},
         f"{node.name} is given other arguments",
     )
+    given = {*names[: len(node.args)], *node.kwargs}
+    _need(all(one.has_default_value() or one.name in given for one in arguments), f"{node.name} is given too little")
     _need(bool(node.refs), f"{node.name} is of no value")
     writes = any(one.alias_info is not None and one.alias_info.is_write for one in arguments)
     _need((node.gives == 0) == writes, f"{node.name} gives {node.gives} values")

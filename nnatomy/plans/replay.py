@@ -202,7 +202,7 @@ class _Pass:
             if self._replay.plan.from_file:
                 self._check_size(node, args, kwargs)
             result = WHOLE.get(node.name, node.op)(*args, **kwargs)
-        except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             given = ", ".join(str(tuple(one.shape)) for one in pytree.tree_leaves(args) if isinstance(one, Tensor))
             raise PlanError(f"{node.name} of a plan cannot be done to tensors of {given}: {error}") from None
         made = [] if node.gives == 0 else [one for one in pytree.tree_leaves(result) if isinstance(one, Tensor)]

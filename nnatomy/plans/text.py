@@ -92,7 +92,7 @@ class _Text:
         found = set[int]()
         for node in self._nodes:
             is_view = node.kind == "op" and node.gives == 1 and node.name.split(".")[1] in _VIEWS
-            of = base[node.refs[0]] if is_view else len(base)
+            of = base[node.refs[0]] if is_view and node.refs else len(base)
             found.update(base[value] for value in node.writes)
             base += [of + (0 if is_view else i) for i in range(node.gives)]
         return found
@@ -140,36 +140,34 @@ class _Text:
         if base in _BETWEEN and len(args) == 2 and not node.kwargs:
             left, right = (self._term(one) for one in node.args)
             return f"{left} {_BETWEEN[base]} {right}", False
-        if base == "select":
-            return self._indexed(node, args[2]), True
-        if base == "slice":
-            start, stop = (*node.args[2:4], None, None)[:2]
-            index = _slice(start, stop)
-            return (args[0], self._texts[node.args[0].value][1]) if index == ":" else (self._indexed(node, index), True)
-        if base == "unsqueeze" and node.args[1] == -1:
-            return f"{self._term(node.args[0])}[..., None]", True
+        of = node.args[0] if node.args else None
+        special = self._special(base, of, node, args) if isinstance(of, Ref) else ""
+        return special or f"{base}({self._given(args, node)})", True
+
+    def _special(self, base: str, of: Ref, node: Node, args: list[str]) -> str:
+        """What has a form of its own in Python; "" if it has none."""
+        axis = node.args[1] if len(node.args) > 1 else 0
+        before = ":, " * axis if isinstance(axis, int) and 0 <= axis < 8 else "..., " if axis == -1 else ""
+        if base == "select" and len(args) == 3 and (before or axis == 0):
+            return f"{self._term(of)}[{before}{args[2]}]"
+        if base == "slice" and (before or axis == 0):
+            index = _slice(*(*node.args[2:], None, None, None)[:3])
+            return f"{self._term(of)}[{before}{index}]" if index != ":" else self._term(of)
+        if base == "unsqueeze" and axis == -1:
+            return f"{self._term(of)}[..., None]"
         if base in ("alias", "detach", "lift_fresh"):
-            return args[0], True
+            return self._term(of)
         if base == "_to_copy":
-            return (
-                f"{self._term(node.args[0])}.to({', '.join(self._arg(one) for one in node.kwargs.values() if one)})",
-                True,
-            )
-        return f"{base}({self._given(args, node)})", True
+            return f"{self._term(of)}.to({', '.join(self._arg(one) for one in node.kwargs.values() if one)})"
+        return ""
 
     def _given(self, args: list[str], node: Node) -> str:
         named = {key: self._arg(one) for key, one in node.kwargs.items() if one not in (None, False)}
         return ", ".join([*args, *(f"{key}={text}" for key, text in named.items())])
 
-    def _indexed(self, node: Node, index: str) -> str:
-        of, axis = self._term(node.args[0]), node.args[1] if len(node.args) > 1 else 0
-        if not isinstance(axis, int) or axis < 0:
-            return f"{of}[..., {index}]" if axis == -1 else f"{of}.select({axis}, {index})"
-        return f"{of}[{':, ' * axis}{index}]"
-
     def _in_place(self, node: Node) -> str:
         base = node.name.split(".")[1].removesuffix("_")
-        target, *others = (self._arg(one) for one in node.args)
+        target, *others = [self._arg(one) for one in node.args] or [""]
         if base in ("copy", "fill") and others:
             return f"{target} = {others[0]}" if target.endswith("]") else f"{target}[...] = {others[0]}"
         if base in _BETWEEN and len(others) == 1 and not node.kwargs:
@@ -192,5 +190,6 @@ class _Text:
         return str(one).removeprefix("torch.") if not isinstance(one, (str, Size)) else str(one)
 
 
-def _slice(start: Any, stop: Any) -> str:
-    return f"{'' if start in (None, 0) else start}:{'' if stop in (None, _LAST) else stop}"
+def _slice(start: Any, stop: Any, step: Any = None) -> str:
+    by = "" if step in (None, 1) else f":{step}"
+    return f"{'' if start in (None, 0) else start}:{'' if stop in (None, _LAST) else stop}{by}"

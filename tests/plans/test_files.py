@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,9 @@ from architectures import prompt_ids, shared
 from safetensors.torch import save_file
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import PlanError
+from nnatomy.errors import NnatomyError, PlanError
 from nnatomy.plans import Plan, load_plan
+from nnatomy.plans.identity import weights_hash
 
 V = torch.randn(32, generator=torch.Generator().manual_seed(0))
 IDS = prompt_ids(1, 7)[0]
@@ -147,6 +149,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a text": (named("aten.add.Tensor", args=[{"value": 0}, "../../etc/passwd"], gives=1), "the text"),
     "too many arguments": (named("aten.relu.default", args=[{"value": 0}] * 9, gives=1), "is given other arguments"),
     "an argument of no name": (named("aten.relu.default", args=[{"value": 0}], kwargs={"exec": 1}), "is given other arguments"),
+    "too few arguments": (named("aten.select.int", args=[{"value": 0}], gives=1), "is given too little"),
     "of no value": (named("aten.relu.default", args=[1], gives=1), "is of no value"),
     "gives what it does not": (named("aten.relu.default", args=[{"value": 0}], gives=0), "gives 0 values"),
     "in place, and gives": (named("aten.relu_.default", args=[{"value": 0}], gives=1), "gives 1 values"),
@@ -312,6 +315,71 @@ def test_constants_stay_what_they_are(tmp_path: Path) -> None:
         with torch.no_grad(), edited.trace(IDS):
             found = model.mlps_output[1].clone()
         assert torch.equal(found, 2 * one)
+
+
+ANYTHING: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    10**12,
+    1.5,
+    "",
+    "x",
+    [],
+    [1],
+    {},
+    {"value": 3},
+    {"size": ["seq", 1, 0]},
+]
+NAMES = [
+    f"aten.{name}" for name in ("mul.Tensor", "select.int", "slice.Tensor", "sub.Tensor", "where.self", "view.default")
+]
+
+
+def changed_somewhere(told: Any, draw: random.Random) -> None:
+    """One leaf of the nodes is another: of the same kind, or anything."""
+    nodes = told["blocks"][0]["parts"][0]["nodes"]
+    at, key = nodes, draw.randrange(len(nodes))
+    while isinstance(at[key], (dict, list)) and at[key]:
+        at = at[key]
+        key = draw.choice(list(at) if isinstance(at, dict) else list(range(len(at))))
+    old = at[key]
+    if draw.random() < 0.2:
+        at[key] = draw.choice(ANYTHING)
+    elif type(old) is int:
+        at[key] = draw.choice((0, 1, 2, -1, old + 1, old - 1))
+    elif isinstance(old, str) and old.startswith("aten."):
+        at[key] = draw.choice(NAMES)
+    elif isinstance(old, str):
+        at[key] = draw.choice(("layers_output", "layers_input", "mlps_output", "logits", "V", "read"))
+    else:
+        at[key] = draw.choice((0.5, 2, None, False))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changed_files(seed: int, tmp_path: Path) -> None:
+    """A file with anything changed is refused, or printed and run, or refused when it is run: always as an error of ours."""
+    draw, model = random.Random(seed), model_of("llama")
+    before = weights_hash(model.hf_model)
+    recorded().save(tmp_path)
+    text, loaded = (tmp_path / "plan.json").read_text(), 0
+    for _ in range(60):
+        told = json.loads(text)
+        for _ in range(draw.choice((1, 1, 2, 3))):
+            changed_somewhere(told, draw)
+        (tmp_path / "plan.json").write_text(json.dumps(told))
+        try:
+            plan = load_plan(tmp_path)
+            loaded += 1
+            assert str(plan)
+            plan.apply(model, check=False)(IDS)
+        except NnatomyError:
+            pass
+    assert 3 <= loaded <= 57  # both ways are tried
+    assert weights_hash(model.hf_model) == before
 
 
 def test_what_does_not_fit_where_it_is_run(tmp_path: Path) -> None:
