@@ -53,7 +53,7 @@ def line() -> str:
 
 
 def _frame() -> FrameType | None:
-    theirs = ("torch.", "contextlib", "einops.")
+    theirs = ("torch.", "contextlib", "einops.", "threading")
     names = ((frame, frame.f_globals.get("__name__", "")) for frame in frames() if not is_ours(frame))
     return next((frame for frame, name in names if not name.startswith(theirs)), None)
 
@@ -247,6 +247,8 @@ class Recorder:
     def _add(self, node: Node, given: tuple[Tensor, ...] = ()) -> int:
         """The number of its first value."""
         node.line = node.line or line()
+        if node.line == "?" and self.nodes:  # in another thread, for the line before
+            node.line = self.nodes[-1].line
         self.nodes.append(node)
         first = len(self._values)
         for one in given:

@@ -101,11 +101,20 @@ def unembedded(model: Any) -> None:
     model.layers_output[-1] = h + model.embed_tokens.module.weight[5]
 
 
+def head(model: Any) -> None:
+    """The exact head, in the midst of the model; a module's own call; a module of the user's."""
+    h = model.layers_output[1]
+    said = model.project_on_vocab(h)[..., :32] + model.ln_final.module(h)
+    model.layers_output[1] = h + 0.1 * said.softmax(-1) + SAE(h)[:, ::2].mean(1, keepdim=True)
+
+
+torch.manual_seed(0)
+SAE = torch.nn.Sequential(torch.nn.Linear(32, 40), torch.nn.ReLU(), torch.nn.Linear(40, 32))
 BLOCKS: dict[str, Callable[[Any], None]] = {
     one.__name__: one
     for one in (
         *(add, in_place_at_the_last, by_values, patterns, sizes, of_the_whole, skip, skip_with, steer, steer_all),
-        *(ablate, unembedded),
+        *(ablate, unembedded, head),
     )
 } | {
     "vector": vector,
