@@ -171,16 +171,15 @@ def alive(nodes: list[Node], root: list[Any]) -> list[Node]:
     Args:
         root: by value, what is the same for all values that share memory.
     """
-    of_points, first = set(), 0
+    roots, first = set(), 0
     starts = []
     for node in nodes:
         starts.append(first)
         if node.kind == "read" and node.name not in GIVEN:
-            of_points.add(root[first])
+            roots.add(root[first])
         first += node.gives
     keep = [False] * len(nodes)
     needed: set[int] = set()
-    roots = set(of_points)
     changed = True
     while changed:
         changed = False
@@ -197,13 +196,8 @@ def alive(nodes: list[Node], root: list[Any]) -> list[Node]:
     for i, node in enumerate(nodes):
         if keep[i]:
             numbers.update({starts[i] + j: len(numbers) + j for j in range(node.gives)})
-            kept.append(renumbered(node, numbers))
+            kept.append(rewritten(node, lambda leaf: Ref(numbers[leaf.value]) if isinstance(leaf, Ref) else leaf))
     return kept
-
-
-def renumbered(node: Node, numbers: dict[int, int]) -> Node:
-    """The node, with other numbers of the values that it needs."""
-    return rewritten(node, lambda leaf: Ref(numbers[leaf.value]) if isinstance(leaf, Ref) else leaf)
 
 
 def rewritten(node: Node, change: Callable[[Any], Any]) -> Node:

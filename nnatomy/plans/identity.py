@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def identity(model: Any) -> dict[str, Any]:
@@ -27,14 +28,16 @@ def identity(model: Any) -> dict[str, Any]:
     }
 
 
+def weights(hf_model: Any) -> dict[str, Tensor]:
+    """All parameters and buffers, by their paths."""
+    both = (hf_model.named_parameters, hf_model.named_buffers)
+    return {path: one for named in both for path, one in named(remove_duplicate=False)}
+
+
 def weights_hash(hf_model: Any) -> str:
     """The SHA-256 of all parameters and buffers: what a server tells of its model, too."""
-    named = {
-        **dict(hf_model.named_parameters(remove_duplicate=False)),
-        **dict(hf_model.named_buffers(remove_duplicate=False)),
-    }
     digest = sha256()
-    for name, tensor in sorted(named.items()):
+    for name, tensor in sorted(weights(hf_model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
             flat = tensor.detach().to("cpu").contiguous().flatten()

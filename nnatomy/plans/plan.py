@@ -12,6 +12,7 @@ from nnatomy.core.frames import warn
 from nnatomy.errors import NnatomyError, PlanError
 from nnatomy.plans.expected import Check, compare
 from nnatomy.plans.graph import Block, Node
+from nnatomy.plans.identity import weights
 from nnatomy.plans.replay import Replay
 from nnatomy.plans.rows import Row
 from nnatomy.plans.text import one_line, written
@@ -133,7 +134,7 @@ class Plan:
         if model.config.is_encoder_decoder:
             raise PlanError("Of encoder-decoders no plans are made yet.")
         missing: dict[str, str] = {}
-        weights = {**dict(model.hf_model.named_parameters()), **dict(model.hf_model.named_buffers())}
+        there = weights(model.hf_model)
         for node in self.nodes:
             try:
                 if node.kind in ("read", "put"):
@@ -141,7 +142,7 @@ class Plan:
                 elif node.kind == "skip":
                     for layer in node.args[:2]:
                         model.layers_input.module(layer)
-                elif node.kind == "weight" and node.name not in weights:
+                elif node.kind == "weight" and node.name not in there:
                     missing[node.name] = f"{node.name}: the model has no such weight"
             except NnatomyError as error:
                 missing[node.point or str(node.args)] = str(error)

@@ -24,6 +24,7 @@ from nnatomy.core.frames import frames, is_ours
 from nnatomy.errors import PlanError
 from nnatomy.names import row_of as any_row
 from nnatomy.plans.graph import GIVEN, Node, Ref, alive, function, row_of
+from nnatomy.plans.identity import weights
 from nnatomy.serve.policy import GIVE_VALUES, Refused
 from nnatomy.standardized.positions import is_fake, is_one
 from nnatomy.standardized.watched import watcher
@@ -97,10 +98,7 @@ class Recorder:
         self._point_roots: set[int] = set()
         self._put_roots: set[int] = set()
         self._here = 0
-        self._paths = {
-            id(one): path
-            for path, one in (*model.hf_model.named_parameters(), *model.hf_model.named_buffers())
-        }  # fmt: skip
+        self._paths = {id(one): path for path, one in reversed(weights(model.hf_model).items())}
 
     @contextmanager
     def on(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.errors import PlanError
 from nnatomy.plans.graph import Block, Node, Of, Part, Ref, Size, mapped
+from nnatomy.plans.identity import weights
 from nnatomy.plans.recorder import WHOLE, memory
 from nnatomy.plans.rows import Row, Rows
 from nnatomy.remote.shapes import Shapes
@@ -80,11 +81,7 @@ class Replay:
     def weight(self, path: str) -> Tensor:
         """A parameter or buffer of the model."""
         if self._weights is None:
-            hf_model = self.model.hf_model
-            self._weights = {
-                **dict(hf_model.named_parameters(remove_duplicate=False)),
-                **dict(hf_model.named_buffers(remove_duplicate=False)),
-            }
+            self._weights = weights(self.model.hf_model)
         if path not in self._weights:
             raise PlanError(f"The plan uses a weight {path!r}, which {type(self.model.hf_model).__name__} has not.")
         self.kept_apart.add(memory(self._weights[path]))
