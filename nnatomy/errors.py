@@ -12,6 +12,7 @@
     │   ├── CacheError              a cached value that cannot be given as asked
     │   ├── CaptureError            the body of a `with tracer.invoke(...)` that cannot be run later
     │   ├── RowsError               a value of which nobody can tell which rows are a block's
+    │   ├── PlanError               a block of which no plan can be made, or a plan that is none, or does not fit
     │   ├── MissingPackageError     an optional package is not installed    (also ImportError)
     │   └── InputError              a prompt or token ids that cannot be run
     ├── ModelError                  the model is not what was thought
@@ -79,6 +80,10 @@ class CaptureError(UsageError):
 
 class RowsError(UsageError):
     """A value of a joined batch of which nobody can tell which rows are a block's."""
+
+
+class PlanError(UsageError):
+    """A block of which no plan can be made, a file that is no plan, or a plan that does not fit the model."""
 
 
 class MissingPackageError(UsageError, ImportError):

@@ -10,6 +10,7 @@ import nnatomy
 import nnatomy.cli
 import nnatomy.core
 import nnatomy.methods
+import nnatomy.plans
 import nnatomy.plots
 import nnatomy.validation
 from nnatomy.tracing import Traceable
@@ -93,6 +94,10 @@ def test_methods() -> None:
 def test_plots_and_command_line() -> None:
     assert public(nnatomy.plots) == {"attention", "bars", "curves", "heat_map", "save"}
     assert public(nnatomy.cli) == {"main"}
+
+
+def test_plans() -> None:
+    assert public(nnatomy.plans) == {"Check", "Plan", "from_control_vector", "from_pyvene", "load_plan"}
 
 
 def test_validation() -> None:

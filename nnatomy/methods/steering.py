@@ -27,6 +27,7 @@ from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.chats import is_chat
 from nnatomy.standardized.positions import Where, is_fake, own_positions
+from nnatomy.standardized.watched import watcher
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ class SteeringVector:
         accessor = accessor_of(model, self.point)
         if not accessor.of_encoder:
             self._check_width(model, model.hidden_size)
+        if (one := watcher.get()) is not None:
+            one.asked_step(from_step)
         if model._blocks.current("steering").step < from_step:
             return
         for layer in sorted(self.directions):

@@ -31,6 +31,7 @@ from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_inp
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.pieces import Extent, piece_error
 from nnatomy.standardized.prompt_trace import RootInputs
+from nnatomy.standardized.watched import watcher
 from nnatomy.tracing.attach import Point
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
@@ -97,7 +98,10 @@ class LayerAccessor(NotPickled):
         slot = self._reach(layer)
         if self._may_change(slot.module):
             self._part_from_model(slot)
-        return self.get(slot.value)
+        value = self.get(slot.value)
+        if (one := watcher.get()) is not None:
+            one.read(self._blocks, self.name, layer, value)
+        return value
 
     def __setitem__(self, layer: int | slice, value: Any) -> None:
         if isinstance(layer, slice):
@@ -109,6 +113,8 @@ class LayerAccessor(NotPickled):
             return
         slot = self._reach(layer)
         check_fits(f"{self.name}[{layer}]", self.get(slot.value), value)
+        if (one := watcher.get()) is not None:
+            one.put(self._blocks, self.name, layer, value)
         slot.value = self.put(slot.value, value.clone() if self._may_change(slot.module) else value)
 
     def module(self, layer: int) -> Module:
@@ -242,10 +248,18 @@ def read_together(
             for layer in sorted(range(len(accessor))[layer] for layer in layers)[::-1]:
                 if accessor.modules[layer] not in one.values:
                     one.take(whole(accessor._reach(layer, block)))
-    return [
+    found = [
         [one.values[accessor.module(layer)] for layer in layers]
         for (accessor, layers), one in zip(wanted, collected, strict=True)
     ]
+    if (watching := watcher.get()) is not None:
+        if len(wanted) > 1:
+            watching.refuse(
+                "several names are read at once: read one after the other, in the order of the forward pass"
+            )
+        for layer, value in zip(wanted[0][1], found[0], strict=True):
+            watching.read(wanted[0][0]._blocks, wanted[0][0].name, layer, value)
+    return found
 
 
 class _Collected(Collector):

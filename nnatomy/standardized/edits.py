@@ -18,6 +18,7 @@ from nnatomy.standardized.names import Names
 from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, numbers, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.recorded import recorded_by, refuse_skip
+from nnatomy.standardized.watched import watcher
 
 
 class Edits(Names):
@@ -41,6 +42,9 @@ class Edits(Names):
         first, last = (range(self.num_layers)[self._checked(layer)] for layer in (start_layer, end_layer))
         if first > last:
             raise LayerIndexError(f"skip_layers({start_layer}, {end_layer}): no layers lie between these.")
+        if (one := watcher.get()) is not None:
+            one.skip(self, (start_layer, end_layer), skip_with)
+            return
         given = skip_with
         skip_with = self.layers_input[first] if given is None else given
         for i in range(first, last + 1):
@@ -132,8 +136,9 @@ class Edits(Names):
             hidden[rows] += vector
             return
         own = own_positions(self, "steer", hidden.shape[:2])
-        if isinstance(positions, slice):
-            hidden[rows] += vector * own.chosen(positions).to(hidden)[rows][..., None]
+        if isinstance(positions, slice) or (batch_index is None and vector.ndim == 1):
+            chosen = own.chosen(positions)[rows][..., None].to(hidden.device)
+            hidden[rows] = torch.where(chosen, hidden[rows] + vector, hidden[rows])
             return
         prompts = torch.arange(len(hidden)) if batch_index is None else torch.as_tensor(batch_index)
         if prompts.dtype == torch.bool:

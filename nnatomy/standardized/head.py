@@ -34,6 +34,7 @@ from nnatomy.core import Collector, Slot
 from nnatomy.errors import NotInThisModelError
 from nnatomy.standardized.hidden import output_of, with_output
 from nnatomy.standardized.left_out import HandedOn
+from nnatomy.standardized.watched import watcher
 from nnatomy.tracing import Trace, Traceable
 
 NO_HEAD = "the model has no head, and gives no logits: load its class with one, if there is one"
@@ -78,7 +79,7 @@ class Head:
         assert self._anatomy.lm_head is not None
         normed = self._anatomy.ln_final(hidden)
         rows = normed.reshape(-1, normed.shape[-1])
-        if not 8 <= len(rows) < 16 or rows.device.type != "cpu":
+        if not 8 <= len(rows) < 16 or rows.device.type != "cpu" or watcher.get() is not None:  # a plan is of any number
             return self._anatomy.lm_head(normed)
         # MKL multiplies 16 rows by a large matrix in half the time of 12.
         logits = self._anatomy.lm_head(torch.nn.functional.pad(rows, (0, 0, 0, 16 - len(rows))))

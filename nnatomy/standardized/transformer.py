@@ -229,6 +229,33 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         self.edits, self.steps_of = new.edits, new.steps_of
         return self
 
+    def record(self, block: Any = None, prompt: Any = None, *, any_prompt: bool = True) -> Any:
+        """What a block does, as data: a `Plan`, which is saved, looked at, and applied to this model or another.
+
+        The block is run on the prompt, on another one, and in the steps of a generation; so what it does besides is done
+        several times. The plan means what it does to each prompt alone, in each step, as a lasting edit (`edit`) does.
+
+        Args:
+            block: a function without arguments that reads and assigns as a block does; or an edited view of this model, for its
+                edits. None, or a prompt, for a block: `with model.record(prompt) as plan: ...`, whose body is taken from the source.
+                On an edited view, its edits are recorded before it.
+            prompt: one prompt; a sentence if None.
+            any_prompt: refuse what is true for the prompt alone. With False the plan is for that prompt, in one forward pass.
+
+        Returns:
+            The plan; see `nnatomy.plans.Plan`.
+
+        Raises:
+            PlanError: if the block changes nothing, does what is true for the prompt alone (it is decided by values, or made of the
+                prompt's length), draws random numbers, or calls what no plan may have; with the line of the block.
+            InputError: for several prompts.
+            UsageError: in a trace of the model.
+            CaptureError: if the body cannot be had from the source.
+        """
+        from nnatomy.plans.record import record
+
+        return record(self, block, prompt, any_prompt)
+
     def _read(self) -> None:
         """Find the names, and check them."""
         no_tokenizer, arch_config, validate, allow_failures = self._options

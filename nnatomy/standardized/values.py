@@ -16,6 +16,7 @@ from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.pieces import piece_error
 from nnatomy.standardized.positions import is_fake, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
+from nnatomy.standardized.watched import watcher
 
 
 class Values(Parts):
@@ -24,7 +25,7 @@ class Values(Parts):
     @property
     def input_ids(self) -> Int[Tensor, "batch seq"]:
         """The token ids of the prompts, padded on the left (of the newest tokens, in a later step)."""
-        return self._root_input("input_ids")
+        return self._watched("input_ids", self._root_input("input_ids"))
 
     @property
     def attention_mask(self) -> Int[Tensor, "batch seq"]:
@@ -32,13 +33,20 @@ class Values(Parts):
         arguments, length = self._root_inputs("attention_mask")
         tokens = tokens_of(arguments)
         if arguments.get("attention_mask") is not None or tokens is None:
-            return self._root_input("attention_mask")
-        return torch.ones(len(tokens), length, dtype=torch.long, device=tokens.device)  # generate leaves it out then
+            return self._watched("attention_mask", self._root_input("attention_mask"))
+        ones = torch.ones(len(tokens), length, dtype=torch.long, device=tokens.device)  # generate leaves it out then
+        return self._watched("attention_mask", ones)
 
     @property
     def input_size(self) -> torch.Size:
         """(batch, seq)."""
         return self.input_ids.shape
+
+    def _watched(self, name: str, value: Any, put: bool = False) -> Any:
+        """The value, of which whoever watches is told."""
+        if (one := watcher.get()) is not None:
+            (one.put if put else one.read)(self._blocks, name, None, value)
+        return value
 
     def _root_input(self, name: str) -> Any:
         arguments, _ = self._root_inputs(name)
@@ -63,12 +71,13 @@ class Values(Parts):
     @property
     def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
         """What the token embedding gives, before positions; can be assigned."""
-        return self._slot_of_embeddings().value
+        return self._watched("token_embeddings", self._slot_of_embeddings().value)
 
     @token_embeddings.setter
     def token_embeddings(self, value: Tensor) -> None:
         slot = self._slot_of_embeddings()
         check_fits("token_embeddings", slot.value, value)
+        self._watched("token_embeddings", value, put=True)
         slot.value = value
 
     def _slot_of_embeddings(self) -> Slot:
@@ -85,13 +94,14 @@ class Values(Parts):
     def logits(self) -> Float[Tensor, "batch seq vocab"]:
         """The model's logits, after all caps and scales; can be assigned."""
         self._check_refused("logits")
-        return self._slot_of_logits()[1]
+        return self._watched("logits", self._slot_of_logits()[1])
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
         self._check_refused("logits")
         slot, logits = self._slot_of_logits()
         check_fits("logits", logits, value)
+        self._watched("logits", value, put=True)
         slot.value = with_logits(slot.value, value)
 
     def _slot_of_logits(self) -> tuple[Slot, Tensor]:
