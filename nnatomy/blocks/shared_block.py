@@ -59,8 +59,15 @@ class Batch(Collector):
     def merge_edits(self) -> None:
         """Make what the blocks have edited in the slot. They see it anew from here on."""
         views, self.views = self.views, {}
-        if self._run.slot is not None:  # it is None where the forward pass has been stopped
-            merge(self._run.slot, views.values())
+        slot = self._run.slot
+        if slot is None:  # the forward pass has been stopped
+            return
+        edited = [edit for view in views.values() for edit in view.edits]
+        merge(slot, views.values())
+        copied = {one.leaf for one in edited} - {one.leaf for one in edited if not one.only_read}
+        if slot.kind == "input" and copied:
+            leaves, _ = flatten(slot.value)
+            self._run.replace(_StaysAsRead(self._run, slot, [leaves[leaf] for leaf in copied]))
 
 
 class SharedBlock(Block):
@@ -166,6 +173,29 @@ class SharedBlock(Block):
                 "padded positions. Read it in a block without a prompt, or give prompts of one length."
             )
         return rows._replace(seq=seq)
+
+
+class _StaysAsRead(Collector):
+    """Sees to it that a module does not change its inputs in place where they are copies, made for the gradients of what blocks
+    have read: whoever else has the tensor that was copied would not see the change."""
+
+    def __init__(self, run: Run, at: Slot, copies: list[Tensor]) -> None:
+        self.modules = {at.module}
+        self.kinds = {"output": None}
+        self._run, self._at, self._copies = run, (at.call, at.step), copies
+        self._versions = [copy._version for copy in copies]
+
+    def take(self, slot: Slot) -> None:
+        if (slot.call, slot.step) == self._at:
+            self._run.replacements.remove(self)
+            self._run.watch()
+            if [copy._version for copy in self._copies] != self._versions:
+                raise RowsError(
+                    f"An input of a {type(slot.module).__name__} was read in a block of tracer.invoke, with gradients, and is "
+                    "changed in place in that module. For the gradients the model goes on with a copy, and whoever else has "
+                    "the tensor would not see the change. Read it where it is made (the output of the module before), or trace "
+                    "under torch.no_grad()."
+                )
 
 
 class _ReplaceOutput(Collector):

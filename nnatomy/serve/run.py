@@ -19,7 +19,7 @@ except ImportError as error:
 _PIECES = 1024
 
 
-class _Connection(WebSocketsSansIOProtocol):  # type: ignore[misc]
+class _Connection(WebSocketsSansIOProtocol):
     """Cuts off who does not read what it is sent, or never ends what it sends: else both would be held for as long as it likes."""
 
     send_seconds = 0.0

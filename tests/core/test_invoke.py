@@ -1021,3 +1021,36 @@ def test_after_the_trace_a_function_has_the_names_that_blocks_have_bound_last() 
         with tracer.invoke(ONE):
             name = "last"
     assert (found, ask(), name) == (["first"], "last", "last")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_input_that_is_read_and_then_changed_in_place(grad: bool) -> None:
+    """A read changes nothing: where gradients make the model go on with a copy of what was read, it is refused."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        hidden = model.first(x)
+        model.act(hidden)
+        return hidden
+
+    model = Calls(forward, first=nn.Linear(2, 2), act=nn.ReLU(inplace=True))
+    view = Traceable(model)
+    expected = model(torch.cat([ONE, TWO]))
+    assert not torch.equal(expected, model.first(torch.cat([ONE, TWO])))
+
+    def trace() -> Tensor:
+        with torch.set_grad_enabled(grad), view.trace(early_stop=False) as tracer:
+            tracer.invoke(ONE, lambda: None)
+            tracer.invoke(TWO, lambda: view.act.input)
+        return tracer.result
+
+    if grad:
+        with pytest.raises(
+            RowsError, match=r"^An input of a ReLU was read .* is changed in place in that module\. .*no_grad\(\)\.$"
+        ):
+            trace()
+    else:
+        assert torch.equal(trace(), expected)
+    with view.trace(early_stop=False) as tracer:  # the mend that the text gives
+        tracer.invoke(ONE, lambda: None)
+        tracer.invoke(TWO, lambda: view.first.output)
+    assert torch.equal(tracer.result, expected)

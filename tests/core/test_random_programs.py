@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnatomy.blocks.joining import JoinTensors
-from nnatomy.errors import NotReachedError, OutOfOrderError
+from nnatomy.errors import NotReachedError, OutOfOrderError, RowsError
 from nnatomy.tracing import Trace, Traceable
 
 #: A program may name steps that do not come.
@@ -341,6 +341,10 @@ class Hooked:
         self.counts: dict[Node, int] = {}
         self.skipped: dict[tuple[Node, int], Any] = {}
         self.skipped_rows: dict[tuple[Node, int], list[tuple[Player, Any]]] = {}
+        #: Inputs that a block with rows has read with gradients, and what tells that they are changed in place.
+        self.read: dict[tuple[Node, int], tuple[Tensor, int]] = {}
+        self.replaced: set[tuple[Node, int]] = set()
+        self.is_refused = False
         self.to_end = not play.early_stop or any(player.result for player in self.players)
         result = self.run(play.call(root), play.inputs() if x is None else x)
         self.result = None if play.early_stop else result
@@ -369,6 +373,8 @@ class Hooked:
 
             def post(m: Node, _: Any, output: Any, path: str = path) -> Any:
                 call = in_flight[m].pop()
+                tensor, version = self.read.pop((m, call), (output, None))
+                self.is_refused |= version is not None and tensor._version != version
                 for player, instead in self.skipped_rows.pop((m, call), []):
                     output = with_tensor(output, player.put(tensor_in(output), tensor_in(instead)))
                 output = self.at(m, Point(path, "output", call, self.step), output)
@@ -439,6 +445,14 @@ class Hooked:
             del player.pending[0]
         return len(player.pending) < before
 
+    def note_read(self, player: Player, ask: Ask, key: tuple[Node, int], tensor: Tensor) -> None:
+        """The model goes on with a copy of what blocks with rows have only read with gradients: a change in place is refused."""
+        if player.rows is not None and ask.what.startswith("replace"):
+            self.read.pop(key, None)
+            self.replaced.add(key)
+        elif player.rows is not None and tensor.requires_grad and key not in self.replaced:
+            self.read[key] = tensor, tensor._version
+
     def do(self, player: Player, ask: Ask, module: Node, here: Point) -> None:
         value = self.value
         tensor = tensor_in(value if here.kind == "output" else (value[0] or value[1]))
@@ -467,6 +481,8 @@ class Hooked:
                 self.value = (), with_tensor(value[1], new)
             if ask.what == TAKE:
                 player.log.append("taken")
+        if here.kind == "input":
+            self.note_read(player, ask, (module, here.call), tensor)
 
     def end_step(self) -> None:
         """What was asked for in this step and has not come will not come."""
@@ -605,6 +621,13 @@ def differences(root: Node, play: Play, by_hooks: Play | None = None) -> list[st
     expected = Hooked(root, by_hooks or play)
     ran = list(root.ran)
     root.ran.clear()
+    if expected.is_refused:
+        with pytest.raises(
+            RowsError, match="was read in a block of tracer.invoke, with gradients, and is changed in place"
+        ):
+            Traced(root, play)
+        met["refused"] += 1
+        return []
     with no_leaks(root):
         got = Traced(root, play)
     found = [f"{i}: {a} != {b}" for i, (a, b) in enumerate(zip(got.logs, expected.logs, strict=True)) if not same(a, b)]
