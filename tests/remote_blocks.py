@@ -516,6 +516,9 @@ def methods(model: Any) -> dict[str, Callable[[], Any]]:
     found["activation_patching heads"] = lambda: M.activation_patching(
         model, **pair, point="heads_output", heads="each"
     )
+    found["head_scores"] = lambda: M.head_scores(model, PAIR)
+    found["head_scores random"] = lambda: M.head_scores(model, seed=3)
+    found["head_ablation"] = lambda: M.head_ablation(model, [A, B], met, how="mean")
     found["path_patching"] = lambda: M.path_patching(
         model,
         clean=A,

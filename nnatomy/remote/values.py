@@ -26,6 +26,8 @@ _GIVEN = (methods.Prompt, methods.TargetPrompt, methods.TargetPromptBatch, EdgeA
 _FOUND = (
     methods.Patching,
     methods.PathPatching,
+    methods.HeadAblation,
+    methods.HeadMap,
     methods.LensStatistics,
     AttributionMap,
     Faithfulness,
