@@ -13,9 +13,9 @@ from nnatomy import methods
 WHOLE = frozenset(
     """
     activation_patching attribution_patching causal_tracing circuit_faithfulness collect_last_token_activations_session
-    collect_token_activations_batched compute_next_token_probs direct_logit_attribution edge_attribution get_token_activations
-    head_ablation head_scores integrated_gradients lens_statistics logit_lens next_token_probs_unsqueeze patch_object_attn_lens patchscope_generate
-    patchscope_lens path_patching
+    collect_token_activations_batched compute_next_token_probs direct_logit_attribution edge_attribution
+    get_token_activations head_ablation head_scores integrated_gradients lens_statistics logit_lens
+    next_token_probs_unsqueeze patch_object_attn_lens patchscope_generate patchscope_lens path_patching
     """.split()
 )
 #: Why others are not run there.
