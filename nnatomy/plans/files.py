@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from nnatomy.errors import PlanError
 from nnatomy.methods.activation_store import write_whole
@@ -46,6 +47,8 @@ _DTYPES = {
         *(torch.uint8, torch.bool),
     )
 }
+#: What stands for what depends on the model, where a call is looked at.
+_OF_A_MODEL = {Of.DTYPE: torch.float32, Of.DEVICE: torch.device("cpu")}
 _DTYPE_NAMES = {one: name for name, one in _DTYPES.items()}
 _FORMATS = {"contiguous": torch.contiguous_format, "preserve": torch.preserve_format}
 _FORMAT_NAMES = {one: name for name, one in _FORMATS.items()}
@@ -423,7 +426,10 @@ def _check_op(_: Plan, node: Node) -> None:
     _need(not node.sizes and node.layer is None, f"{node.name:.60} has no sizes and no layer")
     try:
         op = function(node.name)
-        policy.check(op, node.args, node.kwargs)
+        given: Any = pytree.tree_map(
+            lambda one: _OF_A_MODEL[one] if isinstance(one, Of) else one, (node.args, node.kwargs)
+        )
+        policy.check(op, *given)
     except Refused as error:
         raise _NotAPlanError(f"a plan cannot have {error}") from None
     arguments = op._schema.arguments

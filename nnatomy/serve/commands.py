@@ -176,6 +176,8 @@ class Commands:
         Args:
             frozen_norms: whether no gradient goes through what a norm divides by, see `FrozenNorms`.
         """
+        if type(frozen_norms) is not bool:
+            raise Refused("frozen_norms is true or false")
         if type(number) is not int or number in self._forwards or len(self._forwards) >= self._limits.forwards:
             raise Refused(
                 f"a session has {self._limits.forwards} forward passes open at most, each of a number of its own",
@@ -185,7 +187,7 @@ class Commands:
             raise Refused(f"the arguments of a forward pass are {', '.join(sorted(ARGUMENTS))}")
         arguments = {key: self._tensors.read(one, own=True) for key, one in kwargs.items()}
         self._check_tokens(arguments)
-        with FrozenNorms() if frozen_norms is True else nullcontext():
+        with FrozenNorms() if frozen_norms else nullcontext():
             call = partial(self._points.root, **arguments)
             self._forwards[number] = Forward(self._points, call, self._limits.held_bytes)
 

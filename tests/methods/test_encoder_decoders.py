@@ -40,6 +40,8 @@ from nnatomy.methods import (
     direct_logit_attribution,
     edge_attribution,
     get_token_activations,
+    head_ablation,
+    head_scores,
     integrated_gradients,
     lens_statistics,
     logit_lens,
@@ -68,6 +70,8 @@ ELSEWHERE = {
         "probability",
         "get_first_tokens",
         "Activations",
+        "HeadAblation",
+        "HeadMap",
     ),
 }
 
@@ -171,6 +175,11 @@ def test_every_public_method_is_here() -> None:
 
 
 # Reading.
+
+
+def test_heads_of_one_prompt_are_refused(model: StandardizedTransformer) -> None:
+    for call in (lambda: head_scores(model, LONG), lambda: head_ablation(model, LONG, lambda logits: logits[:, 0])):
+        refused(call, NotInThisModelError, "has an encoder and a decoder")
 
 
 @pytest.mark.parametrize("point", ["encoder_layers_output", "encoder_attentions_input"])

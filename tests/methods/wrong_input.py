@@ -942,7 +942,8 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: t(lambda: m.steer(1, torch.ones(H), 1.0, 1.5)),
         "InputError",
-        "batch_index=None, token_positions=1.5 and a vector of (96,) do not fit a stream of (1, 5, 96): token",
+        "batch_index=None, token_positions=1.5 and a vector of (96,) do not fit a stream of (1, 5, 96): "
+        "positions=1.5: give a whole number, or several.",
     ),
     (
         lambda: t(lambda: m.steer(1, torch.ones(H), 1.0, batch_index=9)),

@@ -333,7 +333,7 @@ def test_the_text_reads_like_the_block() -> None:
 
     plan = model.record(block, "The capital of France is")
     assert str(plan) == (
-        "plan of gpt2 (GPT2LMHeadModel, float32)\n"
+        "plan of demo:gpt2 (GPT2LMHeadModel, float32)\n"
         "in every step:\n"
         "    layers_output[2] = layers_output[2] + (direction * 4)\n"
         "    layers_output[3][:, -1] *= 2\n"
@@ -345,4 +345,4 @@ def test_the_text_reads_like_the_block() -> None:
         "expected on 'The capital of France is': 14 numbers\n"
         "expected on 8 tokens: 14 numbers"
     )
-    assert repr(plan) == "<plan of gpt2: layers_output[2] = layers_output[2] + (direction * 4)>"
+    assert repr(plan) == "<plan of demo:gpt2: layers_output[2] = layers_output[2] + (direction * 4)>"

@@ -33,12 +33,12 @@ def test_unused_keywords_are_refused(model_type: str) -> None:
     ids, kind = zoo.ids(model.hf_model), type(model.hf_model).__name__
     calls: list[Callable[..., Any]] = [model, model.trace, model.scan, model.generate]
     for call in calls:
-        with pytest.raises(InputError, match=rf"remote=...: {kind}\.(forward|generate) makes no use of such an"):
-            call(ids, remote=True)
+        with pytest.raises(InputError, match=rf"elsewhere=...: {kind}\.(forward|generate) makes no use of such an"):
+            call(ids, elsewhere=True)
         with pytest.raises(InputError, match=r"Did you mean .*attention_mask"):
             call(ids, attention_masks=torch.ones_like(ids))
-        with pytest.raises(InputError, match="remote=..."):
-            call({"input_ids": ids, "remote": True})
+        with pytest.raises(InputError, match="elsewhere=..."):
+            call({"input_ids": ids, "elsewhere": True})
     with pytest.raises(InputError, match=r"Did you mean early_stop\?"):
         model.trace(ids, earlystop=False)
     with pytest.raises(InputError, match=r"Did you mean max_new_tokens"):
