@@ -166,7 +166,7 @@ class HookedTransformer:
         )
         self._begins = default_prepend_bos and getattr(model.tokenizer, "bos_token_id", None) is not None
         self._hooks: list[tuple[str, Hook, bool]] = []
-        self._is_turned = self._turned()
+        self._is_turned, self._why = self._turned()
         self.hook_dict = {name: "".join(self._place(name)[:1]) for name in self._names()}
 
     @classmethod
@@ -193,8 +193,8 @@ class HookedTransformer:
 
     # Names.
 
-    def _turned(self) -> bool:
-        """Whether queries are another thing where the attention function gets them than what the projection gives."""
+    def _turned(self) -> tuple[bool, str]:
+        """Whether queries are another thing where the attention function gets them than what the projection gives; and why."""
         model = self.model
         layers = [i for i, one in enumerate(model.attentions_input.modules) if one is not None]
         try:
@@ -203,9 +203,11 @@ class HookedTransformer:
                 x, queries = model.attentions_input[layer], model.queries[layer]
             made = torch.einsum("bsd,hde->bhse", x.float(), model.W_Q[layer].float())
             made = made + model.b_Q[layer].float()[:, None]
-        except (IndexError, NotInThisModelError):
-            return True
-        return not torch.allclose(made, queries.float(), atol=1e-2 * float(queries.abs().max()))
+        except (IndexError, NotInThisModelError) as error:
+            return True, f"does not show what its queries are before a rotary embedding or norm ({error})"
+        if torch.allclose(made, queries.float(), atol=1e-2 * float(queries.abs().max())):
+            return False, "has no rotary embedding"
+        return True, "turns queries and keys by their positions, or norms them"
 
     def _place(self, name: str) -> tuple[str, int | None]:
         """The standard name and the layer of a hook name.
@@ -224,9 +226,8 @@ class HookedTransformer:
             )
         if (short in _TURNED) != self._is_turned and short in (*_TURNED, *_TURNED.values()):
             other = {**_TURNED, **{plain: turned for turned, plain in _TURNED.items()}}[short]
-            why = "turns queries and keys by their positions" if self._is_turned else "has no rotary embedding"
             raise NotInThisModelError(
-                f"{name}: this model {why}; what its attention function gets is {name.replace(short, other)}."
+                f"{name}: this model {self._why}; what its attention function gets is {name.replace(short, other)}."
             )
         return HOOKS[short], layer
 

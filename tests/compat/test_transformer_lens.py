@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from architectures import build, prompt_ids
 from reference import edited, hooked
 from torch import Tensor
@@ -65,8 +66,19 @@ def test_queries_before_and_after_the_rotary_embedding() -> None:
         model.run_with_cache(IDS, "blocks.1.attn.hook_rot_q")
     _, turned = of("llama")
     assert "blocks.1.attn.hook_rot_q" in turned.hook_dict
-    with pytest.raises(NotInThisModelError, match=r"turns queries and keys .* is blocks\.1\.attn\.hook_rot_q\.$"):
+    with pytest.raises(
+        NotInThisModelError,
+        match=r"turns queries and keys by their positions, or norms them; .* is blocks\.1\.attn\.hook_rot_q\.$",
+    ):
         turned.run_with_cache(IDS, "blocks.1.attn.hook_q")
+
+
+def test_where_the_projection_is_not_known_that_is_the_reason() -> None:
+    model = HookedTransformer(StandardizedTransformer(zoo.build("deepseek_v3")))
+    with pytest.raises(
+        NotInThisModelError, match=r"does not show what its queries are before a rotary embedding or norm \(W_Q"
+    ):
+        model.run_with_cache(torch.tensor([[1, 2, 3]]), "blocks.1.attn.hook_q")
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -186,6 +186,15 @@ def test_while_a_batch_is_generated(model_type: str) -> None:
             assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
 
 
+def check_each_as_alone(model: Any, plan: Plan, block: Any) -> None:
+    """A plan on two prompts in a generation, against the block on each by itself."""
+    lists = [prompt_ids(1, seq, seed)[0].tolist() for seq, seed in ((4, 1), (9, 2))]
+    together = steps(plan.apply(model), lists, 3)
+    for row, one in enumerate(lists):
+        for step, its in enumerate(steps(model.edit(block), one, 3)):
+            assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
+
+
 def test_logits_while_a_batch_is_generated() -> None:
     """They are of the last position alone, which is each prompt's."""
     model = model_of("llama")
@@ -195,11 +204,7 @@ def test_logits_while_a_batch_is_generated() -> None:
         model.logits = logits - logits[:, -1:].max() * (logits == logits.max(-1, keepdim=True).values)
 
     plan = model.record(block, prompt_ids(1, 7)[0])
-    lists = [prompt_ids(1, seq, seed)[0].tolist() for seq, seed in ((4, 1), (9, 2))]
-    together = steps(plan.apply(model), lists, 3)
-    for row, one in enumerate(lists):
-        for step, its in enumerate(steps(model.edit(block), one, 3)):
-            assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
+    check_each_as_alone(model, plan, block)
 
 
 def test_patterns_of_a_padded_batch_in_a_generation() -> None:
@@ -211,11 +216,7 @@ def test_patterns_of_a_padded_batch_in_a_generation() -> None:
         model.attention_probabilities[1] = torch.zeros_like(p) + 1 / (p + 1).sum(-1, keepdim=True)
 
     plan = model.record(block, prompt_ids(1, 7)[0])
-    lists = [prompt_ids(1, seq, seed)[0].tolist() for seq, seed in ((4, 1), (9, 2))]
-    together = steps(plan.apply(model), lists, 3)
-    for row, one in enumerate(lists):
-        for step, its in enumerate(steps(model.edit(block), one, 3)):
-            assert torch.allclose(together[step][row], its[0], atol=2e-4, rtol=1e-4)
+    check_each_as_alone(model, plan, block)
 
 
 def test_rows_of_a_prompt_are_of_each_prompt() -> None:
