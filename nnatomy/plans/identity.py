@@ -14,7 +14,7 @@ from torch import Tensor
 def identity(model: Any) -> dict[str, Any]:
     """What a plan says of the model that it comes from: plain data."""
     hf_model, told = model.hf_model, getattr(model, "_told", None)
-    name = str(told["name"] if told else model._name or model.config._name_or_path)
+    name = str(told["name"] if told else model._name or model.config._name_or_path or type(hf_model).__name__)
     return {
         "id": Path(name).name if Path(name).is_absolute() else name,
         "revision": getattr(model.config, "_commit_hash", None),
