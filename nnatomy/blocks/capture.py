@@ -160,11 +160,11 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
     line, _, column, _ = list(code.co_positions())[instruction // 2]  # columns are in bytes, as in the tree
     where = f"{filename}:{line}"
     lines = linecache.getlines(filename)
-    instead = "Give the block as a function: tracer.invoke(prompt, function)."
+    instead = "Give the block as a function, as in tracer.invoke(prompt, function) or model.edit(function)."
     if not lines:
         raise CaptureError(
-            f"The source of the `with tracer.invoke(...)` block at {where} cannot be had (typed into a plain "
-            f"Python prompt, or passed to `exec`), so it cannot be run together with the others. {instead}"
+            f"The source of the `with` block at {where} cannot be had (typed into a plain "
+            f"Python prompt, or passed to `exec`), so it cannot be run later. {instead}"
         )
     for statement in ast.walk(parsed("".join(lines))):
         if isinstance(statement, ast.With):
@@ -174,11 +174,11 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
                 break
     else:
         raise CaptureError(
-            f"The `with tracer.invoke(...)` block at {where} is not what its source file says now. Load the "
+            f"The `with` block at {where} is not what its source file says now. Load the "
             f"module again after editing it. {instead}"
         )
     if len(statement.items) > 1:
-        raise CaptureError(f"The block at {where} has to be a `with` of its own, with tracer.invoke(...) alone.")
+        raise CaptureError(f"The block at {where} has to be a `with` of its own, with nothing else in it.")
     # It is compiled as the body of a class: in a method, of the method's, as private names (`self.__scale`) have its name in
     # them; else of one called `_`, which changes no names.
     owners = ["_", *re.findall(r"(\w+)\.\w+(?=\.<locals>|$)", code.co_qualname)]
