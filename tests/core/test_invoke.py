@@ -182,7 +182,9 @@ def test_a_body_in_exec_with_and_without_its_source() -> None:
     linecache.cache["<here>"] = (len(source), None, source.splitlines(True), "<here>")
     exec(compile(source, "<here>", "exec"), names)
     assert names["h"].shape == (1, 4)
-    with pytest.raises(CaptureError, match=r"cannot be had.*tracer.invoke\(prompt, function\) or model.edit\(function\)"):
+    with pytest.raises(
+        CaptureError, match=r"cannot be had.*tracer.invoke\(prompt, function\) or model.edit\(function\)"
+    ):
         exec(compile(source, "<nowhere>", "exec"), names)
     broken = source.replace("(x):", "(x:")  # the file is just being edited
     linecache.cache["<edited>"] = (len(broken), None, broken.splitlines(True), "<edited>")
