@@ -1,7 +1,5 @@
 """Frames: whose code is at work in a thread, and at which line."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nnatomy.core.openmp import release_helpers
+from nnatomy.core.worker import release_helpers
 from nnatomy.errors import InputError
 from nnatomy.methods.metrics import METRICS
 from nnatomy.methods.progress import told

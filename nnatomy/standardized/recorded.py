@@ -20,7 +20,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 from transformers.utils import output_capturing
 
-from nnatomy.blocks.row_slot import is_opaque
+from nnatomy.blocks.rows import is_opaque
 from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError

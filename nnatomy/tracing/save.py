@@ -7,8 +7,6 @@ the tensor, and would mark the model's own parameters.) Where nnsight is loaded,
 called, so that tensors saved in its traces are saved.
 """
 
-from __future__ import annotations
-
 import torch
 
 

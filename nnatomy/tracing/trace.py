@@ -1,7 +1,5 @@
 """A trace that several blocks may share; and the entry that opens it: a view that may have lasting edits and attached modules."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -30,7 +28,7 @@ class Trace(core.Trace):
     def _block_of(self, run: Run) -> Schedule:
         return Schedule(run, self._root._blocks)
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> "Trace":
         super().__enter__()
         mount_save()
         for edit in getattr(self._root, "edits", ()):
