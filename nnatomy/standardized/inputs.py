@@ -84,7 +84,7 @@ class Prompts:
         self.needed = needed
         self.places_images = places_images
         self.cache = cache
-        self._processor, self._read = processor, read
+        self._processor, self.reads = processor, read
         #: How long prompts may be; None while nobody knows.
         self.context: ContextLength | None = None
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
@@ -190,7 +190,7 @@ class Prompts:
             raise InputError("prepend_bos: beside images the processor says how a text begins.")
         made = read_media(self._processor(), prompts, media, template, side)
         self.check_lengths(made["attention_mask"].sum(-1).tolist(), side)
-        return {name: value for name, value in made.items() if self._read(name) and name != "labels"}
+        return {name: value for name, value in made.items() if self.reads(name) and name != "labels"}
 
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""
