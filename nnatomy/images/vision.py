@@ -8,8 +8,9 @@ whose output is what stands at the image's positions in the stream.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Vision(Values):
     """A model with the names of its vision side, where it has one and a processor reads images for it."""
 
     _processor: Any = None
-    _processor_options: dict[str, Any]
+    _processor_options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def processor(self) -> Any:
