@@ -41,6 +41,8 @@ class Naming:
             each = [names] if isinstance(names, str) else names
             self.aliases += [(name.strip("."), path.strip(".")) for name in each]
         self.envoys = envoys
+        #: Further names of what lies below a module: by module, name and path from there.
+        self.own: WeakKeyDictionary[Module, dict[str, str]] = WeakKeyDictionary()
         self.added: WeakKeyDictionary[Module, dict[str, Module]] = WeakKeyDictionary()
         self.calls: WeakKeyDictionary[Block, int] = WeakKeyDictionary()
         self.with_operations: dict[Module, Operations] = {}
@@ -98,7 +100,8 @@ class Envoy(ModuleView):
     def _child(self, name: str) -> Any:
         if (child := self.module._modules.get(name)) is not None:
             return self._module_view(child, f"{self.path}.{name}")
-        for path in self._naming.aliased(name):
+        own = self._naming.own.get(self.module, {})
+        for path in [*self._naming.aliased(name), *([own[name]] if name in own else [])]:
             if (found := self._below(path)) is not None:
                 return found
         if (module := self._naming.added.get(self.module, {}).get(name)) is not None:

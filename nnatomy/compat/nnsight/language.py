@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn import Module
+from transformers import AutoTokenizer
 
 from nnatomy.compat.nnsight.envoy import Aliases, Naming
 from nnatomy.compat.nnsight.errors import as_value_error
@@ -14,9 +15,10 @@ from nnatomy.compat.nnsight.tracer import as_tracer
 from nnatomy.core.frames import warn
 from nnatomy.errors import InputError, UsageError
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.loading import locate
 
 #: What a model is loaded by there, and makes no difference here.
-_IDLE = ("dispatch", "task", "meta_buffers", "tokenizer_kwargs", "import_edits", "allow_dispatch")
+_IDLE = ("dispatch", "task", "meta_buffers", "import_edits", "allow_dispatch")
 
 
 class LanguageModel(NNsight, StandardizedTransformer):
@@ -51,7 +53,12 @@ class LanguageModel(NNsight, StandardizedTransformer):
             }
             model, kwargs = automodel.from_pretrained(model, **kwargs), own
         kwargs.setdefault("allow_failures", True)
+        options = kwargs.pop("tokenizer_kwargs", None) or {}
+        if options and tokenizer is None and not isinstance(model, Module):
+            tokenizer = AutoTokenizer.from_pretrained(locate(model), **options)
         StandardizedTransformer.__init__(self, model, tokenizer, **kwargs)
+        if "padding_side" in options:
+            self.tokenizer.padding_side = options["padding_side"]
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return object.__new__(cls)
