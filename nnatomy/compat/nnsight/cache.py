@@ -109,7 +109,10 @@ class Node:
         below = f"{self._path}.{which}"
         if self._has(below):
             return Node(self._cache, below)
-        if isinstance(which, int) and self._has(f"{self._path}.0"):
+        here = f"{self._real(self._path)}."
+        if isinstance(which, int) and any(
+            known[len(here) :][:1].isdigit() for known in self._cache if known.startswith(here)
+        ):
             raise IndexError(f"{below} is not in the cache.")
         raise CacheKeyError(f"{below} is not in the cache, nor anything below it.")
 

@@ -81,6 +81,13 @@ class Envoy(ModuleView):
 
     _naming: Naming
 
+    def __new__(cls, *args: Any, **_: Any) -> Any:
+        if cls is Envoy and args and isinstance(args[0], Module):  # nnsight's own way to wrap a module
+            from nnatomy.compat.nnsight.model import NNsight
+
+            return object.__new__(NNsight)
+        return object.__new__(cls)
+
     def _module_view(self, module: Module, path: str, call: int = 0) -> Envoy:
         view = self._naming.class_of(module, path)(self._blocks, module, path, call)
         view._naming = self._naming

@@ -145,7 +145,7 @@ class StandardizedTransformer(LanguageModel):
         self,
         layers: Any,
         steering_vector: Float[Tensor, "*broadcast hidden"],
-        factor: float = 1,
+        factor: float | int = 1,
         positions: Where = None,
         token_positions: Where = None,
         batch_index: Any = None,
