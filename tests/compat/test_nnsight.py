@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
+import runpy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from nnatomy.errors import InputError, NoSuchModuleError, OutOfOrderError, Usage
 
 PROMPT = "The capital of Peru is"
 OTHER = "The capital of Cuba is"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "from_nnsight.md"
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +320,8 @@ def test_cache_by_path_and_as_a_tree(model: LanguageModel) -> None:
         cache = tracer.cache(modules=["model.transformer.h.1", model.lm_head])
     assert [*cache] == ["model.transformer.h.1", "model.lm_head"]
     assert [entry.output.shape[1] for entry in cache["model.transformer.h.1"]] == [5, 1, 1]
-    assert cache["model.transformer.h.1"][0].input is None
+    assert len(cache["model.transformer.h.1"].output) == 3
+    assert cache.transformer.h[1][0].input is None
     with pytest.raises(KeyError, match=r"^'model.transformer.h.2' is not in the cache"):
         cache["model.transformer.h.2"]
     with pytest.raises(IndexError):
@@ -467,6 +472,19 @@ def test_operations_of_functions_and_assigned_values() -> None:
     assert torch.equal(args[0], x)
     assert torch.equal(result, 2 * x)
 
+    class Looped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.mul(x, 2)
+            return x
+
+    looped = NNsight(Looped())
+    with looped.trace(x) as tracer:
+        for _ in tracer.iter[1]:
+            looped.source.torch_mul_0.output[:] = 1
+        result = looped.output.save()
+    assert torch.equal(result, torch.full_like(x, 2))
+
 
 # Edits.
 
@@ -488,8 +506,9 @@ def test_lasting_edits(model: LanguageModel) -> None:
         with model.trace(PROMPT):
             untouched = model.output.logits.save()
         assert torch.equal(untouched, plain)
-        with model.edit(inplace=True):
-            model.transformer.h[1].output[:] = 0
+        with model.edit(inplace=True) as inplace:
+            for _ in inplace.iter[:]:
+                model.transformer.h[1].output[:] = 0
         with model.trace(PROMPT):
             logits = model.output.logits.save()
         model.clear_edits()
@@ -572,3 +591,14 @@ def test_nothing_is_kept() -> None:
     del module, net, hidden, tracer, cache
     gc.collect()
     assert [one() for one in gone] == [None, None, None]
+
+
+def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    section = PAGE.read_text().split("## Scripts as they stand")[1].split("## ")[0]
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(re.findall(r"(?s)```python\n(.*?)```", section)))
+    names = runpy.run_path(str(script))
+    assert capsys.readouterr().out == "torch.Size([1, 5, 96]) torch.Size([1, 5, 96])\n"
+    assert names["gradient"].shape == (1, 5, 96)
+    assert names["attention"].shape == (1, 1, 6, 16)
+    assert names["tokens"].shape == (1, 8)

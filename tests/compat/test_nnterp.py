@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -238,14 +240,11 @@ def test_refusals(model: StandardizedTransformer) -> None:
         StandardizedTransformer(model._model, attn_rename="attn", check_renaming=False)
 
 
-def test_the_page_names_what_is_there() -> None:
+def test_the_page(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent.parent / "docs" / "from_nnterp.md").read_text()
-    for name in (
-        "enable_attention_probs",
-        "check_renaming",
-        "token_positions",
-        "skip_layers",
-        "ModuleAccessor",
-        "logit_lens",
-    ):
-        assert f"`{name}" in page or f"{name}=" in page
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(re.findall(r"(?s)```python\n(.*?)```", page)))
+    names = runpy.run_path(str(script))
+    assert names["probs"].shape[:2] == (1, 6)
+    assert names["hidden"].shape == (1, 5, 96)
+    assert not torch.equal(names["logits"], names["model"]("The capital of France is").logits)

@@ -45,6 +45,15 @@ class Entry:
         return args[0] if args else next(iter(kwargs.values()), None)
 
 
+class Entries(list[Entry]):
+    """The calls of a module that has been called several times, or in several steps; `.output` is a list of theirs."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("output", "inputs", "input"):
+            raise AttributeError(name)
+        return [getattr(entry, name) for entry in self]
+
+
 class Cache(Mapping[str, Any]):
     """Values by path; a list of entries where a module has been called several times. Aliases (`rename=`) are names too."""
 
@@ -57,7 +66,7 @@ class Cache(Mapping[str, Any]):
             raise CacheKeyError(
                 f"{path!r} is not in the cache. It holds: {', '.join(list(self)[:20]) or 'nothing yet'}."
             )
-        calls = [Entry(call.output, call.inputs) for call in self._collected[known]]
+        calls = Entries(Entry(call.output, call.inputs) for call in self._collected[known])
         return calls[0] if len(calls) == 1 else calls
 
     def _known(self, path: Any) -> str | None:
@@ -84,6 +93,11 @@ class Cache(Mapping[str, Any]):
         """The values as a tree: `cache.model.transformer.h[0].output`."""
         return Node(self, "model")
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
 
 class CacheKeyError(CacheError, KeyError):
     """A path that is not in the cache."""
@@ -105,7 +119,9 @@ class Node:
             raise AttributeError(f"{below} is not in the cache, nor anything below it.")
         return Node(self._cache, below)
 
-    def __getitem__(self, which: int | str) -> Node:
+    def __getitem__(self, which: int | str) -> Any:
+        if isinstance(which, int) and isinstance(entries := self._cache.get(self._path), Entries):
+            return entries[which]
         below = f"{self._path}.{which}"
         if self._has(below):
             return Node(self._cache, below)

@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from nnatomy.blocks.capture import EditBlock
 from nnatomy.blocks.joining import JoinTensors
+from nnatomy.blocks.schedule import Invoke
 from nnatomy.compat.nnsight.backward import operations_after
 from nnatomy.compat.nnsight.envoy import ROOT, Aliases, Envoy, Naming
 from nnatomy.compat.nnsight.errors import ValueInputError
@@ -96,8 +97,9 @@ class NNsight(Envoy, Traceable):
 
     @property
     def iter(self) -> Any:
-        """`tracer.iter` of the trace that is open."""
-        return Iteration(self._blocks.current("iter"))
+        """`tracer.iter` of the trace that is open; in the body of an edit, which is run in every step, of the step at hand."""
+        block = self._blocks.current("iter")
+        return EditTracer(self) if isinstance(block, Invoke) and block.lasting else Iteration(block)
 
     def all(self) -> Any:
         """All steps: `tracer.all()`."""

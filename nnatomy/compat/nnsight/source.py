@@ -25,7 +25,7 @@ from nnatomy.core.points import Collector, Report, Slot, Tap
 from nnatomy.core.progress import RETURNING
 from nnatomy.core.values import Calls, Values
 from nnatomy.errors import NoSuchModuleError
-from nnatomy.tracing.source import Source
+from nnatomy.tracing.source import ModuleView, Source
 
 _REPORT = "__reported__"
 #: What is no call of anything, or needs the frame that it stands in.
@@ -325,8 +325,8 @@ class OperationView(Values):
 
     def _asking(self, which: str, name: str) -> Callable[[], Slot]:
         envoy, operations = self._envoy, self._operations
-        run = envoy._blocks.current(self.path).run
-        module = envoy.module
+        block = envoy._blocks.current(self.path)
+        run, module = block.run, envoy.module
         at_work = any(entered is module and stage != RETURNING for entered, _, stage in run.progress.stack)
         seen = "forward" in vars(module)
         if operations.bound is None or (
@@ -334,7 +334,11 @@ class OperationView(Values):
         ):
             return Source(envoy, self._torch_name, self._time)._asking(which, name)
         written = f"source.{self._name}.{name}"
-        asked: Callable[[], Slot] = envoy._asking(kind(self._name, self._time, which), written, envoy._naming.tap)
+        tap = envoy._naming.tap
+        call = envoy._naming.calls.get(block, 0)
+        if call and run.root is module:  # it is called once, and the loop over calls is over those of the operation
+            return ModuleView._asking(envoy, kind(self._name, call, which), written, tap)
+        asked: Callable[[], Slot] = envoy._asking(kind(self._name, self._time, which), written, tap)
         return asked
 
     def __repr__(self) -> str:

@@ -162,6 +162,7 @@ class StandardizedTransformer(LanguageModel):
                 raise ValueError("Cannot specify both: `positions` is nnterp's older name of `token_positions`.")
             warnings.warn("`positions` is deprecated: give `token_positions`.", DeprecationWarning, stacklevel=2)
             token_positions = positions
+        factor = float(factor) if isinstance(factor, int) else factor
         super().steer(layers, steering_vector, factor, token_positions, batch_index=batch_index)
 
     def probs_to_dict(self, tokens: Tensor, probs: Tensor) -> dict[str, float]:
