@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from reference import hooked
+from remote_server import served
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -578,6 +579,26 @@ def test_refusals(model: LanguageModel, net: NNsight) -> None:
         trace = model.trace(PROMPT, max_new_tokens=3)
     with trace:
         pass
+
+
+def test_traces_at_a_server(model: LanguageModel) -> None:
+    h = model._model.transformer.h
+    seen = values(model, run(model, PROMPT), two=h[2])
+    expected = edited(model._model, run(model, PROMPT), {h[3]: lambda value: 0 * value}).logits
+    tokens = model._model.generate(ids(model, PROMPT), max_new_tokens=3, do_sample=False)
+    sent = LanguageModel("demo:gpt2")
+    with served("demo:gpt2") as server:
+        sent.server = server.address
+        with torch.no_grad(), sent.trace(PROMPT, remote=True):
+            two = sent.transformer.h[2].output.save()
+            sent.transformer.h[3].output[:] = 0
+            kept = [sent.output.logits].save()  # type: ignore[attr-defined]
+        with sent.generate(PROMPT, max_new_tokens=3, remote=True):
+            generated = sent.generator.output.save()
+        sent._sender.connection.close()
+    assert torch.equal(two, seen["two"])
+    assert torch.allclose(kept[0], expected, atol=1e-5)
+    assert torch.equal(generated, tokens)
 
 
 def test_nothing_is_kept() -> None:

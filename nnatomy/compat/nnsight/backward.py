@@ -91,11 +91,11 @@ class Backward:
         """That is its gradient from here on, also where it is changed in place."""
         key = id(tensor)
         if key not in self._found and tensor.requires_grad:
-            before = value.clone()
+            before = value._version
 
             def now(_: Tensor) -> Tensor | None:
                 mine = self._found[key][1]
-                return None if mine is value and torch.equal(mine, before) else mine
+                return None if mine is value and mine._version == before else mine
 
             self._hooks.callback(tensor.register_hook(now).remove)
         self._found[key] = tensor, value

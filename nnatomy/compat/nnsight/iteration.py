@@ -48,7 +48,8 @@ class Loop(Iterator[int]):
         body = self._body = Body()
         code = [one for one in dis.get_instructions(body.frame.f_code) if one.offset > body.frame.f_lasti]
         first = next(one for one in code if one.opname not in ("CACHE", "EXTENDED_ARG", "NOP"))
-        self._name = first.argval if first.opname.startswith("STORE_") else None
+        stored = first.argval if first.opname.startswith("STORE_") else None
+        self._name = stored[0] if isinstance(stored, tuple) else stored  # Python 3.13 may store two at once
         body.skip()
         return None
 
