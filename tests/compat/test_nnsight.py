@@ -473,6 +473,28 @@ def test_operations_of_functions_and_assigned_values() -> None:
     assert torch.equal(args[0], x)
     assert torch.equal(result, 2 * x)
 
+    scale = torch.tensor(3.0)
+
+    class Scaled(nn.Linear):
+        __bias = 5.0
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            def add(y: Tensor) -> Tensor:
+                return torch.add(y, self.__bias)
+
+            return add(super().forward(x) * scale)
+
+    scaled, y = NNsight(Scaled(2, 2)), torch.ones(1, 2)
+    with scaled.trace(y):
+        added = scaled.source.torch_add_0.inputs[0]
+        scaled.source.torch_add_0.output = torch.zeros(1, 2)
+        result = scaled.output.save()
+    assert torch.equal(added[0], 3 * nn.Linear.forward(scaled._model, y))
+    assert added[1] == 5
+    assert not result.any()
+    assert not result.requires_grad
+
     class Looped(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(3):
