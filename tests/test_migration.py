@@ -74,7 +74,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 def test_the_script_of_the_page_runs(model, layers) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    script, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(script, names)
 
