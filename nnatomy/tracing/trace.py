@@ -17,7 +17,6 @@ from nnatomy.core.block import Block
 from nnatomy.core.run import Run
 from nnatomy.errors import NotCalledError, UsageError
 from nnatomy.tracing.attach import Attachment, Point, first_tensor, with_first_tensor
-from nnatomy.tracing.save import mount_save
 from nnatomy.tracing.source import ModuleView
 from nnatomy.tracing.steps import Steps
 
@@ -30,7 +29,6 @@ class Trace(core.Trace):
 
     def __enter__(self) -> "Trace":
         super().__enter__()
-        mount_save()
         for edit in getattr(self._root, "edits", ()):
             if isinstance(edit, Attachment):
                 run = self.block.run
