@@ -71,7 +71,14 @@ def attention(
             yaxis=f"y{number}",
         )
         across, down = plan.domain(head)
-        axis = {"type": "category", "showgrid": False, "zeroline": False, "tickmode": "array", "automargin": False}
+        axis = {
+            "visible": True,
+            "type": "category",
+            "showgrid": False,
+            "zeroline": False,
+            "tickmode": "array",
+            "automargin": False,
+        }
         axis["tickfont"] = {"size": 10}
         for letter, other, domain, from_, title_of in (
             ("x", f"y{number}", across, 0, "key"),
@@ -122,7 +129,7 @@ def head_names(patterns: Num[Tensor, "*layer head query key"], layer: int | Sequ
     return [f"{'' if one is None else f'L{one}'}H{head}" for one in layers for head in range(heads)]
 
 
-def masked(patterns: Num[Tensor, "*layer head query key"], tokens: Sequence[str]) -> Num[Tensor, "head query key"]:
+def masked(patterns: Num[Tensor, "*layer head query key"], tokens: Sequence[str]) -> Num[Tensor, "every query key"]:
     """The maps of all heads, on the CPU; what a causal mask hides is NaN, and no probability of zero."""
     queries, keys = patterns.shape[-2:]
     if len(tokens) != keys or queries > keys:

@@ -19,7 +19,7 @@ _STYLE = """.heads { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .8
   border-radius: .35rem; padding: 4px; cursor: pointer; }
 .heads button[aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); font-weight: 600; }
 .heads canvas { display: block; width: 64px; height: 64px; image-rendering: pixelated; }
-.pair { display: grid; grid-template-columns: minmax(0, 30rem) minmax(16rem, 1fr); gap: 1.2rem; align-items: start; }
+.pair { display: grid; grid-template-columns: minmax(0, min(45vw, 42rem)) minmax(16rem, 1fr); gap: 1.2rem; align-items: start; }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 .map { position: relative; } .map canvas { width: 100%; display: block; touch-action: pan-y; }
 ol { margin: .2rem 0; padding-left: 1.6rem; font-variant-numeric: tabular-nums; }
@@ -84,14 +84,15 @@ function fill(context, wide, high, values) {
   context.putImageData(image, 0, 0);
 }
 
+const TOP = 8;
 let cell = 1, edge = 0;  // of the large map, in CSS pixels
 function large() {
   const wide = left.clientWidth || 300, ratio = devicePixelRatio || 1, css = getComputedStyle(document.documentElement);
   const step = () => Math.max(1, Math.ceil(11 / cell));
   edge = Math.min(96, wide * .28); cell = Math.min((wide - edge) / K, 56);
-  const high = cell * Q + edge;
+  const high = cell * Q + edge + TOP;
   canvas.width = wide * ratio; canvas.height = high * ratio; canvas.style.height = high + "px";
-  const pen = canvas.getContext("2d"); pen.scale(ratio, ratio);
+  const pen = canvas.getContext("2d"); pen.scale(ratio, ratio); pen.translate(0, TOP);
   const flat = new Float32Array(Q * K);
   for (let q = 0; q < Q; q++) for (let k = 0; k < K; k++) flat[q * K + k] = hidden(q, k) ? -1 : value(head, q, k);
   const small = document.createElement("canvas"); small.width = K; small.height = Q;
@@ -121,7 +122,7 @@ function large() {
   }
 }
 canvas.addEventListener("mousemove", event => {
-  const k = Math.floor((event.offsetX - edge) / cell), q = Math.floor(event.offsetY / cell);
+  const k = Math.floor((event.offsetX - edge) / cell), q = Math.floor((event.offsetY - TOP) / cell);
   if (k < 0 || k >= K || q < 0 || q >= Q) { at = null; show(); return; }
   at = from ? q + OFF : k; show();
   make("div", told, hidden(q, k) ? `${name(k)} is later than ${name(q + OFF)}: masked` :

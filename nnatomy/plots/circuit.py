@@ -108,21 +108,14 @@ def circuit(
     figure.update_layout(
         hovermode="closest",
         hoverdistance=12,
-        legend={
-            "orientation": "h",
-            "x": 1,
-            "xanchor": "right",
-            "y": 1,
-            "yanchor": "bottom",
-            "title": {"text": value_name},
-        },
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "title": {"text": f"{label(value_name)} "}},
     )
     laid_out(figure, title, height=150 + _ROW * len(rows), least=max(560, 64 * widest))
     steps = [*(step for step in _STEPS if step < len(edges)), len(edges)]
     if len(edges) > 1:
         figure.update_layout(sliders=[_slider(steps, edges)])
         figure.layout.height += 70
-        figure.update_layout(margin={"b": 90})
+        figure.update_layout(margin={"b": 90, "r": 50})
     return figure
 
 
@@ -147,8 +140,8 @@ def _row(node: str) -> tuple[float, int]:
     """From below: what comes before the layers, each layer's attention, its other parts, what comes after."""
     layer = _layer(node)
     if layer is not None:
-        return layer, int(re.match(r"L\d+H\d", node) is None)
-    return (-1, 0) if "embed" in node else (torch.inf, 0)
+        return float(layer), int(re.match(r"L\d+H\d", node) is None)
+    return (-1.0, 0) if "embed" in node else (torch.inf, 0)
 
 
 def _short(node: str) -> str:
@@ -211,7 +204,7 @@ def _slider(steps: Sequence[int], edges: Sequence[tuple[int, int, float]]) -> di
     indices = list(range(len(edges)))
     return {
         "active": len(steps) - 1,
-        "currentvalue": {"prefix": "edges, by size: ", "font": {"size": 12}},
+        "currentvalue": {"prefix": "edges, the largest: ", "font": {"size": 12}},
         "pad": {"t": 12, "b": 0},
         "x": 0,
         "len": 1,
@@ -219,7 +212,7 @@ def _slider(steps: Sequence[int], edges: Sequence[tuple[int, int, float]]) -> di
         "yanchor": "top",
         "steps": [
             {
-                "label": f"{step} (from {abs(edges[step - 1][2]):.2g})",
+                "label": f"{step} (≥ {abs(edges[step - 1][2]):.2g})",
                 "value": str(step),
                 "method": "restyle",
                 "args": [{"visible": [i < step for i in indices]}, indices],

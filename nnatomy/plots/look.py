@@ -140,7 +140,7 @@ def laid_out(figure: Figure, title: str, *, height: int, width: int | None = Non
     figure.layout.height += _BAR_HEIGHT * bar
     figure.update_layout(
         margin={"t": above + 22 * len(shown)},
-        title={"yref": "container", "y": 1 - 14 / figure.layout.height, "yanchor": "top"},
+        title={"yref": "paper", "y": 1, "yanchor": "bottom", "pad": {"b": 14 + _BAR_HEIGHT * bar}},
     )
     return figure
 

@@ -62,6 +62,7 @@ def parts(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "
         {column for one, (_, column) in zip(found, cells, strict=True) if one and one[2]}, key=lambda h: int(h[1:])
     )
     columns = heads + list(dict.fromkeys(column for _, column in cells if column not in heads))
+    columns.sort(key="other".__eq__)
     grid = torch.full((len(rows), len(columns)), torch.nan, dtype=torch.float64)
     hover = [[""] * len(columns) for _ in rows]
     for value, name, (row, column) in zip(values.detach().tolist(), labels, cells, strict=True):
