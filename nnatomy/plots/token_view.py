@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Num
@@ -100,7 +101,7 @@ def token_view(
         most = max(abs(low), abs(high)) or 1.0
         limits.append((-most if low < 0 else 0.0, most))
         channels[name] = [float(value) if torch.isfinite(value) else None for value in shown]
-    data = {
+    data: dict[str, Any] = {
         "tokens": [visible(token) for token in tokens],
         "breaks": ["\n" in token for token in tokens],
         "channels": [visible(name) for name in channels],
