@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import ActivationStore, StoreWriter, fingerprint
