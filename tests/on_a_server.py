@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ ONCE = (
     "test_for_a_metric_that_is_linear_one_step_is_attribution_patching",
     "test_progress_is_shown_with_what_is_given",
 )
+#: Tests that have hooks around what the library runs, and not around a reference.
+HOOKS = ("test_the_inverse_of_an_edited_view_has_the_edit_once",)
 
 
 def _not_to_be_had() -> dict[str, str]:
@@ -46,6 +49,8 @@ def _not_to_be_had() -> dict[str, str]:
 _local: Counter[str] = Counter()
 _calls: Counter[str] = Counter()
 _state: dict[str, Any] = {}
+#: By modules of skeletons, those of the local models.
+_twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class _Servers:
@@ -78,6 +83,8 @@ class _Servers:
         if key not in self._addresses:
             if not hasattr(hf_model, "save_pretrained") or hf_model.config.is_encoder_decoder:
                 raise ValueError(f"{type(hf_model).__name__}: no decoder of Transformers'")
+            if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+                raise ValueError(f"{type(tokenizer).__name__}: no tokenizer of Transformers'")
             told["folder"] = f"{self._folder.name}/{len(self._addresses)}"
             hf_model.save_pretrained(told["folder"])
             if tokenizer is not None:
@@ -104,6 +111,8 @@ def _make(real: Any, *args: Any, **kwargs: Any) -> Any:
     for model in _state.setdefault("models", []):
         if args and args[0] is model.hf_model:  # the skeleton, wrapped once more
             return model
+    from nnatomy.errors import NnatomyError
+
     local = real(*args, **kwargs)
     try:
         if set(kwargs) - {"tokenizer", "validate"}:
@@ -119,13 +128,45 @@ def _make(real: Any, *args: Any, **kwargs: Any) -> Any:
         model = real(name, server=address)
         if model._told["hash"] != weights_hash(Weights(local.hf_model)):
             raise ValueError(f"{type(local.hf_model).__name__}: its weights are not what its folder has")
-    except Exception as error:
+    except (ValueError, NnatomyError) as error:
         _local[f"{type(error).__name__}: {error}"[:200]] += 1
         return local
     model.twin = local
+    _twins.update(zip(model.hf_model.modules(), local.hf_model.modules(), strict=True))
     _state["models"] = [*_state["models"][-50:], model]
     _calls["models"] += 1
     return model
+
+
+def _asks_a_test() -> bool:
+    """Whether a line of a test or of its reference has called what calls this, and not the library nor Transformers."""
+    path = Path(sys._getframe(2).f_code.co_filename)
+    if any(name in os.environ.get("PYTEST_CURRENT_TEST", "") for name in HOOKS):
+        return False
+    return path.is_relative_to(Path(__file__).parent) and path != Path(__file__)
+
+
+def _references_are_local() -> None:
+    """A test's reference runs and hooks the wrapped model: that is the local one, as a skeleton has nothing to run."""
+    from torch.nn import Module
+
+    from nnatomy.remote.model import RemoteTransformer
+
+    real: Any = RemoteTransformer.hf_model
+
+    def hf_model(self: Any) -> Any:
+        return self.twin.hf_model if _asks_a_test() and "twin" in vars(self) else real.fget(self)
+
+    RemoteTransformer.hf_model = property(hf_model)  # type: ignore[misc]
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        setattr(Module, name, _at_the_twin(getattr(Module, name)))
+
+
+def _at_the_twin(register: Any) -> Any:
+    def registered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return register(_twins.get(self, self) if _asks_a_test() else self, *args, **kwargs)
+
+    return registered
 
 
 def _leaves(value: Any, depth: int = 0) -> list[Any]:
@@ -213,6 +254,7 @@ def pytest_collection(session: pytest.Session) -> None:
             return isinstance(one, real)
 
     nnatomy.StandardizedTransformer = Anywhere("StandardizedTransformer", (), {"__doc__": real.__doc__})  # type: ignore[misc]
+    _references_are_local()
     for name in WHOLE:
         setattr(methods, name, _compared(getattr(methods, name)))
 
