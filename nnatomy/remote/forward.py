@@ -16,6 +16,7 @@ import sys
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch._C import _functorch
@@ -244,7 +245,8 @@ class RemoteForward:
         if kind == "output":
             return self._output(changes, *of)
         if kind == "object":
-            return RemoteObject(*of)
+            finalize(found := RemoteObject(*of), self._connection.dead.append, of[0])
+            return found
         raise NotRemoteError(f"The server has answered with a {kind!r}, which is nothing here.")
 
     def _output(self, changes: list[int], number: int, name: str, fields: list[Any]) -> Any:
@@ -254,4 +256,5 @@ class RemoteForward:
             raise NotRemoteError(f"The model returns a {name}, which only a local model can.")
         made = kind(**{key: self._received(one, changes) for key, one in fields})
         object.__setattr__(made, "_number_at_server", number)
+        finalize(made, self._connection.dead.append, number)
         return made

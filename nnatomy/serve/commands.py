@@ -88,7 +88,11 @@ class Commands:
         return self._hello, []
 
     def _ask_sync(self) -> tuple[Any, list[bytes]]:
-        return {"bytes": self._tensors.bytes, "tensors": sum(1 for _ in self._tensors)}, []
+        return {
+            "bytes": self._tensors.bytes,
+            "tensors": sum(1 for _ in self._tensors),
+            "objects": self._tensors.objects,
+        }, []
 
     def _ask_fetch(self, numbers: Any, leave_out: Any = False) -> tuple[Any, list[bytes]]:
         """The elements of tensors.

@@ -200,7 +200,7 @@ class Runs:
     """What a session asks and says of its runs.
 
     Attributes:
-        owner: whose results are this client's: see `owner_of`.
+        owner: whose results are this client's: see `Client`.
         pending: how many answers are still to be given.
         turn: held by the run that is at work.
         sending: held by the answer that is sent.

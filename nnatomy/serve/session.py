@@ -45,7 +45,7 @@ class Session(Commands, Runs):
     Args:
         hello: what a client is told of the model.
         jobs: the methods that run whole; None if none do.
-        owner: whose results are this client's: see `owner_of`.
+        owner: whose results are this client's: see `Client`.
         refused: where commands that are refused are counted, by kind.
 
     Attributes:
@@ -94,18 +94,23 @@ class Session(Commands, Runs):
     def go_on(self, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
         """Go on with the frame: see `handle`."""
         began, (commands, question, serial) = time.monotonic(), self._rest
+        answer = None
         try:
             while commands and self.seconds + time.monotonic() - began <= self._limits.compute_seconds:
                 if time.monotonic() - began > TURN and busy():
                     return MORE
                 self._do(commands.pop())
             in_time = self.seconds + time.monotonic() - began <= self._limits.compute_seconds
-            return None if question is None or not in_time else self._answer(question, serial)
+            if question is not None and in_time:
+                answer = self._answer(question, serial)
+            return answer
         finally:
             self.seconds += time.monotonic() - began
             if not commands or self.seconds > self._limits.compute_seconds:
                 self._blobs = []
             if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
+                if isinstance(answer, Later):
+                    answer.job.cancel("the session has used up its time")  # else nobody would ever run or end it
                 raise Refused(
                     f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds"
                 )

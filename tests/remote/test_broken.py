@@ -204,5 +204,12 @@ def test_what_is_dead_is_dropped(remote: Any) -> None:
     for _ in range(3):
         with torch.no_grad(), remote.trace(PROMPT):
             remote.layers_output[2].norm()
+    for _ in range(3):  # what a pass returns, and its cache
+        with torch.no_grad(), remote.trace(PROMPT) as tracer:
+            result = tracer.result
+        assert remote._connection.ask("sync")[0]["objects"] == 2
+        del result, tracer
+    remote.generate_text(PROMPT, max_new_tokens=3, do_sample=False)
     held = remote._connection.ask("sync")[0]
     assert held["tensors"] < 10
+    assert held["objects"] == 0

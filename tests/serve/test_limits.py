@@ -23,6 +23,7 @@ from nnatomy.serve.keys import Client
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.session import More, Session
+from nnatomy.serve.tensors import _inside
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,23 @@ def test_of_a_cache(opened: Open) -> None:
     assert "ok" in ask(session, [["grad", False], ONES, ids, first], ["go", 8, [[last, "output"]]], blobs=BYTES)
     assert session.held_bytes < 20_000
     assert "would hold more than 80,000 bytes" in ask(session, [["end", 8], again])["error"]["text"]
+
+
+def test_what_passes_have_returned_takes_no_memory_that_is_not_counted(opened: Open) -> None:
+    """Neither a client that drops the tensors and nothing else, nor one that drops nothing, has more than it may."""
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
+    session = opened()
+    ask(session, [["grad", False], ONES, ids], blobs=BYTES)
+    for k in range(3):
+        told = ask(session, [["open", k, {"input_ids": {"t": 60}, "use_cache": False}]], ["go", k, []])["ok"]["result"]
+        (number,) = [one["t"][0] for _, one in told["output"][2]]
+        assert session.held_bytes == 20 * 4 * session._model.vocab_size + 64 + 160
+        ask(session, [["drop", [number]]])
+    assert session._tensors.objects == 3
+    assert session.held_bytes == 64 + 160
+    assert not any(
+        list(_inside(one, 8)) for one in session._tensors._held.values() if not isinstance(one, torch.Tensor)
+    )
 
 
 def test_what_is_passed_by_is_bounded(opened: Open) -> None:
