@@ -193,10 +193,10 @@ class Meter(TorchFunctionMode):
 @contextmanager
 def _stopped_by(check: Callable[[], None], outputs: Any) -> Iterator[None]:
     """Within, `check` is called before each gradient that is computed for these outputs."""
-    nodes = {one.grad_fn for one in ([outputs] if isinstance(outputs, Tensor) else outputs)} - {None}
+    nodes: set[Any] = {one.grad_fn for one in ([outputs] if isinstance(outputs, Tensor) else outputs)} - {None}
     new = list(nodes)
     while new:
-        more = {node for one in new for node, _ in one.next_functions} - nodes - {None}
+        more: set[Any] = {node for one in new for node, _ in one.next_functions} - nodes - {None}
         nodes |= more
         new = list(more)
 

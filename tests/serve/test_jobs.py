@@ -21,7 +21,7 @@ from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
 from nnatomy.serve.hello import weights_hash
 from nnatomy.serve.job import Job
-from nnatomy.serve.jobs import Jobs
+from nnatomy.serve.jobs import Jobs, Later
 from nnatomy.serve.keys import Keys
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.meter import Meter, Stopped
@@ -316,7 +316,7 @@ def asked(one: Session, *question: Any, blobs: Any = ()) -> dict[str, Any]:
     answer = one.handle(pack({"n": 1, "c": [], "q": list(question)}, blobs))
     if isinstance(answer, bytes):
         return unpack(answer)[0]
-    assert answer is not None
+    assert isinstance(answer, Later)
     while not answer.job.ended:
         answer.job.go_on(lambda: False)
     return {"ok": answer.answer[0]}
