@@ -14,7 +14,7 @@ from nnatomy.plots.labels import visible
 def patch(options: argparse.Namespace) -> Report:
     """The effect of putting each activation of the clean run into the corrupted one."""
     model = load(options, prompts=True)
-    point = options.point or ("heads_output" if options.heads else "layers_output")
+    point: Any = options.point or ("heads_output" if options.heads else "layers_output")
     found = activation_patching(
         model,
         clean=options.clean,

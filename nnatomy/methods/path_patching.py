@@ -26,6 +26,7 @@ from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
 from nnatomy.methods.progress import shown
 from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.words import Mode
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")
 _RECEIVERS = ("queries", "keys", "values", "mlps_contribution")
@@ -84,7 +85,7 @@ def path_patching(
     receivers: str | Sequence[str],
     metric: Metric,
     positions: int | Sequence[int] | None = None,
-    mode: str = "denoising",
+    mode: Mode = "denoising",
     batch_size: int | None = None,
     progress: bool = True,
 ) -> PathPatching:

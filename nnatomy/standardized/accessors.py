@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from torch import Tensor
 from torch.nn import Module
@@ -43,6 +43,16 @@ _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = 
 
 #: What is said where a slice is asked for behind another: no order of the two will do.
 _READ = 'Where that is a slice as well, read both at once: model.read("layers_output", "attention_probabilities").'
+
+
+class _Described:
+    """`__doc__` of a class whose objects each have a text of their own, which `help(model.layers_output)` shows."""
+
+    def __init__(self, of_class: str | None) -> None:
+        self.of_class = of_class
+
+    def __get__(self, accessor: LayerAccessor | None, _: type[LayerAccessor]) -> str | None:
+        return self.of_class if accessor is None else accessor.described()
 
 
 class LayerAccessor(NotPickled):
@@ -86,13 +96,36 @@ class LayerAccessor(NotPickled):
         self._extent = Extent.of(row)
         self._layers = frozenset(layers)
 
+    def described(self) -> str:
+        """What it is, of which shape, and on which layers: what `help` says."""
+        layers = [layer for layer, module in enumerate(self.modules) if module is not None]
+        if layers:
+            there = f"There are {len(self)} layers, 0 to {len(self) - 1}"
+            there += f"; of these {', '.join(map(str, layers))} have it." if len(layers) < len(self) else "."
+        else:
+            there = f"This model has none: {'; '.join(self.refusals()) or self._none}."
+        return (
+            f"`{self.name}[layer]`: {self.row.doc}{', of the encoder' * self.of_encoder}.\n\n"
+            f"A tensor of ({', '.join(self.row.axes)}), read inside `with model.trace(prompts):`"
+            f"{', where it can be assigned' * self.row.assignable}. A slice gives a list.\n\n{there}\n"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self.name}[layer]: ({', '.join(self.row.axes)}). {self.row.doc}>"
+
     def __len__(self) -> int:
         return len(self.modules)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, layer: int | slice) -> Any:
+    @overload
+    def __getitem__(self, layer: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return self._read_many(range(len(self))[layer])
         slot = self._reach(layer)
@@ -103,7 +136,13 @@ class LayerAccessor(NotPickled):
             one.read(self._blocks, self.name, layer, value)
         return value
 
-    def __setitem__(self, layer: int | slice, value: Any) -> None:
+    @overload
+    def __setitem__(self, layer: SupportsIndex, value: Tensor) -> None: ...
+
+    @overload
+    def __setitem__(self, layer: slice, value: Sequence[Tensor] | Tensor) -> None: ...
+
+    def __setitem__(self, layer: Any, value: Any) -> None:
         if isinstance(layer, slice):
             layers = range(len(self))[layer]
             if len(value) != len(layers):
@@ -222,6 +261,9 @@ class LayerAccessor(NotPickled):
             first = Question(self.module(layer), self.kind, 0, block.step, self.tap, self.name)
             if block.run.place(first) is Place.PASSED:
                 self._reach(layer, block)  # raises
+
+
+LayerAccessor.__doc__ = _Described(LayerAccessor.__doc__)  # type: ignore[assignment]
 
 
 def read_together(

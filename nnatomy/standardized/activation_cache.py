@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnatomy.errors import CacheError, InputError, NoSuchModuleError
 from nnatomy.names import row_of
+from nnatomy.words import By
 
 #: A standard name and a layer.
 Key = tuple[str, int]
@@ -165,7 +166,7 @@ class ActivationCache:
             raise InputError(f"position={position}: of prompt {prompt} it is not in the cache.")
         return here.long().argmax(1)
 
-    def logit_attribution(self, answer: Any, wrong: Any = None, *, by: str = "component", position: int = -1) -> Any:
+    def logit_attribution(self, answer: Any, wrong: Any = None, *, by: By = "component", position: int = -1) -> Any:
         """What each part of the model adds to a logit, or to a difference of two: `direct_logit_attribution` of this pass.
 
         By "layer" it takes `layers_input` of the first layer and `layers_output` of all; by "component" the contributions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 from torch.nn import Module
 
@@ -48,6 +48,12 @@ class Views(NotPickled):
     def __init__(self, layers: tuple[LayerView, ...], name: str) -> None:
         self._layers = layers
         self._name = name
+
+    @overload
+    def __getitem__(self, layer: int) -> ModuleView: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[ModuleView]: ...
 
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):

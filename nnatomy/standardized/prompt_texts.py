@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int
@@ -47,6 +47,12 @@ class PromptTexts(Running):
             )
         return torch.tensor(lists, device=self.device)
 
+    @overload
+    def to_str_tokens(self, prompts: str, *, prepend_bos: bool | None = None) -> list[str]: ...
+
+    @overload
+    def to_str_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]: ...
+
     def to_str_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """The text of each token that a trace of these prompts reads, BOS and the like among them, without padding.
 
@@ -68,6 +74,12 @@ class PromptTexts(Running):
         rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         texts = [token_texts(self, ids) for ids in self._prompts.token_lists(rows, texts={"prepend_bos": prepend_bos})]
         return texts if is_batch(prompts) else texts[0]
+
+    @overload
+    def to_string(self, tokens: int | Sequence[int]) -> str: ...
+
+    @overload
+    def to_string(self, tokens: Sequence[Any] | Tensor) -> str | list[str]: ...
 
     def to_string(self, tokens: int | Sequence[Any] | Int[Tensor, "*rows"]) -> str | list[str]:
         """The text of tokens, as it is, special tokens too.

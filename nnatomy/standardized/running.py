@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 from torch import Tensor
 
@@ -138,6 +138,17 @@ class Running(Parts):
             return self._shards.in_order(partial(self.hf_model.generate, **self._prompts.taken(inputs)))
 
         return self._trace(call, prompts, early_stop, kwargs, given, remote)
+
+    @overload
+    def generate_text(
+        self, prompts: str, *, skip_special_tokens: bool = True, num_return_sequences: None = None, **kwargs: Any
+    ) -> str: ...
+
+    @overload
+    def generate_text(self, prompts: list[str], *, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]: ...
+
+    @overload
+    def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]: ...
 
     @_at_the_users_line
     def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:

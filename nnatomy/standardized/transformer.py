@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from weakref import ref
 
 import torch
@@ -53,6 +55,11 @@ from nnatomy.tracing.attach import Attachment
 from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
 from nnatomy.weights import Found as FoundWeights
+
+if TYPE_CHECKING:
+    from nnatomy.plans import Plan
+
+Own = TypeVar("Own", bound="StandardizedTransformer")
 
 
 class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights, Edits):
@@ -129,7 +136,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         ' Paris'
     """
 
-    def __new__(cls, model: Any = None, *_: Any, server: str | None = None, **__: Any) -> StandardizedTransformer:
+    def __new__(cls: type[Own], model: Any = None, *_: Any, server: str | None = None, **__: Any) -> Own:
         if (
             cls is StandardizedTransformer
             and isinstance(model, (str, Path))
@@ -137,7 +144,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         ):
             from nnatomy.remote.model import RemoteTransformer
 
-            return object.__new__(RemoteTransformer)
+            remote: Any = object.__new__(RemoteTransformer)
+            return remote
         return object.__new__(cls)
 
     def __init__(
@@ -191,7 +199,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         self._options = no_tokenizer, arch_config, validate, allow_failures
         self._read()
 
-    def refresh(self) -> StandardizedTransformer:
+    def refresh(self: Own) -> Own:
         """Find and check all names again, as at load: after the model itself has been changed.
 
         That is after its embedding has been resized, or a module, an adapter, a dtype, a config's field or the
@@ -222,12 +230,23 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         for edit in self.edits:
             if isinstance(edit, Attachment):
                 point, takes = edit.point.name, edit.takes_point.name
-                new = new.attach(point, edit.module, how=edit.how, takes=takes, name=edit.name)
+                how: Any = edit.how
+                new = new.attach(point, edit.module, how=how, takes=takes, name=edit.name)
             else:
                 new = new.edit(edit)
         self.__dict__.update(new.__dict__)
         self.edits, self.steps_of = new.edits, new.steps_of
         return self
+
+    @overload
+    def record(
+        self, block: Callable[[], Any] | StandardizedTransformer, prompt: Any = None, *, any_prompt: bool = True
+    ) -> Plan: ...
+
+    @overload
+    def record(
+        self, block: Any = None, prompt: Any = None, *, any_prompt: bool = True
+    ) -> AbstractContextManager[Plan]: ...
 
     def record(self, block: Any = None, prompt: Any = None, *, any_prompt: bool = True) -> Any:
         """What a block does, as data: a `Plan`, which is saved, looked at, and applied to this model or another.

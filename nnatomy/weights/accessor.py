@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import index
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from torch import Tensor
 
@@ -32,6 +32,12 @@ class WeightAccessor:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
+
+    @overload
+    def __getitem__(self, layer: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[Tensor]: ...
 
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
