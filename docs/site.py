@@ -21,6 +21,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).parents[1]
 #: Pages that do not lie in docs/.
 OTHERS = ("README.md", "CHANGELOG.md", "studies/README.md", "benchmarks/README.md", "nnatomy/core/README.md")
+#: Pages that are the only one of their menu, beside which it would be empty.
+ALONE = ("README.md", "docs/plots.md")
 #: The rooms of the reference, by the name in the menu; each has what its `__all__`, or its imports, say.
 ROOMS = {
     "nnatomy": ("nnatomy", "nnatomy.tracing", "nnatomy.standardized"),
@@ -87,6 +89,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             path = f"{path.split('docs/')[0]}docs/README.md"
         return f"]({path}{heading})"
 
+    if page.file.src_uri in ALONE:
+        page.meta["hide"] = ["navigation"]
     return _LINK.sub(there, markdown)
 
 
@@ -103,7 +107,8 @@ def on_post_build(config: Any) -> None:
             ):
                 wrong.append(f"{path.relative_to(site)}: {one}")
     for path in sorted(site.rglob("*.css")):
-        addresses = re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')]+)", path.read_text())
+        text = path.read_text()
+        addresses = re.findall(r"url\(\s*[\"']?([^\"')]+)", text) + re.findall(r"@import\s*[\"']([^\"']+)", text)
         wrong += [f"{path.relative_to(site)}: {one}" for one in addresses if _ELSEWHERE.match(one)]
     if wrong:
         raise PluginError("These would be fetched from other hosts, or are not there:\n" + "\n".join(wrong))
@@ -158,7 +163,7 @@ def reference(room: str) -> str:
     parts = [f"# {room}"]
     for module in modules:
         parts.append(_first_line(module))
-        parts += [f"::: {where}" for where in exported(module)]
+        parts += [text for where in exported(module) if (text := f"::: {where}") not in parts]
     return "\n\n".join(parts) + "\n"
 
 
