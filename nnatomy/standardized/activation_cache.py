@@ -11,12 +11,13 @@ from typing import Any, overload
 
 import torch
 from jaxtyping import Int, Shaped
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nnatomy.errors import CacheError, InputError, NoSuchModuleError
 from nnatomy.names import row_of
+from nnatomy.standardized.asked_for import check_cuda
 from nnatomy.words import By
 
 #: A standard name and a layer.
@@ -239,7 +240,12 @@ class ActivationCache:
             InputError: if it is no file of `save`'s.
             OSError: if it cannot be read.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
+        check_cuda("device", device)
+        try:
+            opened = safe_open(path, "pt", device=str(device))
+        except SafetensorError as error:
+            raise InputError(f"{path} was not written by ActivationCache.save: {error}.") from None
+        with opened as file:
             about = json.loads((file.metadata() or {}).get("nnatomy", "{}"))
             if "counts" not in about:
                 raise InputError(f"{path} was not written by ActivationCache.save.")

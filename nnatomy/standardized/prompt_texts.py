@@ -92,6 +92,10 @@ class PromptTexts(Running):
         """
         self._need_tokenizer()
         ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, (int, Sequence)):
+            raise InputError(f"to_string({ids!r}): give ids of tokens; to_tokens(text) makes them of a text.")
+        if any(isinstance(one, int) and one < 0 for one in ([ids] if isinstance(ids, int) else ids)):
+            raise InputError(f"to_string({ids!r}): ids of tokens are 0 or more.")
         if not isinstance(ids, int) and any(not isinstance(one, int) for one in ids):
             return [str(self.to_string(one)) for one in ids]
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -118,6 +122,8 @@ class PromptTexts(Running):
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
+        if not isinstance(top, int) or top < 1:
+            raise InputError(f"top={top!r}: it is a whole number, 1 or more.")
         options: dict[str, Any] = {"prepend_bos": prepend_bos}
         (read,) = self._prompts.token_lists(prompt, texts=options)
         given: dict[str, Any] = {"input_ids": [read]}

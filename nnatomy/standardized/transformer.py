@@ -34,7 +34,9 @@ from nnatomy.arch_configs import (
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
+from nnatomy.names import ROWS
 from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.asked_for import check_arguments, check_model
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.elsewhere import said_of
@@ -170,6 +172,9 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             raise InputError(
                 f"tokenizer={tokenizer!r}: it is a tokenizer, or its id or folder. All other arguments are given by name."
             )
+        if not (arch_config is None or isinstance(arch_config, ArchConfig)):
+            raise InputError(f"arch_config={arch_config!r}: it is an nnatomy.ArchConfig(layers=..., ...).")
+        check_model(model)
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
@@ -181,6 +186,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
                     "without the standard names, take nnatomy.Traceable(module)."
                 )
         else:
+            check_arguments(kwargs)
             hf_model = load_model(model, kwargs)
             if tokenizer is None:
                 tokenizer, no_tokenizer = load_tokenizer(model, kwargs)
@@ -357,10 +363,16 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         return NoSuchModuleError(f"{error}{said_of(name)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""
+        """Raises AssignmentError for a name that is one for each layer, that is only read, or a module; NoSuchModuleError for
+        none, in a trace."""
         known = self.__dict__.get(name)
         if isinstance(known, LayerAccessor) and not isinstance(value, LayerAccessor):
             raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
+        of_class = getattr(type(self), name, None)
+        if isinstance(of_class, property) and of_class.fset is None:
+            row = ROWS.get(name)
+            instead = " Give other prompts to the trace." if row is not None and row.integer else ""
+            raise AssignmentError(f"{name} can be read, and not assigned.{instead}")
         if not (name.startswith("_") or known is not None or hasattr(type(self), name)):
             if name in self.module._modules:
                 raise AssignmentError(f"{name} is a module: assign its value, {name}.output = ...")

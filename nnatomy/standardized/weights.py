@@ -104,6 +104,8 @@ class Weights(Parts):
 
     def kv_head(self, head: int) -> int:
         """Which head of keys and values a query head has; several may share one."""
-        if not 0 <= head < self.num_heads:
-            raise LayerIndexError(f"kv_head({head}): the model has {self.num_heads} heads, 0 to {self.num_heads - 1}.")
+        if not isinstance(head, int) or not 0 <= head < self.num_heads:
+            raise LayerIndexError(
+                f"kv_head({head!r}): the model has {self.num_heads} heads, 0 to {self.num_heads - 1}."
+            )
         return head // (self.num_heads // self.num_kv_heads)
