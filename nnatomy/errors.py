@@ -9,6 +9,7 @@
     │   ├── NoSuchModuleError       a name that is no submodule            (also AttributeError)
     │   ├── LayerIndexError         a layer that the model does not have   (also IndexError)
     │   ├── AssignmentError         a value that does not fit where it was put
+    │   ├── NoSuchRowError          a place of which a report says nothing (also KeyError)
     │   ├── CacheError              a cached value that cannot be given as asked
     │   ├── CaptureError            the body of a `with tracer.invoke(...)` that cannot be run later
     │   ├── RowsError               a value of which nobody can tell which rows are a block's
@@ -68,6 +69,13 @@ class LayerIndexError(UsageError, IndexError):
 
 class AssignmentError(UsageError):
     """A value that does not fit where it was put."""
+
+
+class NoSuchRowError(UsageError, KeyError):
+    """A place of which a report says nothing."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class CacheError(UsageError):

@@ -20,7 +20,17 @@ _MODULE = '''"""The standard names as attributes, for editors and type checkers:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from nnatomy.standardized.accessors import LayerAccessor
+
+if TYPE_CHECKING:
+    #: A standard name of layers. (At run time a text: who is given one that there is not says which there are.)
+    PointName = Literal[
+NAMES
+    ]
+else:
+    PointName = str
 
 
 class Annotations:
@@ -34,7 +44,7 @@ def written() -> dict[Path, str]:
     page = PAGE.read_text()
     page = _with_table(page, "| name of a layer |", OF_LAYERS)
     return {
-        ANNOTATIONS: _MODULE + _attributes(),
+        ANNOTATIONS: _MODULE.replace("NAMES", _names()) + _attributes(),
         CLASS: _replaced(CLASS.read_text(), "    | accessor | value |\n    |---|---|\n", _of_class()),
         PAGE: _with_table(page, "| name of the model |", OF_MODELS),
     }
@@ -47,6 +57,11 @@ def shape(row: Name) -> str:
 
 def _described(row: Name) -> str:
     return ": ".join(filter(None, (shape(row), row.doc)))
+
+
+def _names() -> str:
+    of_encoders = [f"encoder_{row.name}" for row in OF_LAYERS if row.of_encoders]
+    return "\n".join(f'        "{name}",' for name in [*(row.name for row in OF_LAYERS), *of_encoders])
 
 
 def _attributes() -> str:

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from nnatomy.errors import InputError
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.asked_for import check_cuda, check_model
 from nnatomy.standardized.loading import load_model, load_tokenizer
 
 
@@ -24,6 +25,8 @@ def load(options: argparse.Namespace, *, prompts: bool = False) -> StandardizedT
         InputError: if there is no tokenizer and there has to be one.
     """
     logging.disable_progress_bar()
+    check_model(options.model)
+    check_cuda("--device", options.device)
     kwargs: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     tokenizer, why = load_tokenizer(options.model, kwargs)
     if options.dtype is not None:

@@ -7,14 +7,20 @@ from typing import Any
 
 from nnatomy.cli.load import load
 from nnatomy.cli.report import Report, grid, plain_numbers
+from nnatomy.errors import InputError
 from nnatomy.methods import activation_patching, logit_difference
+from nnatomy.names import CROSS, OF_LAYERS
 from nnatomy.plots.labels import visible
 
 
 def patch(options: argparse.Namespace) -> Report:
     """The effect of putting each activation of the clean run into the corrupted one."""
+    if options.point is not None and options.point.removeprefix("encoder_") not in (*OF_LAYERS, *CROSS):
+        heads = "; one head at a time is --heads" if "head" in options.point else ""
+        names = ", ".join(OF_LAYERS)
+        raise InputError(f"--point {options.point}: it is no standard name of layers{heads}. Names: {names}.")
     model = load(options, prompts=True)
-    point = options.point or ("heads_output" if options.heads else "layers_output")
+    point: Any = options.point or ("heads_output" if options.heads else "layers_output")
     found = activation_patching(
         model,
         clean=options.clean,

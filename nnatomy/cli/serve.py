@@ -64,6 +64,8 @@ def serve(options: argparse.Namespace) -> int:
     from nnatomy.serve.limits import Limits
     from nnatomy.serve.run import run
 
+    if not 0 < options.port < 65536:
+        raise InputError(f"--port {options.port}: ports are 1 to 65535.")
     if options.new_key is not None:
         sys.stdout.write(f"{new_key(options.new_key, options.role)}\n")
         return 0

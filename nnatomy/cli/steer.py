@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def steer(options: argparse.Namespace) -> Report:
     vector = SteeringVector.from_pairs(model, [(options.toward, options.away)], layers=[options.layer], progress=False)
     texts: dict[float, str] = {}
     for factor in options.factor:
-        edited = model.edit(lambda factor=factor: vector.apply(model, factor))
+        edited = model.edit(partial(vector.apply, model, factor))
         texts[factor] = edited.generate_text(options.prompt, max_new_tokens=options.tokens, do_sample=False)
     data = {
         "model": options.model,

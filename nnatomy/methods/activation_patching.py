@@ -18,7 +18,9 @@ from nnatomy.methods.patched_runs import Cells, PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.positions import numbers
+from nnatomy.words import Each, Mode
 
 #: How many tokens a forward pass has, where nobody says how many rows.
 TOKENS = 4096
@@ -113,11 +115,11 @@ def activation_patching(
     clean: Any,
     corrupted: Any,
     metric: Metric,
-    point: str = "layers_output",
+    point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
     positions: Positions | None = None,
-    heads: int | Sequence[int] | str | None = None,
-    mode: str = "denoising",
+    heads: int | Sequence[int] | Each | None = None,
+    mode: Mode = "denoising",
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Patching:
@@ -213,7 +215,7 @@ class Grid:
     def __init__(
         self,
         runs: PatchedRuns,
-        heads: int | Sequence[int] | str | None,
+        heads: int | Sequence[int] | Each | None,
         positions: Positions,
         columns: list[int],
     ) -> None:
@@ -226,7 +228,7 @@ class Grid:
             if axis == ():
                 raise InputError(f"{name}: give at least one.")
 
-    def _heads(self, heads: int | Sequence[int] | str) -> list[int]:
+    def _heads(self, heads: int | Sequence[int] | Each) -> list[int]:
         name, axis = self._runs.accessor.name, self._runs.axes.head
         if axis is None:
             raise InputError(f"heads={heads!r}: {name} has no axis of heads; heads_output, queries, ... have.")

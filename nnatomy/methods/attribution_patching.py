@@ -23,6 +23,7 @@ from nnatomy.methods.gradients import (
 from nnatomy.methods.points import accessor_of, layers_of, streams_of
 from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.annotations import PointName
 
 
 @method
@@ -32,7 +33,7 @@ def attribution_patching(
     corrupted: Any,
     metric: Metric,
     *,
-    point: str = "layers_output",
+    point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
     qk_fix: bool = False,
     grad_drop: bool = False,

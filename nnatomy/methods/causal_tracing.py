@@ -19,6 +19,7 @@ from nnatomy.methods.points import accessor_of, layers_of, layers_with
 from nnatomy.methods.prompts import plain
 from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.positions import numbers
 
 #: Of how many tokens, evenly spaced in the vocabulary, the embeddings' standard deviation is taken.
@@ -36,7 +37,7 @@ def causal_tracing(
     noise: float = 3.0,
     samples: int = 10,
     seed: int = 0,
-    point: str = "layers_output",
+    point: PointName = "layers_output",
     window: int = 1,
     layers: int | Sequence[int] | None = None,
     positions: Positions = "each",

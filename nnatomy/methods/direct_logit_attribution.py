@@ -19,6 +19,7 @@ from nnatomy.methods.prompts import plain
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.activation_cache import ActivationCache
 from nnatomy.standardized.positions import own_positions
+from nnatomy.words import By
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def direct_logit_attribution(
     answer: Answer,
     wrong: Answer | None = None,
     *,
-    by: str = "component",
+    by: By = "component",
     position: int = -1,
 ) -> LogitAttribution:
     """What each part of the model adds to a logit, or to the difference of two, by the direct path alone.
@@ -111,7 +112,7 @@ def of_cache(
     answer: Answer,
     wrong: Answer | None = None,
     *,
-    by: str = "component",
+    by: By = "component",
     position: int = -1,
 ) -> LogitAttribution:
     """See `ActivationCache.logit_attribution`."""

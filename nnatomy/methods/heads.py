@@ -20,6 +20,7 @@ from nnatomy.methods.patched_runs import PatchedRuns
 from nnatomy.methods.points import layers_of
 from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.words import Each, Instead
 
 #: What heads are known to attend to.
 Kind = Literal["previous_token", "duplicate_token", "induction"]
@@ -204,9 +205,9 @@ def head_ablation(
     prompts: Any,
     metric: Metric,
     *,
-    how: str = "zero",
+    how: Instead = "zero",
     layers: int | Sequence[int] | None = None,
-    heads: int | Sequence[int] | str = "each",
+    heads: int | Sequence[int] | Each = "each",
     batch_size: int | None = None,
     progress: bool = True,
 ) -> HeadAblation:

@@ -20,6 +20,7 @@ from nnatomy.methods.gradients import (
 from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.methods.progress import shown
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.annotations import PointName
 
 
 @method
@@ -29,7 +30,7 @@ def integrated_gradients(
     corrupted: Any,
     metric: Metric,
     *,
-    point: str = "layers_output",
+    point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
     steps: int = 16,
     progress: bool = False,

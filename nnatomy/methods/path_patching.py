@@ -26,6 +26,7 @@ from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
 from nnatomy.methods.progress import shown
 from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.words import Mode
 
 _SENDERS = ("heads_output", "attentions_contribution", "mixers_contribution", "mlps_contribution")
 _RECEIVERS = ("queries", "keys", "values", "mlps_contribution")
@@ -84,7 +85,7 @@ def path_patching(
     receivers: str | Sequence[str],
     metric: Metric,
     positions: int | Sequence[int] | None = None,
-    mode: str = "denoising",
+    mode: Mode = "denoising",
     batch_size: int | None = None,
     progress: bool = True,
 ) -> PathPatching:
@@ -98,10 +99,10 @@ def path_patching(
 
     Args:
         clean, corrupted, metric, mode, batch_size, progress: as in `activation_patching`.
-        sender: a head, "heads_output[3][2]"; all heads of a layer, "heads_output[3]"; or "mlps_contribution[3]",
-            "attentions_contribution[3]", "mixers_contribution[3]". Several are patched one at a time.
-        receivers: heads' "queries[5][1]", "keys[5][0]", "values[5]", "mlps_contribution[4]", or "logits"; several at once.
-            They come after the senders.
+        sender: a head, `"heads_output[3][2]"`; all heads of a layer, `"heads_output[3]"`; or `"mlps_contribution[3]"`,
+            `"attentions_contribution[3]"`, `"mixers_contribution[3]"`. Several are patched one at a time.
+        receivers: heads' `"queries[5][1]"`, `"keys[5][0]"`, `"values[5]"`, `"mlps_contribution[4]"`, or `"logits"`; several at
+            once. They come after the senders.
         positions: where the sender is patched; everywhere by default. As in `activation_patching`.
 
     Raises:

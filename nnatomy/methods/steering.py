@@ -25,9 +25,11 @@ from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import token_texts
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.chats import is_chat
 from nnatomy.standardized.positions import Where, is_fake, own_positions
 from nnatomy.standardized.watched import watcher
+from nnatomy.words import DirectionMethod
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ class SteeringVector:
         positive: Sequence[Any],
         negative: Sequence[Any],
         *,
-        method: str = "mean_difference",
+        method: DirectionMethod = "mean_difference",
         layers: Sequence[int] | None = None,
-        point: str = "layers_output",
+        point: PointName = "layers_output",
         positions: Positions = "last",
         batch_size: int | None = None,
         progress: bool = True,

@@ -66,6 +66,8 @@ class Connection:
     """
 
     def __init__(self, server: str, key: str | None = None, model: str | None = None) -> None:
+        if not isinstance(server, str):
+            raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
         self.server, self.key, self.model = server.rstrip("/"), key, model
         self.trips = 0
         self.gradients = [0]
@@ -88,7 +90,7 @@ class Connection:
         self.quiet = 0
         self.unanswered = False
         url = urlsplit(self.server)
-        if url.scheme not in ("http", "https") or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname or _has_no_port(url):
             raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
         asked = urlencode({"protocol": PROTOCOL} | ({} if model is None else {"model": model}))
         address = f"{'ws' if url.scheme == 'http' else 'wss'}{self.server.removeprefix(url.scheme)}/v1/session?{asked}"
@@ -257,3 +259,11 @@ def _is_here(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _has_no_port(url: Any) -> bool:
+    """Whether what stands for the port is none."""
+    try:
+        return url.port == 0
+    except ValueError:
+        return True

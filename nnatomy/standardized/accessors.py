@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 from torch import Tensor
 from torch.nn import Module
@@ -25,6 +25,7 @@ from nnatomy.errors import (
     NotReachedError,
     OutOfOrderError,
     RowsError,
+    UsageError,
 )
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
@@ -43,6 +44,16 @@ _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = 
 
 #: What is said where a slice is asked for behind another: no order of the two will do.
 _READ = 'Where that is a slice as well, read both at once: model.read("layers_output", "attention_probabilities").'
+
+
+class _Described:
+    """`__doc__` of a class whose objects each have a text of their own, which `help(model.layers_output)` shows."""
+
+    def __init__(self, of_class: str | None) -> None:
+        self.of_class = of_class
+
+    def __get__(self, accessor: LayerAccessor | None, _: type[LayerAccessor]) -> str | None:
+        return self.of_class if accessor is None else accessor.described()
 
 
 class LayerAccessor(NotPickled):
@@ -86,13 +97,36 @@ class LayerAccessor(NotPickled):
         self._extent = Extent.of(row)
         self._layers = frozenset(layers)
 
+    def described(self) -> str:
+        """What it is, of which shape, and on which layers: what `help` says."""
+        layers = [layer for layer, module in enumerate(self.modules) if module is not None]
+        if layers:
+            there = f"There are {len(self)} layers, 0 to {len(self) - 1}"
+            there += f"; of these {', '.join(map(str, layers))} have it." if len(layers) < len(self) else "."
+        else:
+            there = f"This model has none: {'; '.join(self.refusals()) or self._none}."
+        return (
+            f"`{self.name}[layer]`: {self.row.doc}{', of the encoder' * self.of_encoder}.\n\n"
+            f"A tensor of ({', '.join(self.row.axes)}), read inside `with model.trace(prompts):`"
+            f"{', where it can be assigned' * self.row.assignable}. A slice gives a list.\n\n{there}\n"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self.name}[layer]: ({', '.join(self.row.axes)}). {self.row.doc}>"
+
     def __len__(self) -> int:
         return len(self.modules)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, layer: int | slice) -> Any:
+    @overload
+    def __getitem__(self, layer: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return self._read_many(range(len(self))[layer])
         slot = self._reach(layer)
@@ -103,11 +137,25 @@ class LayerAccessor(NotPickled):
             one.read(self._blocks, self.name, layer, value)
         return value
 
-    def __setitem__(self, layer: int | slice, value: Any) -> None:
+    @overload
+    def __setitem__(self, layer: SupportsIndex, value: Tensor) -> None: ...
+
+    @overload
+    def __setitem__(self, layer: slice, value: Sequence[Tensor] | Tensor) -> None: ...
+
+    def __setitem__(self, layer: Any, value: Any) -> None:
         if isinstance(layer, slice):
             layers = range(len(self))[layer]
-            if len(value) != len(layers):
-                raise AssignmentError(f"{self.name}[{layer}] is {len(layers)} layers; {len(value)} were assigned.")
+            count = (
+                len(value)
+                if isinstance(value, (Sequence, Tensor)) and (isinstance(value, Sequence) or value.ndim)
+                else None
+            )
+            if count != len(layers):
+                given = f"a {type(value).__name__} was" if count is None else f"{count} were"
+                raise AssignmentError(
+                    f"{self.name}[{_written(layer)}] is {len(layers)} layers; {given} assigned. Give a list of one tensor for each."
+                )
             for i, one in zip(layers, value, strict=True):
                 self[i] = one
             return
@@ -117,13 +165,26 @@ class LayerAccessor(NotPickled):
             one.put(self._blocks, self.name, layer, value)
         slot.value = self.put(slot.value, value.clone() if self._may_change(slot.module) else value)
 
-    def module(self, layer: int) -> Module:
+    if not TYPE_CHECKING:  # to type checkers it is nothing that can be called
+
+        def __call__(self, *layers: Any) -> NoReturn:
+            """Raise UsageError: a layer stands in square brackets."""
+            raise UsageError(
+                f"{self.name}(...): a layer stands in square brackets, {self.name}[{', '.join(map(str, layers)) or 0}]."
+            )
+
+    def module(self, layer: Any) -> Module:
         """The module of that layer. Raises LayerIndexError or NotInThisModelError if there is none."""
         count = len(self.modules)
         try:
             layer = index(layer)
         except TypeError:
-            raise LayerIndexError(f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.") from None
+            several = (
+                f' Several: model.read("{self.name}", layers={[*layer]!r}).' if isinstance(layer, (tuple, list)) else ""
+            )
+            raise LayerIndexError(
+                f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.{several}"
+            ) from None
         if not count:
             raise NotInThisModelError(f"{self.name}: there is none: {self._none}.")
         if not -count <= layer < count:
@@ -224,6 +285,9 @@ class LayerAccessor(NotPickled):
                 self._reach(layer, block)  # raises
 
 
+LayerAccessor.__doc__ = _Described(LayerAccessor.__doc__)  # type: ignore[assignment]
+
+
 def read_together(
     wanted: Sequence[tuple[LayerAccessor, Sequence[int]]], keep: Callable[[Tensor, Name], Tensor] | None = None
 ) -> list[list[Tensor]]:
@@ -312,10 +376,19 @@ def whole(slot: Slot) -> Slot:
     return slot.whole if isinstance(slot, RowSlot) else slot
 
 
+def _written(layers: slice) -> str:
+    """The slice as one writes it."""
+    parts = [layers.start, layers.stop] + [layers.step] * (layers.step is not None)
+    return ":".join("" if one is None else str(one) for one in parts)
+
+
 def check_fits(name: str, old: Any, new: Any) -> None:
     """Raise AssignmentError unless `new` is a tensor of the shape, dtype and device of `old`."""
     if not isinstance(new, Tensor):
-        raise AssignmentError(f"{name} is a tensor; a {type(new).__name__} was assigned.")
+        raise AssignmentError(
+            f"{name} is a tensor; a {type(new).__name__} was assigned. For one number in all entries, assign "
+            f"torch.full_like({name}, number); to scale it, {name} * number."
+        )
     if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:
         return
     is_, was = (f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" for t in (old, new))

@@ -11,12 +11,14 @@ from typing import Any, overload
 
 import torch
 from jaxtyping import Int, Shaped
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nnatomy.errors import CacheError, InputError, NoSuchModuleError
 from nnatomy.names import row_of
+from nnatomy.standardized.asked_for import check_cuda
+from nnatomy.words import By
 
 #: A standard name and a layer.
 Key = tuple[str, int]
@@ -165,7 +167,7 @@ class ActivationCache:
             raise InputError(f"position={position}: of prompt {prompt} it is not in the cache.")
         return here.long().argmax(1)
 
-    def logit_attribution(self, answer: Any, wrong: Any = None, *, by: str = "component", position: int = -1) -> Any:
+    def logit_attribution(self, answer: Any, wrong: Any = None, *, by: By = "component", position: int = -1) -> Any:
         """What each part of the model adds to a logit, or to a difference of two: `direct_logit_attribution` of this pass.
 
         By "layer" it takes `layers_input` of the first layer and `layers_output` of all; by "component" the contributions
@@ -238,7 +240,12 @@ class ActivationCache:
             InputError: if it is no file of `save`'s.
             OSError: if it cannot be read.
         """
-        with safe_open(path, "pt", device=str(device)) as file:
+        check_cuda("device", device)
+        try:
+            opened = safe_open(path, "pt", device=str(device))
+        except SafetensorError as error:
+            raise InputError(f"{path} was not written by ActivationCache.save: {error}.") from None
+        with opened as file:
             about = json.loads((file.metadata() or {}).get("nnatomy", "{}"))
             if "counts" not in about:
                 raise InputError(f"{path} was not written by ActivationCache.save.")

@@ -2,7 +2,55 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from nnatomy.standardized.accessors import LayerAccessor
+
+if TYPE_CHECKING:
+    #: A standard name of layers. (At run time a text: who is given one that there is not says which there are.)
+    PointName = Literal[
+        "layers_input",
+        "layers_output",
+        "attentions_input",
+        "attentions_output",
+        "mlps_input",
+        "mlps_output",
+        "mixers_output",
+        "layers_mid",
+        "attentions_contribution",
+        "mixers_contribution",
+        "cross_attentions_contribution",
+        "mlps_contribution",
+        "queries",
+        "keys",
+        "values",
+        "attention_scores",
+        "attention_probabilities",
+        "values_weighted",
+        "heads_output",
+        "routers_logits",
+        "routers_experts",
+        "routers_weights",
+        "neurons",
+        "cross_attentions_input",
+        "cross_attentions_output",
+        "cross_attention_probabilities",
+        "encoder_layers_input",
+        "encoder_layers_output",
+        "encoder_attentions_input",
+        "encoder_attentions_output",
+        "encoder_mlps_input",
+        "encoder_mlps_output",
+        "encoder_queries",
+        "encoder_keys",
+        "encoder_values",
+        "encoder_attention_scores",
+        "encoder_attention_probabilities",
+        "encoder_values_weighted",
+        "encoder_heads_output",
+    ]
+else:
+    PointName = str
 
 
 class Annotations:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.asked_for import check_cuda
+from nnatomy.standardized.elsewhere import said_of
 
 #: One layer, several, or a slice of them; all that have such a value if None.
 Layers = int | Sequence[int] | slice | None
@@ -23,7 +26,9 @@ def accessor_of(model: Any, point: str) -> LayerAccessor:
     """The accessor of that name. Raises InputError if there is none."""
     accessors = accessors_of(model)
     if not isinstance(point, str) or point not in accessors:
-        raise InputError(f"{point!r} is no standard name of layers: give one of {', '.join(accessors)}.")
+        near = get_close_matches(point, accessors, n=1) if isinstance(point, str) else []
+        hint = f" Did you mean {near[0]}?" if near else said_of(point) if isinstance(point, str) else ""
+        raise InputError(f"{point!r} is no standard name of layers: give one of {', '.join(accessors)}.{hint}")
     return accessors[point]
 
 
@@ -66,3 +71,4 @@ def check_kept_as(dtype: Any, device: Any) -> None:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device={device!r}: {str(error).splitlines()[0]}") from None
+    check_cuda("device", device)

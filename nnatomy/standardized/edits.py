@@ -102,7 +102,8 @@ class Edits(Names):
             vector = torch.as_tensor(steering_vector)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"The steering vector is {type(steering_vector).__name__}, and no tensor: {error}"
+                f"The steering vector is {type(steering_vector).__name__}, and no tensor: {error}. Give one of "
+                f"({self.hidden_size}), such as layers_output[i][0, -1] of a trace; SteeringVector of nnatomy.methods makes one."
             ) from None
         if not isinstance(factor, (int, float, Tensor)):
             raise InputError(f"factor={factor!r}: it is a number.")
@@ -111,7 +112,7 @@ class Edits(Names):
         if vector.shape[-1:] != (self.hidden_size,):
             raise InputError(
                 f"The steering vector is of shape {tuple(vector.shape)}, the model's residual stream of width "
-                f"{self.hidden_size}."
+                f"{self.hidden_size}: give one of (..., {self.hidden_size})."
             )
         each = [layers] if isinstance(layers, int) else list(layers)
         if not each:

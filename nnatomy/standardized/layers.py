@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy
 from nnatomy.core.open_blocks import OpenBlocks
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import LayerIndexError, NotInThisModelError
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.tracing import ModuleView
 
@@ -49,9 +49,18 @@ class Views(NotPickled):
         self._layers = layers
         self._name = name
 
+    @overload
+    def __getitem__(self, layer: int) -> ModuleView: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[ModuleView]: ...
+
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return [view.part(self._name) for view in self._layers[layer]]
+        count = len(self._layers)
+        if not -count <= layer < count:
+            raise LayerIndexError(f"{self._name} of layer {layer}: the model has {count} layers, 0 to {count - 1}.")
         return self._layers[layer].part(self._name)
 
     def __len__(self) -> int:

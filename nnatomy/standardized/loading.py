@@ -17,6 +17,7 @@ from transformers import (
 
 import nnatomy
 from nnatomy.errors import LoadError
+from nnatomy.standardized.asked_for import unknown_argument
 from nnatomy.standardized.packaged import PACKAGES, packaged
 
 #: Arguments of `from_pretrained` that the tokenizer (and the processor) takes as well.
@@ -51,6 +52,10 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
         config = AutoConfig.from_pretrained(place, **shared)
         auto = next((auto for auto in _AUTO if type(config) in auto._model_mapping), AutoModel)
         return auto.from_pretrained(place, **kwargs)
+    except TypeError as error:
+        if (wrong := unknown_argument(error, kwargs)) is not None:
+            raise wrong from None
+        raise
     except (OSError, ValueError) as error:
         raise LoadError(
             f"The model {str(id_or_path)!r} could not be loaded: {_first_line(error)} Give the id of a "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import TYPE_CHECKING, Any, overload
 
 from torch.nn import Module
 
+from nnatomy.errors import UsageError
 from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
@@ -17,12 +20,57 @@ from nnatomy.standardized.shown import Sums
 from nnatomy.tracing import ModuleView
 from nnatomy.tracing.attach import Point
 
+if TYPE_CHECKING:
+    from typing import Self
+
+    from nnatomy.words import How
+
 #: The modules of one part of the layers, and for each layer that has none, why.
 Places = tuple[Sequence[Module | None], Sequence[str]]
 
 
 class Names(Annotations, Parts):
     """A model with its accessors."""
+
+    if TYPE_CHECKING:  # what the entries of `Traceable` give here
+
+        def session(self) -> AbstractContextManager[Self]: ...
+
+        @overload
+        def edit(self, edit: Callable[[], Any]) -> Self: ...
+
+        @overload
+        def edit(self, edit: None = None) -> AbstractContextManager[Self]: ...
+
+        def edit(self, edit: Callable[[], Any] | None = None) -> Any: ...
+
+        def without_edits(self) -> Self: ...
+
+        def attach(  # type: ignore[override]
+            self,
+            point: str | ModuleView,
+            module: Module,
+            *,
+            how: How = "replace",
+            takes: str | ModuleView | None = None,
+            name: str | None = None,
+        ) -> Self: ...
+
+    def __dir__(self) -> list[str]:
+        """For completion: what the model has, without the names that it refuses on every layer."""
+        return sorted({*super().__dir__()}.difference(self._absent_names()))
+
+    def _absent_names(self) -> set[str]:
+        """The names that this model does not have."""
+        absent = {name for name, one in vars(self).items() if isinstance(one, LayerAccessor) and not any(one.modules)}
+        return absent.union(self._refused, (name for name, one in vars(self.dimensions).items() if one is None))
+
+    def _free_name(self, name: str | None, module: Module) -> str:
+        if name in self._absent_names():
+            raise UsageError(
+                f"attach(..., name={name!r}): that is a standard name, which this model refuses: give another."
+            )
+        return super()._free_name(name, module)
 
     def _make_accessors(self) -> None:
         self._sums = Sums(self._anatomy, self._blocks, self.hidden_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int
@@ -47,6 +47,12 @@ class PromptTexts(Running):
             )
         return torch.tensor(lists, device=self.device)
 
+    @overload
+    def to_str_tokens(self, prompts: str, *, prepend_bos: bool | None = None) -> list[str]: ...
+
+    @overload
+    def to_str_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]: ...
+
     def to_str_tokens(self, prompts: Any, *, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
         """The text of each token that a trace of these prompts reads, BOS and the like among them, without padding.
 
@@ -69,6 +75,12 @@ class PromptTexts(Running):
         texts = [token_texts(self, ids) for ids in self._prompts.token_lists(rows, texts={"prepend_bos": prepend_bos})]
         return texts if is_batch(prompts) else texts[0]
 
+    @overload
+    def to_string(self, tokens: int | Sequence[int]) -> str: ...
+
+    @overload
+    def to_string(self, tokens: Sequence[Any] | Tensor) -> str | list[str]: ...
+
     def to_string(self, tokens: int | Sequence[Any] | Int[Tensor, "*rows"]) -> str | list[str]:
         """The text of tokens, as it is, special tokens too.
 
@@ -80,6 +92,10 @@ class PromptTexts(Running):
         """
         self._need_tokenizer()
         ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, (int, Sequence)):
+            raise InputError(f"to_string({ids!r}): give ids of tokens; to_tokens(text) makes them of a text.")
+        if any(isinstance(one, int) and one < 0 for one in ([ids] if isinstance(ids, int) else ids)):
+            raise InputError(f"to_string({ids!r}): ids of tokens are 0 or more.")
         if not isinstance(ids, int) and any(not isinstance(one, int) for one in ids):
             return [str(self.to_string(one)) for one in ids]
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -106,6 +122,8 @@ class PromptTexts(Running):
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
+        if not isinstance(top, int) or top < 1:
+            raise InputError(f"top={top!r}: it is a whole number, 1 or more.")
         options: dict[str, Any] = {"prepend_bos": prepend_bos}
         (read,) = self._prompts.token_lists(prompt, texts=options)
         given: dict[str, Any] = {"input_ids": [read]}

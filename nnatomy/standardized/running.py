@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 from torch import Tensor
 
@@ -122,6 +122,11 @@ class Running(Parts):
                 `generate` does not hand an argument on to the model.
         """
         given = self._check_used(prompts, kwargs, generating=True)
+        count = kwargs.get("max_new_tokens", 1)
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise InputError(
+                f"max_new_tokens={count!r}: it is a whole number, 1 or more. A pass that writes nothing is a trace."
+            )
         arguments = {**(prompts if isinstance(prompts, Mapping) else {}), **kwargs}
         masked = arguments.get("attention_mask") is not None
 
@@ -138,6 +143,17 @@ class Running(Parts):
             return self._shards.in_order(partial(self.hf_model.generate, **self._prompts.taken(inputs)))
 
         return self._trace(call, prompts, early_stop, kwargs, given, remote)
+
+    @overload
+    def generate_text(
+        self, prompts: str, *, skip_special_tokens: bool = True, num_return_sequences: None = None, **kwargs: Any
+    ) -> str: ...
+
+    @overload
+    def generate_text(self, prompts: list[str], *, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]: ...
+
+    @overload
+    def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]: ...
 
     @_at_the_users_line
     def generate_text(self, prompts: Any, *, skip_special_tokens: bool = True, **kwargs: Any) -> str | list[str]:

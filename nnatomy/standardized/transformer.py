@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from weakref import ref
 
 import torch
@@ -33,7 +35,9 @@ from nnatomy.core.gates import is_compiled
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
 from nnatomy.images.vision import Vision
+from nnatomy.names import ROWS
 from nnatomy.standardized.accessors import LayerAccessor
+from nnatomy.standardized.asked_for import check_arguments, check_model
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
 from nnatomy.standardized.elsewhere import said_of
@@ -54,6 +58,11 @@ from nnatomy.tracing.attach import Attachment
 from nnatomy.validation import unverified, validate_shapes
 from nnatomy.validation import validate as validate_model
 from nnatomy.weights import Found as FoundWeights
+
+if TYPE_CHECKING:
+    from nnatomy.plans import Plan
+
+Own = TypeVar("Own", bound="StandardizedTransformer")
 
 
 class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, Weights, Edits):
@@ -132,7 +141,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         ' Paris'
     """
 
-    def __new__(cls, model: Any = None, *_: Any, server: str | None = None, **__: Any) -> StandardizedTransformer:
+    def __new__(cls: type[Own], model: Any = None, *_: Any, server: str | None = None, **__: Any) -> Own:
         if (
             cls is StandardizedTransformer
             and isinstance(model, (str, Path))
@@ -140,7 +149,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         ):
             from nnatomy.remote.model import RemoteTransformer
 
-            return object.__new__(RemoteTransformer)
+            remote: Any = object.__new__(RemoteTransformer)
+            return remote
         return object.__new__(cls)
 
     def __init__(
@@ -168,6 +178,9 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
             )
         if tokenizer is None and processor is not None:
             tokenizer = getattr(processor, "tokenizer", None)
+        if not (arch_config is None or isinstance(arch_config, ArchConfig)):
+            raise InputError(f"arch_config={arch_config!r}: it is an nnatomy.ArchConfig(layers=..., ...).")
+        check_model(model)
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
@@ -179,6 +192,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
                     "without the standard names, take nnatomy.Traceable(module)."
                 )
         else:
+            check_arguments(kwargs)
             hf_model = load_model(model, kwargs)
             if tokenizer is None:
                 tokenizer, no_tokenizer = load_tokenizer(model, kwargs)
@@ -199,7 +213,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         self._options = no_tokenizer, arch_config, validate, allow_failures
         self._read()
 
-    def refresh(self) -> StandardizedTransformer:
+    def refresh(self: Own) -> Own:
         """Find and check all names again, as at load: after the model itself has been changed.
 
         That is after its embedding has been resized, or a module, an adapter, a dtype, a config's field or the
@@ -230,12 +244,23 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         for edit in self.edits:
             if isinstance(edit, Attachment):
                 point, takes = edit.point.name, edit.takes_point.name
-                new = new.attach(point, edit.module, how=edit.how, takes=takes, name=edit.name)
+                how: Any = edit.how
+                new = new.attach(point, edit.module, how=how, takes=takes, name=edit.name)
             else:
                 new = new.edit(edit)
         self.__dict__.update(new.__dict__)
         self.edits, self.steps_of = new.edits, new.steps_of
         return self
+
+    @overload
+    def record(
+        self, block: Callable[[], Any] | StandardizedTransformer, prompt: Any = None, *, any_prompt: bool = True
+    ) -> Plan: ...
+
+    @overload
+    def record(
+        self, block: Any = None, prompt: Any = None, *, any_prompt: bool = True
+    ) -> AbstractContextManager[Plan]: ...
 
     def record(self, block: Any = None, prompt: Any = None, *, any_prompt: bool = True) -> Any:
         """What a block does, as data: a `Plan`, which is saved, looked at, and applied to this model or another.
@@ -348,10 +373,16 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         return NoSuchModuleError(f"{error}{said_of(name)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises AssignmentError for a name that is one for each layer, or a module; NoSuchModuleError for none, in a trace."""
+        """Raises AssignmentError for a name that is one for each layer, that is only read, or a module; NoSuchModuleError for
+        none, in a trace."""
         known = self.__dict__.get(name)
         if isinstance(known, LayerAccessor) and not isinstance(value, LayerAccessor):
             raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
+        of_class = getattr(type(self), name, None)
+        if isinstance(of_class, property) and of_class.fset is None:
+            row = ROWS.get(name)
+            instead = " Give other prompts to the trace." if row is not None and row.integer else ""
+            raise AssignmentError(f"{name} can be read, and not assigned.{instead}")
         if not (name.startswith("_") or known is not None or hasattr(type(self), name)):
             if name in self.module._modules:
                 raise AssignmentError(f"{name} is a module: assign its value, {name}.output = ...")

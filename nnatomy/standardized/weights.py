@@ -10,6 +10,7 @@ from torch import Tensor
 from nnatomy.errors import AssignmentError, LayerIndexError
 from nnatomy.standardized.parts import Parts
 from nnatomy.weights import ROWS, FactoredMatrix, Found, WeightAccessor, composition_scores, ov, qk
+from nnatomy.words import ReadAs
 
 
 class _ByLayer:
@@ -93,7 +94,7 @@ class Weights(Parts):
         """
         return ov(self, layer)
 
-    def composition_scores(self, earlier: int, later: int, by: str) -> Float[Tensor, "earlier_head later_head"]:
+    def composition_scores(self, earlier: int, later: int, by: ReadAs) -> Float[Tensor, "earlier_head later_head"]:
         """How much heads of a later layer read of what those of an earlier one write (Elhage et al. 2021), 0 to 1.
 
         Args:
@@ -103,6 +104,8 @@ class Weights(Parts):
 
     def kv_head(self, head: int) -> int:
         """Which head of keys and values a query head has; several may share one."""
-        if not 0 <= head < self.num_heads:
-            raise LayerIndexError(f"kv_head({head}): the model has {self.num_heads} heads, 0 to {self.num_heads - 1}.")
+        if not isinstance(head, int) or not 0 <= head < self.num_heads:
+            raise LayerIndexError(
+                f"kv_head({head!r}): the model has {self.num_heads} heads, 0 to {self.num_heads - 1}."
+            )
         return head // (self.num_heads // self.num_kv_heads)

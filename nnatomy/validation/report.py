@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from html import escape
 from typing import Any, Literal
+
+from nnatomy.errors import NoSuchRowError
 
 Status = Literal["verified", "refused", "failed", "unverified"]
 #: A name and its layer, None for what belongs to no layer.
@@ -85,13 +88,26 @@ class Report(Sequence[Row]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        """The row of a number, or of a (name, layer). Raises KeyError for a place that is none."""
-        if isinstance(index, tuple):
-            for row in self._rows:
-                if (row.name, row.layer) == index:
-                    return row
-            raise KeyError(at(index))
-        return self._rows[index]
+        """The row of a number, or of a (name, layer); of a name alone, the row of what belongs to no layer.
+
+        Raises KeyError for a place that is none, with those that there are.
+        """
+        if not isinstance(index, (tuple, str)):
+            return self._rows[index]
+        name, layer = (index, None) if isinstance(index, str) else index
+        layers = [row.layer for row in self._rows if row.name == name]
+        if layer in layers:
+            return next(row for row in self._rows if (row.name, row.layer) == (name, layer))
+        if not layers:
+            near = get_close_matches(name, dict.fromkeys(row.name for row in self._rows), n=3)
+            raise NoSuchRowError(f"the report has nothing of {name!r}; of {', '.join(near) or 'other names'} it has.")
+        of_layers = [one for one in layers if one is not None]
+        how = (
+            f"validation[{name!r}, layer], layers {min(of_layers)} to {max(of_layers)}"
+            if of_layers
+            else f"validation[{name!r}]"
+        )
+        raise NoSuchRowError(f"{at((name, layer))}: there is a row for each place: {how}.")
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 from torch import Tensor
 
-from nnatomy.errors import LayerIndexError, NotInThisModelError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError
 from nnatomy.weights.names import WeightName as WeightName
 
 
@@ -33,6 +33,12 @@ class WeightAccessor:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
+    @overload
+    def __getitem__(self, layer: SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, layer: slice) -> list[Tensor]: ...
+
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return [self[i] for i in range(len(self))[layer]]
@@ -43,6 +49,23 @@ class WeightAccessor:
                 f"{self.row.name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}, or sliced."
             ) from None
         return self._model._weights.tensor(self._model, self.row.name, layer)
+
+    if not TYPE_CHECKING:  # to type checkers there is nothing of the kind
+
+        def __call__(self, *layers: Any) -> NoReturn:
+            """Raise UsageError: a layer stands in square brackets."""
+            name = self.row.name
+            raise UsageError(
+                f"{name}(...): a layer stands in square brackets, {name}[{', '.join(map(str, layers)) or 0}]."
+            )
+
+        def __setitem__(self, layer: Any, value: Any) -> NoReturn:
+            """Raise AssignmentError: a weight is changed where it is."""
+            name = self.row.name
+            raise AssignmentError(
+                f"{name}[{layer!r}] is a weight of the model: change its entries, with torch.no_grad(): "
+                f"model.{name}[{layer!r}].copy_(new), where it is a view, or those of the module's own parameter."
+            )
 
     def folded(self, layer: int) -> Tensor:
         """The same with the scale (a bias: with the shift) of the norm before it in it: a new tensor; the parameters stay.

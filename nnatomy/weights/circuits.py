@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.weights.factored import FactoredMatrix
+from nnatomy.words import ReadAs
 
 
 def qk(model: Any, layer: int) -> FactoredMatrix:
@@ -25,7 +26,7 @@ def ov(model: Any, layer: int) -> FactoredMatrix:
     return FactoredMatrix(_for_heads(value, len(out)), out)
 
 
-def composition_scores(model: Any, earlier: int, later: int, by: str) -> Float[Tensor, "earlier_head later_head"]:
+def composition_scores(model: Any, earlier: int, later: int, by: ReadAs) -> Float[Tensor, "earlier_head later_head"]:
     """How much of what heads of one layer write is read by heads of a later one (Elhage et al. 2021).
 
     The Frobenius norm of the product of the two circuits over the product of their norms: 0 to 1.
