@@ -10,7 +10,7 @@ from torch.nn import Module
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
 from nnatomy.diffusion.accessors import Accessor
-from nnatomy.diffusion.anatomy import names_of
+from nnatomy.diffusion.anatomy import TEXT, names_of
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
 from nnatomy.diffusion.names import OF_LAYERS
 from nnatomy.diffusion.recording import tensor_of, with_tensor
@@ -104,6 +104,21 @@ class StepNames:
         alike = not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1
         rows = slice(None) if alike else self.halves.rows(self._half, "timestep", len(value), images)
         return (value if alike else value[rows]), slot, rows
+
+    @property
+    def text_given(self) -> Tensor:
+        """What the denoiser is given of the text: (batch, token, hidden). To change it, assign `model.unet.inputs`.
+
+        Raises:
+            NotInThisModelError: if it is given none by that name.
+        """
+        slot, images = self._at_denoiser("text_given", "input")
+        args, kwargs = slot.value
+        arguments = {**dict(zip(names_of(self.denoiser), args, strict=False)), **kwargs}
+        value = arguments.get(TEXT)
+        if not isinstance(value, Tensor):
+            raise NotInThisModelError(f"text_given: the denoiser is given no {TEXT}.")
+        return value[self.halves.rows(self._half, "text_given", len(value), images)]
 
     @property
     def noise_prediction(self) -> Tensor:

@@ -151,6 +151,10 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
         paths = {module: path for path, module in self.module.named_modules()}
         return [self[paths[layer.module]] for layer in self._layers]
 
+    def text_first(self, layer: int) -> bool | None:
+        """Whether the text's keys come before the picture's in that layer's attention; None where it is not of both."""
+        return self._layers[layer].text_first if layer in self.attention_probabilities.layers else None
+
     def text_tokens(self, layer: int) -> slice:
         """In a trace, which positions of the joint attention's pattern on that layer are the text's: of its queries, and its keys.
 
@@ -160,7 +164,7 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
             LayerIndexError, NotInThisModelError: where text and picture are not attended to jointly.
         """
         self.attention_probabilities.at(layer)
-        first = self._layers[layer].text_first
+        first = self.text_first(layer)
         if first is None:
             raise NotInThisModelError(
                 f"text_tokens({layer}): the block's attention is not of picture and text jointly."
