@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -228,6 +230,246 @@ def flux() -> Any:
     )
 
 
+def sdxl() -> Any:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        cross_attention_dim=2 * WIDTH,
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projection=True),
+        tokenizer=tokenizer(12),
+        tokenizer_2=tokenizer(12),
+        unet=lively(unet, 0.1),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear"
+        ),  # it scales what the denoiser is given
+        add_watermarker=False,
+    )
+
+
+def pixart_sigma() -> Any:
+    pipeline = pixart()
+    return diffusers.PixArtSigmaPipeline(
+        transformer=pipeline.transformer,
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(20, False),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def aura_flow() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        out_channels=4,
+        pos_embed_max_size=256,
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer(20, False),
+        text_encoder=t5(),
+        vae=vae(),
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def chroma() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=WIDTH,
+        approximator_layers=1,
+    )
+    return diffusers.ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(20, False),
+        transformer=lively(transformer),
+    )
+
+
+def cogview4() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        out_channels=4,
+        text_embed_dim=WIDTH,
+        time_embed_dim=8,
+        condition_dim=4,
+        rope_axes_dim=(64, 64),
+    )
+    config = transformers.GlmConfig(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    return diffusers.CogView4Pipeline(
+        tokenizer=tokenizer(20),
+        text_encoder=lively(transformers.GlmModel(config)),
+        vae=vae(),
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
+    )
+
+
+def lumina2() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cap_feat_dim=WIDTH,
+        axes_dim_rope=(4, 4, 8),
+        axes_lens=(300, 64, 64),
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=lively(transformers.Gemma2Model(config)),
+        tokenizer=tokenizer(60),
+    )
+
+
+def sana() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        sample_size=8,
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    decoder = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    ).eval()
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer(300),
+        text_encoder=lively(transformers.Gemma2Model(config)),
+        vae=decoder,
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def wan() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    decoder = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer(20, False),
+        text_encoder=t5(),
+        vae=decoder,
+        transformer=lively(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+
+#: What the tests of names, edits and methods run on: a U-Net, and a transformer of each kind.
 PIPELINES: dict[str, Callable[[], Any]] = {
     "stable_diffusion": stable_diffusion,
     "pixart": pixart,
@@ -235,12 +477,24 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3,
     "flux": flux,
 }
+#: All in the table of docs/diffusion.md.
+ALL: dict[str, Callable[[], Any]] = {
+    **PIPELINES,
+    "sdxl": sdxl,
+    "pixart_sigma": pixart_sigma,
+    "sana": sana,
+    "aura_flow": aura_flow,
+    "chroma": chroma,
+    "cogview4": cogview4,
+    "lumina2": lumina2,
+    "wan": wan,
+}
 
 
 @cache
 def loaded(name: str) -> DiffusionTransformer:
     """A pipeline of the table, loaded once for all tests of a process."""
-    return DiffusionTransformer(quiet(PIPELINES[name]()))
+    return DiffusionTransformer(quiet(ALL[name]()))
 
 
 def quiet(pipeline: Any) -> Any:

@@ -129,6 +129,10 @@ def layers_of(calls: list[Call]) -> list[Layer]:
         known = _metadata(call.module)
         following = calls[i + 1] if i + 1 < len(calls) else None
         layers.append(_known(call, known) if known is not None else _inferred(call, following))
+    for layer in layers:  # the last one of a class is followed by another, which may be given something else
+        alike = next((one for one in layers if type(one.module) is type(layer.module) and one.image is not None), None)
+        if layer.image is None and alike is not None:
+            layer.image, layer.text = alike.image, alike.text
     return layers
 
 

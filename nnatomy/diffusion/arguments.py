@@ -113,10 +113,15 @@ def example(pipeline: Any, denoiser: Any) -> dict[str, Any]:
         "output_type": "latent" if "class_labels" not in known else "pt",
         "use_resolution_binning": False,
         "clean_caption": False,
+        "cfg_normalization": False,
         "generator": torch.Generator().manual_seed(0),
     }
     if "true_cfg_scale" in known:
         candidates |= {"true_cfg_scale": GUIDANCE, "negative_prompt": "a dog"}
+    if "strength" in known and "image" in known:  # it begins with a picture
+        from PIL import Image
+
+        candidates |= {"image": Image.new("RGB", (side, side), (200, 80, 40)), "strength": 1.0}
     given = {name: value for name, value in candidates.items() if name in known}
     missing = [
         name

@@ -4,7 +4,8 @@
   move with that. Of a joint attention the keys that move with the text alone are the text's.
 - Put back as read, a value leaves what the block gives as it was, bit for bit (a pattern, which SDPA never holds: but for rounding);
   zeros in its place change it.
-- A pattern's rows are distributions, and its sums of the values are what the heads give.
+- A pattern's rows are distributions, its sums of the values are what the heads give, and it is the softmax of the products of queries
+  and keys.
 - With a modulation of zeros, gates among them, the stream leaves the block as it came, but for what a cross-attention adds.
 - Of a block with two streams, the next block is given the picture's as the picture's, and the text's as the text's.
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,6 +151,7 @@ class BlockCheck:
                 self.refused[name] = why
         for which in ("", "cross_"):
             self._sums(which)
+            self._scores(which)
         self._chain()
 
     def _put_back(self, name: str, place: At, own: list[Any]) -> str:
@@ -214,6 +217,51 @@ class BlockCheck:
             self.errors[name] = max(off, self.errors.get(name, 0.0))
         if rows > max(1e-3, tolerance):
             self.refused.setdefault(names[1], f"its rows sum to 1 but for {rows:.1e}")
+
+    def _scores(self, which: str) -> None:
+        """Whether the pattern is the softmax of what queries and keys give, but for a scale and for what is added (masks).
+
+        So with other queries its logarithm moves as the products do, but for a constant in each row.
+
+        What is multiplied first in an attention without a softmax (a linear one) is neither.
+        """
+        keys, pattern = f"{which}keys", f"{which}attention_probabilities"
+        names = [name for name in ("queries", keys) if name in self.places and (name == keys or not which)]
+        if not names:
+            return
+        if pattern not in self.places or pattern in self.refused:
+            self.refused |= dict.fromkeys(names, "it has no softmax that shows, so that nothing shows which is which")
+            return
+        queries = replace(self.places[keys], kind="queries")
+        q, k, p = self._replay.read([queries, self.places[keys], self.places[pattern]])
+        assert q is not None
+        assert k is not None
+        assert p is not None
+        if k.shape[1] != q.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        others = q + 0.5 * q.std() * _noisy(torch.zeros_like(q))
+        moved: list[Tensor] = []
+
+        def keep(one: Tensor) -> Tensor:
+            moved.append(one.clone())
+            return one
+
+        self._replay({queries: lambda _: others, self.places[pattern]: keep})
+        seen = (p > 1e-6) & (moved[0] > 1e-6)
+        count = seen.sum(-1, keepdim=True).clamp(min=1)
+
+        def centred(values: Tensor) -> Tensor:
+            values = values.where(seen, 0.0)
+            return (values - values.sum(-1, keepdim=True) / count).where(seen, 0.0)
+
+        products = centred((others - q).float() @ k.float().transpose(-2, -1))
+        logs = centred(moved[0].float().clamp(min=1e-30).log() - p.float().clamp(min=1e-30).log())
+        scale = (products * logs).sum() / (products * products).sum()
+        off = float((scale * products - logs).abs().max() / logs.abs().max())
+        for name in names:
+            self.errors[name] = off
+            if not off <= max(1e-2, TOLERANCE.get(q.dtype, 1e-4)):
+                self.refused[name] = f"the pattern is not the softmax of their products, off by {off:.1e}"
 
     def _chain(self) -> None:
         """Whether the next block is given what this one gives, each stream as itself."""

@@ -20,6 +20,7 @@ _NO_ATTENTION = "the block has no one attention, or its products do not show"
 _NO_CROSS = "no attention of the block is to the text alone"
 _NO_MODULATION = "the block is not modulated, or it does not show"
 _BACK = "put back as read, the block gives the same, bit for bit; zeros change what it gives"
+_SOFTMAX = "the pattern is the softmax of the products of queries and keys"
 _SUM = "the pattern's sums of the values are what the heads give"
 
 # fmt: off
@@ -60,10 +61,10 @@ TABLE = (
          refused=f"{_ONE}, or is the last one of the text's", proved=f"the next block is given it; {_BACK}"),
     Name("queries", "attentions", "attention", "batch head query head_dim",
          doc="queries as the attention function gets them",
-         refused=_NO_ATTENTION, proved=_BACK),
+         refused=_NO_ATTENTION, proved=f"{_SOFTMAX}; {_BACK}"),
     Name("keys", "attentions", "attention", "batch head key head_dim",
          doc="keys as the attention function gets them",
-         refused=_NO_ATTENTION, proved=f"they move with the picture's stream; {_BACK}"),
+         refused=_NO_ATTENTION, proved=f"they move with the picture's stream; {_SOFTMAX}"),
     Name("values", "attentions", "attention", "batch head key head_dim",
          doc="values as the attention function gets them",
          refused=_NO_ATTENTION, proved=_SUM),
@@ -75,7 +76,7 @@ TABLE = (
          refused=_NO_ATTENTION, proved=f"{_SUM}; {_BACK}"),
     Name("cross_keys", "cross_attentions", "attention", "batch head key head_dim", kind="keys",
          doc="keys of the attention to the text",
-         refused=_NO_CROSS, proved="they move with the text, and not with the picture's stream"),
+         refused=_NO_CROSS, proved=f"they move with the text, and not with the picture's stream; {_SOFTMAX}"),
     Name("cross_values", "cross_attentions", "attention", "batch head key head_dim", kind="values",
          doc="values of the attention to the text",
          refused=_NO_CROSS, proved=_SUM),

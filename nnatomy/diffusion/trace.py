@@ -24,9 +24,10 @@ class DiffusionTrace(Trace):
 
     def _run_of(self, call: Any) -> Run:
         run = super()._run_of(call)
-        given = Given(self._images, self._stage, self._root.streams)
+        root: Any = self._root
+        given = Given(self._images, self._stage, root.streams)
         run.collect(given)
-        run.replace(_OneCall(self._root.denoiser, given))
+        run.replace(_OneCall(root.denoiser, given))
         return run
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,10 @@ def _denoiser(pipeline: Any, components: dict[str, Any]) -> Module:
             f"{name} is not supported: a pipeline has one denoiser, its `unet` or its `transformer`; this one has {has}. "
             "docs/diffusion.md lists the pipelines that are. Any module can be looked into with nnatomy.Traceable(module)."
         )
-    if not callable(getattr(components["scheduler"], "step", None)):
+    takes = inspect.signature(getattr(components["scheduler"], "step", str)).parameters
+    if not {"model_output", "timestep", "sample"} <= {*takes}:
         raise UnknownArchitectureError(
-            f"{name} is not supported: its {type(components['scheduler']).__name__} has no `step`."
+            f"{name} is not supported: its {type(components['scheduler']).__name__} has no step(model_output, timestep, sample)."
         )
     return components[found[0]]
 

@@ -56,7 +56,7 @@ class Validation:
         self.findings = Findings()
         self._given = example(model.pipeline, model.denoiser)
         self._recorded: Recorder | None = None
-        self._image: Tensor | None = None
+        self._image = torch.zeros(())
         self._total: int | None = None
 
     # Finding.
@@ -66,8 +66,16 @@ class Validation:
         model = self.model
         blocks = find_blocks(model.denoiser)
         attentions = [one for block in blocks for one in block.modules() if is_attention(one)]
-        recorder = Recorder([model.denoiser, model._whole.begin, model._whole.scheduler, *blocks, *attentions])
-        self._image = self._run(lambda run: run.collect(recorder))
+        modules = [model.denoiser, model._whole.begin, model._whole.scheduler, *blocks, *attentions]
+        recorder = Recorder(modules)
+        try:
+            self._image = self._run(lambda run: run.collect(recorder))
+        except ValueError:  # some take no pictures as small as that
+            if "height" not in self._given:
+                raise
+            self._given["height"] = self._given["width"] = -(-self._given["height"] // 32) * 32
+            recorder = Recorder(modules)
+            self._image = self._run(lambda run: run.collect(recorder))
         recorder.close()
         self._recorded = recorder
         if not recorder.all_of(model._whole.scheduler):
@@ -124,7 +132,6 @@ class Validation:
 
     def check(self) -> None:
         """Prove all names, or refuse them."""
-        assert self._image is not None
         with self._quiet():
             if not is_same(self._plain(), self._plain()):
                 raise UnknownArchitectureError(
@@ -159,7 +166,9 @@ class Validation:
         if one.ndim == noise.ndim and one.shape[1] > noise.shape[1]:  # learned variances behind the prediction
             one, other = one[:, : noise.shape[1]], other[:, : noise.shape[1]]
         tolerance = TOLERANCE.get(noise.dtype, 1e-4)
-        off = [distance(u + GUIDANCE * (c - u), noise) for u, c in ((one, other), (other, one))]
+        pairs = (one, other), (other, one)
+        # (Some denoisers give the prediction with the other sign, which their pipelines turn.)
+        off = [min(distance(u + GUIDANCE * (c - u), sign * noise) for sign in (1, -1)) for u, c in pairs]
         if min(off) > tolerance or max(off) <= tolerance:
             self.halves = Halves(
                 "none", why_not=f"the scheduler is not given u + s (c - u), off by {min(off):.1e} (relative)"
@@ -195,8 +204,12 @@ class Validation:
             if (name, None) in self.refused:
                 continue
             half = "conditional" if name == "timestep" and self.halves.how == "calls" else None
-            same = self._edited(step, name, half, lambda value: value.clone())
-            other = self._edited(step, name, half, change)
+            try:
+                same = self._edited(step, name, half, lambda value: value.clone())
+                other = self._edited(step, name, half, change)
+            except InputError as error:  # there are several calls of the denoiser, and nobody knows which is which
+                self.refused[name, None] = str(error).rstrip(".")
+                continue
             if not is_same(same, self._image):
                 self.refused[name, None] = "put back as read, it changes the picture"
             elif is_same(other, self._image):
