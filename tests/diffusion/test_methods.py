@@ -16,6 +16,7 @@ from nnatomy.diffusion.runs import check
 from nnatomy.errors import InputError, NotInThisModelError
 
 PROMPT = "a photo of a cat on the red table"
+TEXT = {"max_sequence_length": 24}
 SMALL = {"num_inference_steps": 2, "height": 16, "width": 16}
 #: What PixArt's pipeline would do with a size and a prompt before it draws.
 PLAIN = {"use_resolution_binning": False, "clean_caption": False}
@@ -54,7 +55,7 @@ def test_word_maps_are_sums_of_diffusers_own_weights(monkeypatch: pytest.MonkeyP
 def test_word_maps_of_the_other_kinds(name: str) -> None:
     """Every word's map together, and that of the tokens that are no words, are all that goes to the text."""
     model = loaded(name)
-    given = SMALL | (PLAIN if name == "pixart" else {})
+    given = SMALL | TEXT | (PLAIN if name == "pixart" else {})
     found = word_maps(model, "two birds in the sky", ["birds", "sky"], layers=[1], **given)
     at = {"pixart": [1], "sd3": [2, 12 + 1], "flux": [1]}[name]  # "two birds": T5 has no token for the beginning
     with model.generate("two birds in the sky", generator=torch.Generator().manual_seed(0), **given) as tracer:
