@@ -512,7 +512,7 @@ def arguments(model: DiffusionTransformer, steps: int = 3, guided: bool = True, 
         "output_type": "pt" if "class_labels" in known else "latent",
         "use_resolution_binning": False,
         "clean_caption": False,
-        "max_sequence_length": 24,
+        "max_sequence_length": 64,
         "height": 16,
         "width": 16,
     }

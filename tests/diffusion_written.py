@@ -1,11 +1,8 @@
-"""What docs/diffusion.md has of the table of names and of a run over all pipelines: `python tests/diffusion_written.py` writes it anew."""
+"""The tables of docs/diffusion.md, of names and of a run over all pipelines: `python tests/diffusion_written.py` writes them anew."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from diffusion_pipelines import ALL, loaded
 

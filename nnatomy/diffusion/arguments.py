@@ -112,7 +112,7 @@ def example(pipeline: Any, denoiser: Any) -> dict[str, Any]:
         "guidance_scale": GUIDANCE,
         "output_type": "latent" if "class_labels" not in known else "pt",
         "use_resolution_binning": False,
-        "max_sequence_length": 32,
+        "max_sequence_length": 64,
         "clean_caption": False,
         "cfg_normalization": False,
         "generator": torch.Generator().manual_seed(0),

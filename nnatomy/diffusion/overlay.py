@@ -59,9 +59,16 @@ def overlays(picture: Any, maps: Mapping[str, Float[Tensor, "height width"]], *,
             )
         figure.update_xaxes(visible=False, range=[0, width], row=1, col=column)
         figure.update_yaxes(visible=False, range=[height, 0], row=1, col=column)
-        domain = figure.layout["xaxis" if column == 1 else f"xaxis{column}"].domain
+        axis = "" if column == 1 else str(column)
         figure.add_annotation(
-            text=label(name), x=sum(domain) / 2, y=1, xref="paper", yref="paper", yanchor="bottom", showarrow=False
+            text=label(name),
+            xref=f"x{axis} domain",
+            yref=f"y{axis} domain",
+            x=0,
+            y=1,
+            xanchor="left",
+            yanchor="bottom",
+            showarrow=False,
         )
     figure.layout.coloraxis = color_axis("sequential", value_name, low, high)
     total = columns * (_SIDE + _GAP) + 140

@@ -32,8 +32,12 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) == 2
     for number, block in enumerate(blocks):
-        block = re.sub(r"num_inference_steps=\d+", "num_inference_steps=4" if "step=3" in block else "num_inference_steps=3", block)
-        block = block.replace('"a cat", name=', '"a cat", layers=[0], name=').replace('"a dog", ', '"a dog", layers=[0], ')
+        block = re.sub(
+            r"num_inference_steps=\d+", "num_inference_steps=4" if "step=3" in block else "num_inference_steps=3", block
+        )
+        block = block.replace('"a cat", name=', '"a cat", layers=[0], name=').replace(
+            '"a dog", ', '"a dog", layers=[0], '
+        )
         exec(compile(block, f"<diffusion.md, block {number}>", "exec"), names)
     assert (tmp_path / "car.png").exists()
     assert names["pixels"].shape == (1, 3, 16, 16)
