@@ -246,7 +246,7 @@ def several_blocks(case: str) -> None:
             lens = logit_lens(model, ids)
             patched = activation_patching(
                 model, clean=ids[:1], corrupted=ids[1:], metric=logit_difference(3, 4), layers=[1], positions=[-1], progress=False
-            ).values
+            ).effect
         parts = direct_logit_attribution(model, ids, 3, by="head").values
         results.append((pattern, heads, logits, doubled, lens, patched, parts))
     for k, (first, second) in enumerate(zip(*results, strict=True)):
