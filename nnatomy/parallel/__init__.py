@@ -1,4 +1,4 @@
-"""Models split over several processes by Transformers' tensor parallelism: the same block on every rank, whole values under every name."""
+"""Models that Transformers has split over several processes: whole values under every name, on each of them."""
 
 from nnatomy.parallel.plan import tp_plan as tp_plan
 from nnatomy.parallel.ranks import Ranks as Ranks

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 #: The projections that make one slice of heads on each rank, and what they are when every rank has all heads.
-_WHOLE = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input", "replicated_with_grad_allreduce": "replicate"}
+_WHOLE = {
+    "colwise": "colwise_gather_output",
+    "rowwise": "rowwise_split_input",
+    "replicated_with_grad_allreduce": "replicate",
+}
 
 
 def tp_plan(config: Any, ranks: int) -> dict[str, str] | None:

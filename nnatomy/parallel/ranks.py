@@ -31,7 +31,11 @@ ASKS, ENDS, FAILS = range(3)
 GRACE = 3.0
 _AGAIN = "The ranks are no longer in step. Start the processes anew."
 _LOST = ("Connection closed", "Timed out waiting", "pair closure", "Connection reset", "Broken pipe", "NCCL", "Socket")
-_SPLIT_OTHERWISE = (("pp_size", "pipeline parallel"), ("dp_size", "FSDP beside tensor parallel"), ("ep_size", "expert parallel"))
+_SPLIT_OTHERWISE = (
+    ("pp_size", "pipeline parallel"),
+    ("dp_size", "FSDP beside tensor parallel"),
+    ("ep_size", "expert parallel"),
+)
 _controls: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
 
@@ -53,7 +57,9 @@ class Ranks:
         config = model.config.distributed_config
         for name, what in _SPLIT_OTHERWISE:
             if getattr(config, name, 1) > 1:
-                raise InputError(f"The model is {what} ({name}={getattr(config, name)}): nnatomy reads tensor parallel ones alone.")
+                raise InputError(
+                    f"The model is {what} ({name}={getattr(config, name)}): nnatomy reads tensor parallel ones alone."
+                )
         mesh = model._device_mesh
         self.group = mesh.get_group() if mesh.ndim == 1 else mesh["tp"].get_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -87,7 +93,9 @@ class Ranks:
         failed = [rank for rank, (one, _) in enumerate(said) if one == FAILS]
         others = [f"rank {rank}: {texts[rank]}" for rank in failed or range(self.size)]
         if failed:
-            raise RanksError(f"The block has been left by an exception, which ends the trace on every rank; on {'; on '.join(others)}")
+            raise RanksError(
+                f"The block has been left by an exception, which ends the trace on every rank; on {'; on '.join(others)}"
+            )
         raise RanksError(
             f"The ranks are not at the same place of the same block. {'; '.join(others)}. Every rank has to run the same block on "
             "the same prompts, without a branch on the rank around what is read or assigned."
@@ -155,7 +163,9 @@ class Ranks:
         if not lost:
             return error
         told = f" There: {why}." if why else ""
-        return RanksError(f"Another rank of this model has failed or is gone, while this one waited for it in the forward pass.{told} {_AGAIN}")
+        return RanksError(
+            f"Another rank of this model has failed or is gone, while this one waited for it in the forward pass.{told} {_AGAIN}"
+        )
 
     def break_off(self, why: str) -> None:
         """Have the others no longer wait for this rank in the model."""

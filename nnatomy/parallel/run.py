@@ -12,30 +12,41 @@ from nnatomy.core.coroutine import State
 from nnatomy.core.frames import user_line
 from nnatomy.core.points import Axes, Question, Slot
 from nnatomy.core.run import Run
-from nnatomy.errors import RanksError
+from nnatomy.errors import NotInThisModelError, RanksError
 from nnatomy.parallel.ranks import ASKS, ENDS, FAILS, Ranks
+from nnatomy.parallel.split import Split
 
 
 class LockstepRun(Run):
-    """One call of the model, on every rank. `ranks` and `device` are set before it is asked for anything."""
+    """One call of the model, on every rank. `ranks`, `split` and `device` are set before it is asked for anything."""
 
     ranks: Ranks
+    split: Split
     device: torch_device
     _left = False
 
     def wait(self, questions: tuple[Question, ...]) -> None:
         if self.ended:
             return
+        for question in questions:
+            if question.kind in ("input", "output") and question.module in self.split.hidden:
+                raise NotInThisModelError(
+                    f"{question}: each of the {self.ranks.size} ranks has its own slice of it, and nothing says what the whole is. "
+                    "Read queries, keys, values, heads_output or neurons, or what the module around it is given and gives."
+                )
         if not self.started:
             self.ranks.share_randomness(self.device)
         self.slot, self.questions = None, questions
         self.watch()
         asked = ", ".join(map(str, questions)) or "the end"
-        where = sorted(
-            f"{self.ranks.paths.get(module, '')}:{kind}" for module, taps in self.taps.waiting.items() for kind, _ in taps
-        )
+        watched = [(module, kind) for module, taps in self.taps.waiting.items() for kind, _ in taps]
+        for kind, modules in (("input", self.watched_inputs), ("output", self.watched_outputs)):
+            watched += [one for one in self.split.cuts if one[1] == kind and one[0] in modules]
+        where = sorted(f"{self.ranks.paths.get(module, '')}:{kind}" for module, kind in watched)
         try:
-            self.ranks.agree(ASKS, f"asks for {asked}" + f" (and watches {', '.join(where)})" * bool(where), user_line())
+            self.ranks.agree(
+                ASKS, f"asks for {asked}" + f" (and watches {', '.join(where)})" * bool(where), user_line()
+            )
         except RanksError:
             self._left, self.questions = True, ()
             raise
@@ -67,4 +78,10 @@ class LockstepRun(Run):
     def arrive(self, module: Module, kind: str, call: int, value: Any, axes: Axes | None = None) -> Slot:
         if module is self.root and kind == "input" and not self.cancelled:
             self.ranks.same(value, "The prompts (or what else the model is given)")
-        return super().arrive(module, kind, call, value, axes)
+        if (module, kind) not in self.split.cuts:
+            return super().arrive(module, kind, call, value, axes)
+        slot = super().arrive(module, kind, call, self.split.whole(module, kind, value), axes)
+        slot.value = self.split.own(module, kind, slot.value)
+        if slot.skipped and (module, "output") in self.split.cuts:
+            slot.instead = self.split.own(module, "output", slot.instead)
+        return slot

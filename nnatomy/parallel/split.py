@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn import Module
 
 from nnatomy.core.points import Axes, Report
@@ -45,6 +45,25 @@ class Split:
             if module is not None
             and any(styles[path] in _SLICES for path in styles if path.startswith(f"{paths[module]}."))
         }
+        #: By module, how what it is given, or gives, is cut along its last axis.
+        self.cuts: dict[tuple[Module, str], tuple[int, ...]] = {}
+        #: Modules of which each rank has a slice, and nothing says along which axis.
+        self.hidden: set[Module] = set()
+        modules = dict(model.named_modules())
+        for path, style in styles.items():
+            if style in _SLICES or style == "moe_tp_experts":
+                around = modules[path if style == "moe_tp_experts" else path.rpartition(".")[0]]
+                self.hidden.update(one for one in around.modules() if one is not around)
+        for path, style in styles.items():
+            module = modules[path]
+            if style:
+                self.hidden.discard(module)
+            if style == "colwise":
+                self.cuts[module, "output"] = self._cut(module.out_features)
+            elif style == "rowwise" and hasattr(module, "in_features"):
+                self.cuts[module, "input"] = self._cut(module.in_features)
+            elif style in ("replicated_with_grad_allreduce", "packed_colwise"):
+                self.hidden.add(module)
         counts = sorted({*head_counts(model.config.get_text_config())})
         if self._attentions and any(count % ranks.size for count in counts):
             raise InputError(
@@ -70,12 +89,31 @@ class Split:
 
     def show_neurons(self, report: Report, own: Tensor, kind: str, axes: Axes, down: Module | None) -> Tensor:
         """Show what a rank has of an MLP's neurons, which `down` reads, with that of all others."""
-        width, local = getattr(down, "in_features", None), local_of(own)
-        if kind != NEURONS or width is None or local.shape[-1] == width:
+        width = getattr(down, "in_features", None)
+        if kind != NEURONS or width is None or own.shape[-1] == width:
             return self._shown(report, own, kind, axes)
-        cuts = [Shard.local_shard_size_and_offset(width, self.ranks.size, rank) for rank in range(self.ranks.size)]
-        new = self._show(report, local, kind, axes, -1, tuple(size for size, _ in cuts), False)
-        return own if new is local else as_split(new, own)
+        return self._show(report, own, kind, axes, -1, self._cut(width), False)
+
+    def _cut(self, width: int) -> tuple[int, ...]:
+        """How many of so many entries each rank has."""
+        ranks = range(self.ranks.size)
+        return tuple(Shard.local_shard_size_and_offset(width, self.ranks.size, rank)[0] for rank in ranks)
+
+    def whole(self, module: Module, kind: str, value: Any) -> Any:
+        """What a module is given or gives, where each rank has a slice of it."""
+        sizes = self.cuts[module, kind]
+        if kind == "output":
+            return gathered(value, -1, sizes, self.ranks.group)
+        (first, *others), kwargs = value
+        return (gathered(first, -1, sizes, self.ranks.group), *others), kwargs
+
+    def own(self, module: Module, kind: str, value: Any) -> Any:
+        """The other way."""
+        sizes = self.cuts[module, kind]
+        if kind == "output":
+            return own_slice(value, -1, sizes, self.ranks.group)
+        (first, *others), kwargs = value
+        return (own_slice(first, -1, sizes, self.ranks.group), *others), kwargs
 
     @staticmethod
     def _shown(report: Report, own: Tensor, kind: str, axes: Axes) -> Tensor:
@@ -92,27 +130,15 @@ class Split:
         with torch._C.DisableTorchFunction():
             if chosen is whole:
                 changed = not _same_bits(narrowed(whole, axis, sizes, rank), own)
-                if changed and not aside and not whole.requires_grad:  # in place: so it is in what the model holds (its cache)
+                if (
+                    changed and not aside and not whole.requires_grad
+                ):  # in place: so it is in what the model holds (its cache)
                     own.copy_(narrowed(whole, axis, sizes, rank))
                     return own
                 followed = _awaits_gradient(whole) if aside else whole.requires_grad
                 if not changed and not followed:
                     return own
             return own_slice(chosen, axis, sizes, group)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor, where the model holds it as one that is split."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def as_split(local: Tensor, like: Tensor) -> Tensor:
-    """The other way: as the model holds it."""
-    if not isinstance(like, DTensor):
-        return local
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
 
 
 def _style(path: str, plan: dict[str, str]) -> str:

@@ -258,10 +258,10 @@ class PromptTrace(Trace):
     def _run_of(self, call: Callable[[], Any]) -> Run:
         root = self._root
         assert isinstance(root, Parts)
-        if root._ranks is None or self._sender is not None:
+        if root._ranks is None or root._split is None or self._sender is not None:
             return super()._run_of(call)
         run = LockstepRun(root.steps_of, root.module, call, ThreadState())
-        run.ranks, run.device = root._ranks, root.device
+        run.ranks, run.split, run.device = root._ranks, root._split, root.device
         return run
 
     def _block_of(self, run: Run) -> Schedule:

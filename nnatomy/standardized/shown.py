@@ -181,6 +181,7 @@ class Finder(Collector):
         self.kinds = {"input": None, "output": None, "additions": self._record}
         self.found: dict[Module, LayerSums] = {}
         self._anatomy = sums.anatomy
+        self._split = sums.split
         self._width = sums.width
         self._streams: dict[Module, Any] = {}
         self._records: dict[Module, Record] = {}
@@ -211,6 +212,8 @@ class Finder(Collector):
         found = self.found[layer] = find_contributions(self._anatomy, i, record, end)
         routing = find_routers(self._anatomy, i, record, end)
         neurons, found.down = find_neurons(self._anatomy, i, record, end, routing)
+        if self._split is not None:
+            neurons.show_results()
         found.take(record, routing)
         found.take(record, neurons)
         for shown in found.shown.values():

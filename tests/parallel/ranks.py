@@ -59,7 +59,5 @@ def checked(ranks: int, checks: Sequence[str], seconds: float = 280) -> dict[str
         processes = start(CHECKS, ranks, folder, *checks)
         for rank, (code, text) in enumerate(ended(processes, seconds)):
             assert code == 0, f"rank {rank} ended with {code}:\n{text[-4000:]}"
-        found: list[dict[str, Any]] = [
-            json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)
-        ]
+        found: list[dict[str, Any]] = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
     return {check: "\n".join(filter(None, (one[check] for one in found))) for check in checks}
