@@ -3,4 +3,5 @@
 from nnatomy.parallel.plan import tp_plan as tp_plan
 from nnatomy.parallel.ranks import Ranks as Ranks
 from nnatomy.parallel.run import LockstepRun as LockstepRun
+from nnatomy.parallel.run import SplitRun as SplitRun
 from nnatomy.parallel.split import Split as Split

@@ -64,14 +64,19 @@ class Ranks:
         self.group = mesh.get_group() if mesh.ndim == 1 else mesh["tp"].get_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.paths: dict[Module, str] = {module: path for path, module in model.named_modules()}
-        self._members = tuple(dist.get_process_group_ranks(self.group))
-        known = _controls.get(self._members)
+        self.members = tuple(dist.get_process_group_ranks(self.group))
+        known = _controls.get(self.members)
         if known is None or known[0] is not dist.group.WORLD:  # (another one, where processes were put together again)
-            known = dist.group.WORLD, dist.new_group(list(self._members), backend="gloo")
-            _controls[self._members] = known
+            known = dist.group.WORLD, dist.new_group(list(self.members), backend="gloo")
+            _controls[self.members] = known
         self._control = known[1]
         self._count = 0
         self._broken = ""
+
+    @property
+    def broken(self) -> str:
+        """Why they are no longer in step; "" if they are."""
+        return self._broken
 
     # Agreeing.
 
@@ -150,6 +155,7 @@ class Ranks:
 
     def failed(self, error: BaseException) -> BaseException:
         """The forward pass has raised that on this rank: see to it that no other waits for it. What to raise here."""
+        self._count += 1
         text = f"{type(error).__name__}: {_first_line(error)}"
         lost = is_lost(error)
         try:
@@ -199,7 +205,7 @@ class Ranks:
         return ""
 
     def _key(self, rank: int) -> str:
-        return f"nnatomy/{'-'.join(map(str, self._members))}/{self._count}/{rank}"
+        return f"nnatomy/{'-'.join(map(str, self.members))}/{self._count}/{rank}"
 
 
 def ranks_of(model: Any) -> Ranks | None:

@@ -17,11 +17,31 @@ from nnatomy.parallel.ranks import ASKS, ENDS, FAILS, Ranks
 from nnatomy.parallel.split import Split
 
 
-class LockstepRun(Run):
-    """One call of the model, on every rank. `ranks`, `split` and `device` are set before it is asked for anything."""
+class SplitRun(Run):
+    """One call of the model, of which this process runs its part. `ranks` and `split` are set before it is asked for anything."""
 
     ranks: Ranks
     split: Split
+
+    def wait(self, questions: tuple[Question, ...]) -> None:
+        super().wait(questions)
+        if self._error is not None:
+            error = self.ranks.failed(self._error[0])
+            self._error = error, self._error[1]
+
+    def arrive(self, module: Module, kind: str, call: int, value: Any, axes: Axes | None = None) -> Slot:
+        if (module, kind) not in self.split.cuts:
+            return super().arrive(module, kind, call, value, axes)
+        slot = super().arrive(module, kind, call, self.split.whole(module, kind, value), axes)
+        slot.value = self.split.own(module, kind, slot.value)
+        if slot.skipped and (module, "output") in self.split.cuts:
+            slot.instead = self.split.own(module, "output", slot.instead)
+        return slot
+
+
+class LockstepRun(SplitRun):
+    """The same, where each rank has a block of its own. `device` is set, too."""
+
     device: torch_device
     _left = False
 
@@ -51,9 +71,6 @@ class LockstepRun(Run):
             self._left, self.questions = True, ()
             raise
         super().wait(questions)
-        if self._error is not None:
-            error = self.ranks.failed(self._error[0])
-            self._error = error, self._error[1]
 
     def end(self) -> None:
         """The block is over here: so it has to be on all ranks."""
@@ -78,10 +95,4 @@ class LockstepRun(Run):
     def arrive(self, module: Module, kind: str, call: int, value: Any, axes: Axes | None = None) -> Slot:
         if module is self.root and kind == "input" and not self.cancelled:
             self.ranks.same(value, "The prompts (or what else the model is given)")
-        if (module, kind) not in self.split.cuts:
-            return super().arrive(module, kind, call, value, axes)
-        slot = super().arrive(module, kind, call, self.split.whole(module, kind, value), axes)
-        slot.value = self.split.own(module, kind, slot.value)
-        if slot.skipped and (module, "output") in self.split.cuts:
-            slot.instead = self.split.own(module, "output", slot.instead)
-        return slot
+        return super().arrive(module, kind, call, value, axes)
