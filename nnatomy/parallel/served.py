@@ -67,6 +67,7 @@ class SplitServed(Served):
 
     def __init__(self, name: str, model: Any, limits: Limits | None = None) -> None:
         super().__init__(name, model, limits)
+        self._hello["whole_methods"] = False  # they take turns by the clock, which is another one on each rank
         self.ranks: Ranks = model._ranks
         self.line = Line(self.ranks)
 
@@ -180,14 +181,21 @@ def _talk(served: SplitServed, options: argparse.Namespace, keys: Keys, limits: 
     from nnatomy.serve.app import Server
     from nnatomy.serve.run import run
 
+    signal.signal(signal.SIGTERM, _leave)  # which uvicorn raises once more when it has ended
     server = Server({served.name: served}, keys, limits)
     sys.stderr.write(f"nnatomy: {served.name} on {options.tp} ranks at http://{options.host}:{options.port}\n")
     try:
         run(server, options.host, options.port)
+    except SystemExit:
+        pass
     finally:
         if not (served.ranks.broken or ended.is_set()):
             served.line.say(STOP)
     return int(bool(served.ranks.broken or ended.is_set()))
+
+
+def _leave(*_: Any) -> None:
+    raise SystemExit(0)
 
 
 @contextmanager

@@ -22,6 +22,11 @@ from nnatomy import StandardizedTransformer
 IDS = torch.arange(5, 14)[None]
 
 
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def killed_in_a_forward(model: Any, rank: int) -> None:
     """The process of rank 1 is gone while its layers run."""
     if rank == 1:
@@ -50,8 +55,8 @@ def fails_in_a_forward(model: Any, rank: int) -> None:
         with torch.no_grad(), model.trace(IDS):
             model.layers_output[0]
             model.logits
-    except Exception as error:  # noqa: BLE001
-        print(f"first: {type(error).__name__}: {error}", flush=True)
+    except Exception as error:
+        say(f"first: {type(error).__name__}: {error}")
     if hook is not None:
         hook.remove()
     with torch.no_grad(), model.trace(IDS):
@@ -77,9 +82,9 @@ def main() -> None:
     began = time.monotonic()
     try:
         globals()[fault](model, dist.get_rank())
-    except Exception as error:  # noqa: BLE001
-        print(f"told: {type(error).__name__}: {error}", flush=True)
-    print(f"seconds: {time.monotonic() - began:.1f}", flush=True)
+    except Exception as error:
+        say(f"told: {type(error).__name__}: {error}")
+    say(f"seconds: {time.monotonic() - began:.1f}")
     os._exit(0)  # without waiting for the others
 
 
