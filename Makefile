@@ -5,6 +5,7 @@
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
+#   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs
 #   make real    a real language model out of the package index, and the literature's findings on it
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo demo-remote remote-methods test lint types tests load real clean
+.PHONY: demo demo-remote remote-methods test lint types tests load cluster real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -43,6 +44,10 @@ tests: $(VENV)/installed
 # A server under load, for minutes; with its figures.
 load: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/remote/load.py
+
+# Ranks on this machine's processor, which talk by gloo; minutes for each architecture.
+cluster: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/parallel/cluster.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

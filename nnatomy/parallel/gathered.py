@@ -15,13 +15,13 @@ from torch import Tensor
 
 def gathered(local: Tensor, axis: int, sizes: tuple[int, ...], group: Any) -> Tensor:
     """The ranks' slices along that axis, of these sizes, one after the other."""
-    whole: Tensor = _Gather.apply(local, axis % local.ndim, sizes, group)
+    whole: Tensor = _Gather.apply(local, axis % local.ndim, sizes, group)  # type: ignore[no-untyped-call]
     return whole
 
 
 def own_slice(whole: Tensor, axis: int, sizes: tuple[int, ...], group: Any) -> Tensor:
     """This rank's slice of a whole tensor."""
-    local: Tensor = _Slice.apply(whole, axis % whole.ndim, sizes, group)
+    local: Tensor = _Slice.apply(whole, axis % whole.ndim, sizes, group)  # type: ignore[no-untyped-call]
     return local
 
 
@@ -48,7 +48,7 @@ class _Gather(torch.autograd.Function):
         return _all_slices(local, axis, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         axis, sizes, rank = ctx.given
         return narrowed(grad, axis, sizes, rank), None, None, None
 
@@ -60,6 +60,6 @@ class _Slice(torch.autograd.Function):
         return narrowed(whole, axis, sizes, dist.get_rank(group)).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         axis, sizes, group = ctx.given
         return _all_slices(grad, axis, sizes, group), None, None, None

@@ -207,9 +207,9 @@ def _other_ranks(count: int) -> Iterator[Event]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
         yield ended
         return
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     command = [sys.executable, "-m", "nnatomy", *sys.argv[1:]]
     others = [

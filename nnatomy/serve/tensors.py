@@ -79,12 +79,13 @@ class Weights:
             return one
         found: Any = one.full_tensor()
         found._is_gathered = True
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def part_here(tensor: Tensor) -> Tensor:
     """What this process has of a tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    here: Any = tensor.detach()
+    return here.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_plain(value: Any) -> bool:

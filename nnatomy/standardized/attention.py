@@ -319,8 +319,8 @@ class AttentionMode(TorchFunctionMode):
     def _reported(self, kind: str, shown: Tensor, *, aside: bool = False) -> Tensor:
         """Report it; what to go on with."""
         if self._split is not None:
-            return self._split.show_heads(self._report, shown, kind, KINDS[kind], aside)  # type: ignore[no-any-return]
-        return self._report(shown, kind, KINDS[kind]).value  # type: ignore[no-any-return]
+            return self._split.show_heads(self._report, shown, kind, KINDS[kind], aside)
+        return self._report(shown, kind, KINDS[kind]).value
 
     def _show(self, kind: str, own: Tensor) -> Tensor:
         """Show a tensor of query heads as the standard name has it; what to go on with, in the model's form.

@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
 )
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import nnatomy
 from nnatomy.errors import LoadError
@@ -99,7 +99,7 @@ def _split(place: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     ranks = kwargs.get("tp_size") or int(os.environ.get("WORLD_SIZE", "1"))
     config = AutoConfig.from_pretrained(place, **{key: value for key, value in kwargs.items() if key in _SHARED})
-    rules = tp_plan(config, ranks) or "auto"
+    rules: Any = tp_plan(config, ranks) or "auto"
     rest = {key: value for key, value in kwargs.items() if key not in ("tp_plan", "tp_size")}
     return {**rest, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan=rules)}
 
