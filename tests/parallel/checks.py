@@ -98,7 +98,9 @@ IN_FLOAT32 = ("mixtral", "deepseek_v3")
 def near(one: Any, other: Any, what: str, rounding: float = 1e-10) -> None:
     if isinstance(one, Tensor):
         off = rounding * max(1.0, float(one.detach().abs().max())) if rounding > 1e-10 else rounding
-        torch.testing.assert_close(other, one, rtol=rounding, atol=off, msg=lambda text: f"{what}: {text}")
+        torch.testing.assert_close(
+            other, one, equal_nan=True, rtol=rounding, atol=off, msg=lambda text: f"{what}: {text}"
+        )
     else:
         assert one == other, what
 
@@ -245,7 +247,7 @@ def gradients(case: str) -> None:
                 axis = getattr(model, name).row.seq
                 where = [1] * value.ndim
                 where[axis] = -1
-                setattr_of(model, name, 1, value * scale.reshape(where))
+                setattr_of(model, name, 1, value * scale.reshape(where).to(value.dtype))
                 loss = model.logits.sin().sum()
             loss.backward()
             grads.append(scale.grad)
