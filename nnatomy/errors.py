@@ -22,6 +22,7 @@
     │   ├── ModelChangedError       the model is no longer what its names were found on
     │   ├── NotInThisModelError     a standard name for something this model does not have
     │   └── ValidationError         a loaded model broke a promise of a standard name
+    ├── RanksError                  a model split over processes: they are out of step, or one of them has failed
     └── RemoteError                 a model that lives elsewhere: what its server said
         ├── ConnectionLostError     the server cannot be reached, or is gone        (also ConnectionError)
         └── NotRemoteError          something that only a local model can do
@@ -135,6 +136,10 @@ class ValidationError(ModelError):
     def __init__(self, text: str, report: Any = None) -> None:
         super().__init__(text)
         self.report = report
+
+
+class RanksError(NnatomyError):
+    """The processes that a model is split over are not at the same place of the same block, or one of them has failed."""
 
 
 class RemoteError(NnatomyError):

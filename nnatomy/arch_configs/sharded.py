@@ -24,19 +24,23 @@ from nnatomy.errors import InputError
 class Shards:
     """The modules of a model that gather parameters for their calls; none, where FSDP2 was not applied to it.
 
+    Args:
+        split: whether Transformers has split it over processes by a plan, which makes whole values of what they compute.
+
     Raises:
         InputError: if parameters are split over processes, and not gathered.
     """
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: Module, *, split: bool = False) -> None:
         self._modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         gathered = {id(each) for module in self._modules for each in _own(module)}
         for name, each in model.named_parameters():
-            if isinstance(each, DTensor) and id(each) not in gathered and each.device_mesh.size() > 1:
+            if not split and isinstance(each, DTensor) and id(each) not in gathered and each.device_mesh.size() > 1:
                 raise InputError(
-                    f"{name} is split over {each.device_mesh.size()} processes (tensor parallel), each of which computes with "
-                    "its own heads and neurons: what a name gave would be a slice of what it means. Load the model without "
-                    "tp_plan, or split it with torch.distributed.fsdp.fully_shard, which gathers parameters for each call."
+                    f"{name} is split over {each.device_mesh.size()} processes, each of which computes with its own heads and "
+                    "neurons, and not by a plan that Transformers knows of: what a name gave would be a slice of what it means. "
+                    "Split the model by from_pretrained(..., distributed_config=DistributedConfig(tp_plan='auto')), or with "
+                    "torch.distributed.fsdp.fully_shard, which gathers parameters for each call."
                 )
 
     def __bool__(self) -> bool:

@@ -47,6 +47,9 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
         help="put a new key's hash into this file, print the key, and end",
     )
     parser.add_argument("--role", choices=("use", "admin"), default="use", help="of the new key (use)")
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="split the model over N processes (1); docs/parallel.md"
+    )
     for name in _LIMITS:
         parser.add_argument(
             f"--max-{name.replace('_', '-')}",
@@ -74,6 +77,11 @@ def serve(options: argparse.Namespace) -> int:
     given = {name: getattr(options, f"max_{name}") for name in _LIMITS}
     kinds = {field.name: field.type for field in fields(Limits)}
     chosen = {name: int(one) if kinds[name] == "int" else one for name, one in given.items() if one is not None}
+    limits = replace(Limits(), **chosen)
+    if options.tp > 1:
+        from nnatomy.parallel.served import serve_split
+
+        return serve_split(options, keys, limits)
     models = {}
     for name in (options.model, *options.others):
         if name in models:
@@ -81,7 +89,7 @@ def serve(options: argparse.Namespace) -> int:
         one = copy(options)
         one.model = name
         models[name] = load(one)
-    server = Server(models, keys, replace(Limits(), **chosen))
+    server = Server(models, keys, limits)
     sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{options.port}\n")
     run(server, options.host, options.port)
     return 0

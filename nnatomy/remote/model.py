@@ -83,7 +83,7 @@ class RemoteTransformer(StandardizedTransformer):
             skeleton.forward = update_wrapper(forward, skeleton.forward)
             super().__init__(skeleton, tokenizer_of(self._told["tokenizer"]) if tokenizer is None else tokenizer)
             self.server = Server(address, connection.key, str(model), connection=connection)
-            self.whole_methods = True
+            self.whole_methods = bool(self._told.get("whole_methods", True))
             #: How texts are read at the server; nothing equals it where the tokenizer is another one.
             self._reading = reading_of(self.tokenizer) if tokenizer is None else object()
             self._generation = _settings(skeleton)

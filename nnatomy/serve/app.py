@@ -22,7 +22,7 @@ from nnatomy.serve.limits import Limits
 from nnatomy.serve.metrics import metrics
 from nnatomy.serve.page import page
 from nnatomy.serve.policy import Refused
-from nnatomy.serve.served import Open, Served
+from nnatomy.serve.served import Open, Served, served_of
 from nnatomy.serve.session import More
 
 try:
@@ -75,7 +75,10 @@ class Server:
             raise InputError("A server needs a model.")
         self.limits = limits or Limits()
         self.keys = keys or Keys()
-        self.models = {name: Served(name, model, self.limits) for name, model in models.items()}
+        self.models = {
+            name: model if isinstance(model, Served) else served_of(name, model, self.limits)
+            for name, model in models.items()
+        }
         self.refused: Counter[str] = Counter()
         self.application = Starlette(
             routes=[

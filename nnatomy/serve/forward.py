@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.run import Run
 from nnatomy.core.thread_state import ThreadState
+from nnatomy.parallel import SplitRun
 from nnatomy.serve.policy import Refused
 from nnatomy.standardized.pieces import keys_seen, stream_given
 from nnatomy.tracing.source import SourceMode
@@ -24,6 +25,7 @@ class Points:
     """The points of a model, as frames name them: modules by number, in the order of `named_modules`."""
 
     def __init__(self, model: Any) -> None:
+        self._ranks, self._split = model._ranks, model._split
         self.root: Module = model.steps_of
         self.modules = list(model.hf_model.modules())
         self.layers = model._anatomy.layers
@@ -35,6 +37,14 @@ class Points:
             for module in accessor.modules
             if module is not None
         }
+
+    def run_of(self, call: Callable[[], Any]) -> Run:
+        """The run of a call of the model."""
+        if self._ranks is None or self._split is None:
+            return Run(self.root, self.root, call, ThreadState())
+        run = SplitRun(self.root, self.root, call, ThreadState())
+        run.ranks, run.split = self._ranks, self._split
+        return run
 
     def module(self, number: Any) -> Module:
         """The module of that number. Raises Refused if there is none, or it is the whole."""
@@ -105,7 +115,7 @@ class Forward:
         self.passed: list[tuple[dict[str, Any], Any]] = []
         self._points, self._layers = points, set(points.layers)
         self._calls: dict[Module, int] = {}
-        self._run = Run(points.root, points.root, call, ThreadState())
+        self._run = points.run_of(call)
         self._told: dict[Module, int] = {}
 
     def go(self, watched: Any, passing: Any) -> Slot | None:

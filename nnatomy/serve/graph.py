@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nnatomy.serve.policy import Refused
-from nnatomy.serve.tensors import Weights
+from nnatomy.serve.tensors import Weights, part_here
 
 
 class Graph:
@@ -68,7 +68,7 @@ class _Kept:
     """A tensor that a function keeps for its gradient."""
 
     def __init__(self, graph: Graph, tensor: Tensor) -> None:
-        self.tensor, self._graph, self._storage = tensor, graph, tensor.untyped_storage()
+        self.tensor, self._graph, self._storage = tensor, graph, part_here(tensor).untyped_storage()
         graph.count(self._storage, 1)
 
     def __del__(self) -> None:

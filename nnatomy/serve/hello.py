@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
 from nnatomy.errors import InputError
@@ -48,7 +49,7 @@ def weights_hash(weights: Weights) -> str:
     digest = sha256()
     for name, tensor in sorted(weights.named.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(to_bytes(tensor))
+        digest.update(to_bytes(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor))
     return digest.hexdigest()
 
 
@@ -75,7 +76,7 @@ def hello(model: Any, name: str, weights: Weights, digest: str) -> dict[str, Any
         "versions": versions(),
         "class": type(hf_model).__name__,
         "revision": getattr(hf_model.config, "_commit_hash", None),  # of the hub; a folder has none
-        "config": json.dumps({**hf_model.config.to_dict(), "_name_or_path": name}, default=str),
+        "config": json.dumps({**_settings(hf_model.config), "_name_or_path": name}, default=str),
         "attention": hf_model.config._attn_implementation,
         "generation": None if generation is None else json.dumps(generation.to_dict(), default=str),
         "tokenizer": None if model.tokenizer is None else _files(model.tokenizer),
@@ -94,6 +95,13 @@ def hello(model: Any, name: str, weights: Weights, digest: str) -> dict[str, Any
         "no_padding": model._prompts.no_padding,
         "report": model.validation.to_dict(),
     }
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a client makes modules of: how they are split over processes here is nothing to it."""
+    settings: dict[str, Any] = config.to_dict()
+    settings.pop("distributed_config", None)
+    return settings
 
 
 def _told(name: str, tensor: Tensor) -> list[Any]:

@@ -116,6 +116,15 @@ class Served:
         self._thread.shutdown(cancel_futures=True)
 
 
+def served_of(name: str, model: Any, limits: Limits) -> Served:
+    """A model that is served, on one process or several."""
+    if model._ranks is None:
+        return Served(name, model, limits)
+    from nnatomy.parallel.served import SplitServed
+
+    return SplitServed(name, model, limits)
+
+
 class Open:
     """A session that is open.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -47,7 +48,7 @@ class Weights:
         }
         self.numbered = list(self.named.values())
         held = [one for module in model.modules() for one in _inside(vars(module))]
-        self._memory = {one.untyped_storage().data_ptr() for one in (*self.numbered, *held)}
+        self._memory = {part_here(one).untyped_storage().data_ptr() for one in (*self.numbered, *held)}
         #: What forward passes may have changed on modules that have tensors besides parameters: tables that grow with the
         #: longest prompt, and how far they go.
         self._state = [
@@ -67,7 +68,24 @@ class Weights:
 
     def share(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of them, or lies in the memory of one."""
-        return tensor.untyped_storage().data_ptr() in self._memory
+        if any(hasattr(one, "_is_gathered") for one in (tensor, tensor._base)):
+            return True
+        return part_here(tensor).untyped_storage().data_ptr() in self._memory
+
+    def whole(self, number: int) -> Tensor:
+        """The one of that number (0 is the first); where each rank has a part of it, all of them: every rank has to ask."""
+        one = self.numbered[number]
+        if not isinstance(one, DTensor):
+            return one
+        found: Any = one.full_tensor()
+        found._is_gathered = True
+        return found
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    here: Any = tensor.detach()
+    return here.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _is_plain(value: Any) -> bool:
@@ -117,7 +135,7 @@ class Tensors:
     def get(self, number: Any) -> Any:
         """What has that number. Raises Refused if nothing has, FailedBefore if its command has failed."""
         if type(number) is int and -len(self._weights.numbered) <= number < 0:
-            return self._weights.numbered[-number - 1]
+            return self._weights.whole(-number - 1)
         if type(number) is not int or number not in self._held:
             raise Refused(f"this session has nothing of the number {number!r:.40}")
         found = self._held[number]

@@ -93,6 +93,7 @@ class AttentionMode(TorchFunctionMode):
 
     Args:
         heads: how many query heads there are; None if that varies.
+        split: how they are split over processes, if they are: see `nnatomy.parallel.split`.
 
     Attributes:
         module: the attention.
@@ -101,9 +102,10 @@ class AttentionMode(TorchFunctionMode):
 
     keys = 0
 
-    def __init__(self, heads: int | None, module: Module, report: Report) -> None:
+    def __init__(self, heads: int | None, module: Module, report: Report, split: Any = None) -> None:
         super().__init__()
-        self._heads = heads
+        self._heads = heads if split is None else split.heads(module, heads)
+        self._split = split
         self.module = module
         self._report = report
         self._arranged: dict[int, _Arranged] = {}
@@ -307,12 +309,18 @@ class AttentionMode(TorchFunctionMode):
         before = computed.detach().clone()
         with torch._C.DisableTorchFunction():
             shown = by_head(computed, self._heads)
-        chosen = self._report(shown, kind, KINDS[kind]).value
+        chosen = self._reported(kind, shown, aside=True)
         with torch._C.DisableTorchFunction():
             changed = chosen is not shown or awaits_gradient(shown) or not same_bits(computed, before)
             return (chosen.reshape(computed.shape) if changed else computed), changed
 
     # Showing.
+
+    def _reported(self, kind: str, shown: Tensor, *, aside: bool = False) -> Tensor:
+        """Report it; what to go on with."""
+        if self._split is not None:
+            return self._split.show_heads(self._report, shown, kind, KINDS[kind], aside)
+        return self._report(shown, kind, KINDS[kind]).value
 
     def _show(self, kind: str, own: Tensor) -> Tensor:
         """Show a tensor of query heads as the standard name has it; what to go on with, in the model's form.
@@ -326,7 +334,7 @@ class AttentionMode(TorchFunctionMode):
             shown = by_head(cut, self._heads)
             if kind == "heads_output":
                 shown = shown.transpose(-3, -2)
-        chosen = self._report(shown, kind, KINDS[kind]).value
+        chosen = self._reported(kind, shown)
         with torch._C.DisableTorchFunction():
             if kind == "heads_output":
                 chosen = chosen.transpose(-3, -2)
@@ -376,7 +384,7 @@ class AttentionMode(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             copy = shown.clone() if _is_written_into(shown) else shown
             before = None if copy.is_inference() else copy._version
-        chosen = self._report(copy, kind, KINDS[kind]).value
+        chosen = self._reported(kind, copy)
         if chosen is not copy or copy is shown or copy.requires_grad:
             return chosen
         with torch._C.DisableTorchFunction(), torch.no_grad():

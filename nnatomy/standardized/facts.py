@@ -54,7 +54,7 @@ class Facts:
         self._called = [vars(module) for module in (*around, *ends, *anatomy.layers, *parts)]
         self._forwards = self._own_forwards()
         self._matrices = [place for module in (*ends, *anatomy.layers) if (place := _largest(module))]
-        self._kind = Shards(root).kind
+        self._kind = Shards(root, split=True).kind
         self._weights = [*map(self._kind, self._held_matrices())]
         self._settings = [
             *(_Settings(config, _of_config) for config in _configs(root, causal)),

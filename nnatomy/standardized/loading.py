@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import nnatomy
 from nnatomy.errors import LoadError
+from nnatomy.parallel import tp_plan
 from nnatomy.standardized.asked_for import unknown_argument
 from nnatomy.standardized.packaged import PACKAGES, packaged
 
@@ -42,6 +45,7 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
         LoadError: if it cannot be had; the text holds the reason Hugging Face gives.
     """
     place = locate(id_or_path)
+    kwargs = _split(place, kwargs)
     try:
         try:
             return AutoModelForCausalLM.from_pretrained(place, **kwargs)
@@ -92,6 +96,17 @@ def locate(id_or_path: str | Path) -> str:
         demos = ", ".join(f"demo:{known}" for known in (*shipped, *PACKAGES))
         raise LoadError(f"There is no demo model {str(id_or_path)!r}: there are {demos}.")
     return str(folder / name)
+
+
+def _split(place: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With `tp_plan="auto"` as Transformers takes it, and rules that the model's heads can be split by."""
+    if kwargs.get("tp_plan") != "auto":
+        return kwargs
+    ranks = kwargs.get("tp_size") or int(os.environ.get("WORLD_SIZE", "1"))
+    config = AutoConfig.from_pretrained(place, **{key: value for key, value in kwargs.items() if key in SHARED})
+    rules: Any = tp_plan(config, ranks) or "auto"
+    rest = {key: value for key, value in kwargs.items() if key not in ("tp_plan", "tp_size")}
+    return {**rest, "distributed_config": DistributedConfig(tp_size=ranks, tp_plan=rules)}
 
 
 def _first_line(error: BaseException) -> str:

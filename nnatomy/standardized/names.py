@@ -73,8 +73,8 @@ class Names(Annotations, Parts):
         return super()._free_name(name, module)
 
     def _make_accessors(self) -> None:
-        self._sums = Sums(self._anatomy, self._blocks, self.hidden_size)
-        self._attention = partial(AttentionMode, self.dimensions.num_heads)
+        self._sums = Sums(self._anatomy, self._blocks, self.hidden_size, self._split)
+        self._attention = partial(AttentionMode, self.dimensions.num_heads, split=self._split)
         places = self._places()
         for name in (*OF_LAYERS, *CROSS):
             row = ROWS[name]

@@ -9,6 +9,7 @@ from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy, Dimensions, Shards, input_device
 from nnatomy.errors import InputError, ModelChangedError, NotInThisModelError
+from nnatomy.parallel import Ranks, Split
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import Head
 from nnatomy.standardized.inputs import Prompts
@@ -26,6 +27,9 @@ class Parts(Traceable):
     _anatomy: Anatomy
     _head: Head
     _shards: Shards
+    #: The processes that the model is split over, and what each has a part of; None for a model of one process.
+    _ranks: Ranks | None
+    _split: Split | None
     _prompts: Prompts
     _tokenizer: Any
     _keywords: Keywords

@@ -18,7 +18,9 @@ from nnatomy.blocks.schedule import Invoke, Schedule
 from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames
 from nnatomy.core.run import Run
+from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.parallel import LockstepRun
 from nnatomy.standardized.inputs import OPTIONS
 from nnatomy.standardized.kept_state import states_in
 from nnatomy.standardized.parts import Parts
@@ -167,6 +169,17 @@ class RootInputs(Collector):
 
 class _PromptSchedule(Schedule):
     def complete(self) -> None:
+        if not isinstance(self.run, LockstepRun):
+            self._complete()
+            return
+        try:
+            self._complete()
+        except BaseException as error:
+            self.run.fail(error)
+            raise
+        self.run.end()
+
+    def _complete(self) -> None:
         super().complete()
         for one in self.run.collectors:
             if isinstance(one, RootInputs):
@@ -232,13 +245,24 @@ class PromptTrace(Trace):
         return self
 
     def _exit(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        well, root = False, self._root
+        well, root, run = False, self._root, self.block.run
         try:
+            if error is not None and isinstance(run, LockstepRun):
+                run.fail(error)
             super()._exit(kind, error, traceback)
             well = error is None
         finally:
             assert isinstance(root, Parts)
             (root if self._sender is None else self._sender)._block_is_over(well)
+
+    def _run_of(self, call: Callable[[], Any]) -> Run:
+        root = self._root
+        assert isinstance(root, Parts)
+        if root._ranks is None or root._split is None or self._sender is not None:
+            return super()._run_of(call)
+        run = LockstepRun(root.steps_of, root.module, call, ThreadState())
+        run.ranks, run.split, run.device = root._ranks, root._split, root.device
+        return run
 
     def _block_of(self, run: Run) -> Schedule:
         return _PromptSchedule(run, self._root._blocks)

@@ -188,6 +188,16 @@ class Findings:
         """It is that result of a function."""
         self.shown[name] = value, Result(value.leaf)
 
+    def show_results(self) -> None:
+        """What was to be shown where it is read is shown where it is computed.
+
+        What reads it may be an `autograd.Function`, whose gradient is not that of what is put in there (in a module whose
+        parameters are split over processes).
+        """
+        for name, (value, place) in [*self.shown.items()]:
+            if not isinstance(place, Result):
+                self.add(name, value.inputs[value.places.index(place)])
+
     def add_read(self, name: str, value: Value, order: list[Value]) -> None:
         """It is that, where the first of those reads it."""
         reading = next(one for one in order if value in one.inputs)

@@ -250,5 +250,10 @@ class Running(Parts):
     ) -> Trace:
         """A trace over fake tensors: shapes without computing, also of a model on the meta device."""
         self._check_used(prompts, kwargs)
+        if self._ranks is not None:
+            raise InputError(
+                "A scan runs over fake tensors, which the ranks of a model that is split over processes cannot exchange: scan the "
+                "model in one process, on the meta device, or trace it."
+            )
         inputs = copies_of_states(self._prompts.taken(self.prepare(prompts, **kwargs)))
         return super().scan(early_stop=early_stop, **inputs)

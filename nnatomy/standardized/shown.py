@@ -42,8 +42,9 @@ NAMES = tuple(row.name for row in TABLE if row.place == "layer")
 class Sums:
     """What is shown inside all layers of a model; the tap of the names that speak of it."""
 
-    def __init__(self, anatomy: Anatomy, blocks: OpenBlocks, width: int) -> None:
+    def __init__(self, anatomy: Anatomy, blocks: OpenBlocks, width: int, split: Any = None) -> None:
         self.anatomy = anatomy
+        self.split = split
         self.width = width
         self.layers: dict[Module, LayerSums] | None = None
         layers: dict[str, tuple[Module, ...]] = dict.fromkeys(NAMES, anatomy.layers)
@@ -53,7 +54,7 @@ class Sums:
         self._blocks = blocks
 
     def __call__(self, module: Module, report: Report) -> TorchFunctionMode:
-        return ShowMode(module, (self.layers or {}).get(module, LayerSums()), report)
+        return ShowMode(module, (self.layers or {}).get(module, LayerSums()), report, self.split)
 
     def finder(self) -> Finder:
         """What finds it in a forward pass."""
@@ -108,8 +109,10 @@ class SumAccessor(LayerAccessor):
 class ShowMode(TorchFunctionMode):
     """Shows what has been found, in one call of a layer."""
 
-    def __init__(self, module: Module, sums: LayerSums, report: Report) -> None:
+    def __init__(self, module: Module, sums: LayerSums, report: Report, split: Any = None) -> None:
         super().__init__()
+        self._split = split
+        self._down = sums.down
         self._module = module
         self._shown = sums.shown
         self._functions = sums.functions
@@ -160,7 +163,11 @@ class ShowMode(TorchFunctionMode):
         return new.reshape(tensor.shape)
 
     def _visited(self, name: str, tensor: Tensor) -> Tensor:
-        new = self._report(tensor, name, Axes(ROWS[name].here)).value
+        axes = Axes(ROWS[name].here)
+        if self._split is None:
+            new = self._report(tensor, name, axes).value
+        else:
+            new = self._split.show_neurons(self._report, tensor, name, axes, self._down)
         assert isinstance(new, Tensor)
         return new
 
@@ -174,6 +181,7 @@ class Finder(Collector):
         self.kinds = {"input": None, "output": None, "additions": self._record}
         self.found: dict[Module, LayerSums] = {}
         self._anatomy = sums.anatomy
+        self._split = sums.split
         self._width = sums.width
         self._streams: dict[Module, Any] = {}
         self._records: dict[Module, Record] = {}
@@ -204,6 +212,8 @@ class Finder(Collector):
         found = self.found[layer] = find_contributions(self._anatomy, i, record, end)
         routing = find_routers(self._anatomy, i, record, end)
         neurons, found.down = find_neurons(self._anatomy, i, record, end, routing)
+        if self._split is not None:
+            neurons.show_results()
         found.take(record, routing)
         found.take(record, neurons)
         for shown in found.shown.values():

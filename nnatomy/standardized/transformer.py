@@ -36,6 +36,8 @@ from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
 from nnatomy.images.vision import Vision
 from nnatomy.names import ROWS
+from nnatomy.parallel import Split
+from nnatomy.parallel.ranks import ranks_of
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.asked_for import check_arguments, check_model
 from nnatomy.standardized.context_length import ContextLength
@@ -296,12 +298,14 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         self._facts = None
         self._weights = FoundWeights()
         self.steps_of = causal = causal_lm(hf_model)
-        self._shards = Shards(hf_model)
+        self._ranks = ranks_of(hf_model)
+        self._shards = Shards(hf_model, split=self._ranks is not None)
         if self._shards.around(causal) or (self._shards and has_decoder(causal)):
             # FSDP takes for its root what is run first, which is to be no part of the model.
             with torch.no_grad():
                 hf_model(**example_inputs(causal, 1, 3, next(causal.parameters()).device))
         self._anatomy = anatomy = self._resolve(causal, arch_config)
+        self._split = None if self._ranks is None else Split(self._ranks, hf_model, anatomy.attentions)
         self._head = Head(Traceable(causal), anatomy, self._shards)
         self.dimensions = dimensions(text_config(causal), anatomy)
         known = self.__dict__.get("_prompts")  # when it is read again

@@ -123,6 +123,11 @@ def passing(model: Any, rows: int = ROWS) -> Iterator[dict[str, Any]]:
     """For a pass without dropout and gradients: its arguments, one prompt in so many rows, and another one in the last row."""
     if model._shards:
         raise InputError("The model's parameters are sharded (FSDP2): take its weights before fully_shard.")
+    if model._ranks is not None:
+        raise InputError(
+            f"The model's parameters are split over {model._ranks.size} ranks, each of which computes with its slice: take its "
+            "weights of the model in one process. (hf_model's own parameters give theirs by .full_tensor(), on all ranks at once.)"
+        )
     if model.device.type == "meta":
         raise InputError("The model is on the meta device: there are no values by which its weights could be told.")
     inputs = example_inputs(model.steps_of, 2, SEQ, model.device)

@@ -342,7 +342,7 @@ def mixed_precision() -> None:
 
 @once
 def split_over_processes() -> None:
-    """Of two, as tensor parallel models are: a process has a slice of the heads."""
+    """Of two, by hand, and by no plan: a process has a slice of the heads."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.destroy_process_group()
@@ -355,9 +355,10 @@ def split_over_processes() -> None:
         StandardizedTransformer(model)
     except InputError as error:
         assert str(error) == (
-            "model.layers.1.self_attn.q_proj.weight is split over 2 processes (tensor parallel), each of which computes with its "
-            "own heads and neurons: what a name gave would be a slice of what it means. Load the model without tp_plan, or split "
-            "it with torch.distributed.fsdp.fully_shard, which gathers parameters for each call."
+            "model.layers.1.self_attn.q_proj.weight is split over 2 processes, each of which computes with its own heads and "
+            "neurons, and not by a plan that Transformers knows of: what a name gave would be a slice of what it means. Split the "
+            "model by from_pretrained(..., distributed_config=DistributedConfig(tp_plan='auto')), or with "
+            "torch.distributed.fsdp.fully_shard, which gathers parameters for each call."
         ), error
     else:
         raise AssertionError("it was not noticed")
