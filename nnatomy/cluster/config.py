@@ -14,6 +14,8 @@ from nnatomy.serve.limits import Limits
 
 #: The application at `/`, which tells clients where their model is.
 FRONT = "nnatomy"
+#: What a replica answers beside its sessions, at once: what it tells of itself, and that it is full.
+_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Cluster:
         host, port: where each node listens.
         key_file: that of the keys, at the same place on each node.
         limits: those that are not the default.
-        queue: how many clients wait for a session, at each node, where all replicas are full; more are refused.
+        queue: how many requests wait at each node, where all replicas have as many as they take; more are refused. (A replica
+            that has all its sessions answers, and refuses one more.)
         retry_after: how many seconds these are told to wait.
         drain: how many seconds the sessions of a replica that is to end have still.
         cpus, gpus: of a replica.
@@ -38,12 +41,12 @@ class Cluster:
     host: str = "127.0.0.1"
     port: int = 8765
     key_file: str | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float | int] = field(default_factory=dict)
     queue: int = 32
     retry_after: int = 10
-    drain: float = 60.0
-    cpus: float = 1
-    gpus: float = 0
+    drain: float | int = 60
+    cpus: float | int = 1
+    gpus: float | int = 0
     load: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +80,8 @@ def check(address: str, key_file: str | None) -> Keys:
 def serve_config(cluster: Cluster) -> dict[str, Any]:
     """The config of Ray Serve (`serve deploy FILE`): an application for each model, and one in front of them."""
     shared = {"host": cluster.host, "key_file": cluster.key_file}
-    asked: dict[str, Any] = {"max_ongoing_requests": cluster.sessions, "max_queued_requests": cluster.queue}
+    ongoing = cluster.sessions + _TOLD
+    asked: dict[str, Any] = {"max_ongoing_requests": ongoing, "max_queued_requests": cluster.queue}
     asked["backpressure_config"] = {"status_code": 503, "retry_after_s": cluster.retry_after}
     asked["graceful_shutdown_timeout_s"] = cluster.drain
     if isinstance(cluster.replicas, tuple):

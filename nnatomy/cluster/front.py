@@ -78,7 +78,10 @@ class Front(Server):
     async def _all(self, path: str, seconds: float, name: str, *args: Any) -> list[Any]:
         """What all replicas of a model give that still live."""
         asked = self._handle(path[1:]).broadcast(name, *args)
-        found = await asked.results_async(timeout_s=seconds, return_exceptions=True)
+        try:
+            found = await asked.results_async(timeout_s=seconds, return_exceptions=True)
+        except TimeoutError:
+            return []
         return [one for one in found if not isinstance(one, BaseException)]
 
 

@@ -34,7 +34,7 @@ def load_serve() -> Any:
 
 
 @contextmanager
-def cluster(cpus: float = 0) -> Iterator[Any]:
+def cluster(cpus: float | int = 0) -> Iterator[Any]:
     """Ray, connected to the cluster at RAY_ADDRESS; without one, to a cluster in processes of this machine, for this long.
 
     Args:

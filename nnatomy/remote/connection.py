@@ -244,7 +244,11 @@ def _denied(response: Any) -> str:
     try:
         return str(json.loads(response.body)["error"])[:2000]
     except (AttributeError, ValueError, TypeError, KeyError):
-        return ""
+        pass
+    if getattr(response, "status_code", 0) == 503:
+        seconds = response.headers.get("Retry-After", "some")
+        return f"it is full, or has no replica yet; try again in about {seconds} s"
+    return ""
 
 
 def _user_line() -> tuple[Any, int]:

@@ -125,6 +125,12 @@ class Server:
         except NotSendableError as error:
             raise NotRemoteError(f"{method} is to run at the server, which cannot be given {error}.") from None
 
+    def close(self) -> None:
+        """End the sessions; runs go on, and results are kept there."""
+        for one in (self._connected, self._aside):
+            if one is not None and not one.lost:
+                one.close()
+
     def __repr__(self) -> str:
         return f"<the server {self.address}>"
 
