@@ -112,7 +112,7 @@ class Notes:
 
     def put(self) -> None:
         """Put those into the index whose turn it is."""
-        ready = []
+        ready: list[dict[str, Any]] = []
         first = len(self._writer.index["shards"])
         while (number := first + len(ready)) in self.found:
             ready.append(self.found.pop(number))

@@ -79,7 +79,7 @@ def check(address: str, key_file: str | None) -> Keys:
 
 def serve_config(cluster: Cluster) -> dict[str, Any]:
     """The config of Ray Serve (`serve deploy FILE`): an application for each model, and one in front of them."""
-    shared = {"host": cluster.host, "key_file": cluster.key_file}
+    shared: dict[str, Any] = {"host": cluster.host, "key_file": cluster.key_file}
     ongoing = cluster.sessions + _TOLD
     asked: dict[str, Any] = {"max_ongoing_requests": ongoing, "max_queued_requests": cluster.queue}
     asked["backpressure_config"] = {"status_code": 503, "retry_after_s": cluster.retry_after}
@@ -186,7 +186,7 @@ def as_yaml(config: Mapping[str, Any]) -> str:
     """The text of a file."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         """Texts of several lines as such, and each part written out."""
 
         def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002

@@ -7,7 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nnatomy.serve.app import Denied, JSONResponse, Request, Server, WebSocket
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket
+
+from nnatomy.serve.app import Denied, Server
 from nnatomy.serve.hello import versions
 from nnatomy.serve.keys import Keys
 

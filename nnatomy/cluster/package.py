@@ -47,6 +47,8 @@ def cluster(cpus: float | int = 0) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS", "local")
     made = {}
     if address == "local":
+        # Ray's agents end when all else is gone, after they have sought the head for so many seconds (by default a minute and more).
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         count = max(int(-(-cpus // 1)), os.cpu_count() or 1)
         made = {
             "num_cpus": count,
