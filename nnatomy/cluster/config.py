@@ -99,7 +99,7 @@ def serve_config(cluster: Cluster) -> dict[str, Any]:
             "name": path[1:],
             "route_prefix": path,
             "import_path": "nnatomy.cluster.serving:model",
-            "args": {"model": name, "load": dict(cluster.load), "limits": dict(cluster.limits), **shared},
+            "args": dict[str, Any](model=name, load=dict(cluster.load), limits=dict(cluster.limits), **shared),
             "deployments": [{"name": "Model", **asked}],
         }
         for name, path in paths.items()

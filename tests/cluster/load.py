@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,10 @@ def test_a_hundred_clients_over_two_replicas_and_over_one() -> None:
         process = Process("demo:gpt2", "--ray", "--replicas", str(replicas), "--drain", "5")
         try:
             found[replicas] = asyncio.run(clients(process.address))
+            sizes = [(text[:40], resident(pid)) for pid, text in started_by(process._process.pid).items()]
+            each = [size for text, size in sizes if "ServeReplica:demo:gpt2" in text]
+            others = sum(size for _, size in sizes) - sum(each)
+            print(f"\nresident: {max(each) / 1e3:.0f} MB a replica, {others / 1e3:.0f} MB of Ray's other processes")
         finally:
             process.stop()
     for replicas, (seconds, blocks, refused) in found.items():
@@ -44,6 +49,11 @@ def test_a_hundred_clients_over_two_replicas_and_over_one() -> None:
     print(f"two replicas against one: {found[1][0] / found[2][0]:.2f} times the throughput")
     assert found[1][2] > 0
     assert found[2][2] == 0 or found[2][2] < found[1][2]
+
+
+def resident(pid: int) -> int:
+    """The memory that a process has, in kB."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
 
 
 async def clients(address: str) -> tuple[float, list[float], int]:
