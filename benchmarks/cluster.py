@@ -72,33 +72,34 @@ def blocks(rounds: int) -> None:
 
 
 def collecting(count: int) -> None:
-    """Rows a second, after a first shard by each: loading is once, however much there is to do."""
+    """Rows a second, from the first shard that is there to the last: workers load the model once, however much there is to do."""
     model = StandardizedTransformer("demo:gpt2")
     prompts = [[3 + (7 * i + j) % 60 for j in range(64)] for i in range(count)]
-    given: dict[str, Any] = {"positions": "all", "prompts_per_shard": max(1, count // 20), "progress": False}
-    found = {}
+    given: dict[str, Any] = {"positions": "all", "prompts_per_shard": max(1, count // 40), "progress": False}
+    print("| collecting | rows/s | of one process | until the first shard, s |\n|---|---|---|---|")
+    alone = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for name, more in {"this process": {}, "1 worker": {"workers": 1}, "2 workers": {"workers": 2}}.items():
-            engine = {"engine": "ray", **more} if more else {}
-            began = time.perf_counter()
-            collect_activations(model, prompts[:1], folder=f"{folder}/{name} first", **given, **engine)
-            once = time.perf_counter() - began
-            began = time.perf_counter()
-            store = collect_activations(model, prompts, folder=f"{folder}/{name}", **given, **engine)
-            took = time.perf_counter() - began
-            found[name] = 64 * len(store) / max(1e-9, took - once), once
-    print("| collecting | rows/s | of one process | until the first row, s |\n|---|---|---|---|")
-    for name, (rows, once) in found.items():
-        print(f"| {name} | {rows:,.0f} | {rows / found['this process'][0]:.2f} | {once:.1f} |")
+        for name, workers in {"this process": 0, "1 worker": 1, "2 workers": 2}.items():
+            engine: dict[str, Any] = {"engine": "ray", "workers": workers} if workers else {}
+            began = time.time()
+            collect_activations(model, prompts, folder=f"{folder}/{name}", **given, **engine)
+            times = sorted(one.stat().st_mtime for one in Path(f"{folder}/{name}").glob("*.safetensors"))
+            rows = 64 * given["prompts_per_shard"] * (len(times) - 1) / (times[-1] - times[0])
+            alone = alone or rows
+            print(f"| {name} | {rows:,.0f} | {rows / alone:.2f} | {times[0] - began:.1f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--prompts", type=int, default=2000)
+    parser.add_argument("--only", choices=("blocks", "collecting"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    blocks(options.rounds)
+    if options.only != "collecting":
+        blocks(options.rounds)
+    if options.only == "blocks":
+        return
     collecting(options.prompts)
 
 

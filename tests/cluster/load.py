@@ -23,7 +23,9 @@ from nnatomy import StandardizedTransformer
 from nnatomy.errors import ConnectionLostError
 from nnatomy.remote.wire import pack, to_bytes, unpack
 
-CLIENTS, BLOCKS, TOKENS = 100, 10, 256
+#: Rows and columns of the tokens of a block.
+SHAPE = 16, 32
+CLIENTS, BLOCKS = 100, 10
 
 
 @pytest.mark.timeout(1200)
@@ -42,7 +44,7 @@ def test_a_hundred_clients_over_two_replicas_and_over_one() -> None:
     for replicas, (seconds, blocks, refused) in found.items():
         blocks.sort()
         print(
-            f"\n{CLIENTS} clients, {BLOCKS} blocks of {TOKENS} tokens each, {replicas} replicas: "
+            f"\n{CLIENTS} clients, {BLOCKS} blocks of {SHAPE[0] * SHAPE[1]} tokens each, {replicas} replicas: "
             f"{CLIENTS * BLOCKS / seconds:.1f} blocks/s; a block takes {1e3 * statistics.median(blocks):.0f} ms, "
             f"{1e3 * blocks[int(0.95 * len(blocks))]:.0f} at the 95th percentile; refused {refused} times"
         )
@@ -59,8 +61,8 @@ def resident(pid: int) -> int:
 async def clients(address: str) -> tuple[float, list[float], int]:
     """Seconds until all have what they asked for, those of each block, and how often one has been refused."""
     took: list[float] = []
-    refused, ids = 0, torch.arange(TOKENS)[None] % 50
-    put = ["put", 60, "int64", [1, TOKENS], [0, 1]]
+    refused, ids = 0, torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 50
+    put = ["put", 60, "int64", list(SHAPE), [0, 1]]
     frame = pack({"n": 1, "c": [put, ["open", 8, {"input_ids": {"t": 60}}]], "q": ["go", 8, []]}, [to_bytes(ids)])
 
     async def client(_: int) -> None:
