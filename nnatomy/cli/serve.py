@@ -50,7 +50,9 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
     ray.add_argument("--ray", action="store_true", help="serve by Ray Serve, at RAY_ADDRESS or on this machine")
     ray.add_argument("--replicas", type=int, default=1, metavar="N", help="of each model (1)")
     ray.add_argument("--autoscale", type=int, nargs=2, metavar=("MIN", "MAX"), help="between so many, by the load")
-    ray.add_argument("--queue", type=int, default=32, metavar="N", help="requests that wait where all are full (32)")
+    ray.add_argument(
+        "--queue", type=int, default=1000, metavar="N", help="requests that wait where all are full (1000)"
+    )
     ray.add_argument("--cpus", type=float, default=1, metavar="N", help="of a replica (1)")
     ray.add_argument("--gpus", type=float, default=0, metavar="N", help="of a replica (0)")
     ray.add_argument(

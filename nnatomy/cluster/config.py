@@ -28,8 +28,9 @@ class Cluster:
         host, port: where each node listens.
         key_file: that of the keys, at the same place on each node.
         limits: those that are not the default.
-        queue: how many requests wait at each node, where all replicas have as many as they take; more are refused. (A replica
-            that has all its sessions answers, and refuses one more.)
+        queue: how many requests wait at each node, where all replicas have as many as they take. A replica that has all its
+            sessions answers, and refuses one more, so that the queue is short. Past it Ray refuses by itself: 503 to HTTP, and 500
+            to a WebSocket, as it has no other answer to that.
         retry_after: how many seconds these are told to wait.
         drain: how many seconds the sessions of a replica that is to end have still.
         cpus, gpus: of a replica.
@@ -42,7 +43,7 @@ class Cluster:
     port: int = 8765
     key_file: str | None = None
     limits: Mapping[str, float | int] = field(default_factory=dict)
-    queue: int = 32
+    queue: int = 1000
     retry_after: int = 10
     drain: float | int = 60
     cpus: float | int = 1
