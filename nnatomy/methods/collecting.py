@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from tqdm.auto import tqdm
@@ -59,6 +59,8 @@ def collect_activations(
     folder: str | Path,
     prompts_per_shard: int = ...,
     progress: bool = ...,
+    engine: Literal["ray"] | None = ...,
+    workers: int = ...,
 ) -> ActivationStore: ...
 
 
@@ -76,6 +78,8 @@ def collect_activations(
     folder: str | Path | None = None,
     prompts_per_shard: int = 1024,
     progress: bool = True,
+    engine: Literal["ray"] | None = None,
+    workers: int = 2,
 ) -> Activations | ActivationStore:
     """The values at some points, at some positions of many prompts.
 
@@ -100,6 +104,10 @@ def collect_activations(
             taken up where it was by the same call: the shards that are done are kept, and their prompts only compared.
         prompts_per_shard: a shard is held in memory twice while it is written.
         progress: show a bar.
+        engine: "ray" has shards read and written by workers in processes of their own, on this machine or at RAY_ADDRESS, by Ray
+            Data (`nnatomy[cluster]`). The store is the same, bit for bit, on the same hardware with as many threads. All nodes
+            have to see the folder; the token ids of all prompts pass through Ray's store.
+        workers: how many; each has the model, and a GPU where the model is on one.
 
     Raises:
         InputError: if there are no prompts, one of them cannot be run, a position is none of a prompt's, a name has no
@@ -107,6 +115,7 @@ def collect_activations(
             model, with other settings or of other prompts.
         LayerIndexError, NotInThisModelError: for a point that the model does not have.
         OSError: if the folder cannot be written (a full disk); what was done stays, and the text says how much.
+        RemoteError: if workers die again and again; what was done stays.
 
     Example:
         >>> from nnatomy import StandardizedTransformer
@@ -127,6 +136,8 @@ def collect_activations(
         prompts = [prompts]
     if isinstance(prompts, Mapping):
         raise InputError("prompts is a mapping: give a list of prompts; one of them may be {'input_ids': ids}.")
+    if engine not in (None, "ray") or (engine and folder is None):
+        raise InputError(f"engine={engine!r}: there is 'ray', for a folder (folder=...), and None for this process.")
     total = len(prompts) if isinstance(prompts, Sized) else None
     of_encoder = wanted[0][0].of_encoder
     selections = (
@@ -147,6 +158,11 @@ def collect_activations(
             "prompts per shard": prompts_per_shard,
         }
         writer = StoreWriter(Path(folder), settings, one_row_each=positions == "last" or isinstance(positions, int))
+        if engine is not None:
+            from nnatomy.cluster.collecting import collect
+
+            windows = iter(lambda: list(islice(selections, prompts_per_shard)), [])
+            collect(writer, windows, reader, workers, bar.update)
         while window := list(islice(selections, prompts_per_shard)):
             contents = [(one.tokens.key, one.positions) for one in window]
             if writer.has_next(contents):

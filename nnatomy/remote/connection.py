@@ -32,6 +32,8 @@ except ImportError as error:
 #: Commands are sent, and not waited for, when so many or so many bytes of tensors have gathered.
 COMMANDS, BYTES = 128, 4 << 20
 _LINES = 20_000
+#: How long it may take until a session is open, in seconds: where all are taken, some clients wait.
+_OPENING = 60
 #: Commands that do not fail.
 _SURE = ("end", "drop", "clear")
 #: Packages in whose code no line is the user's.
@@ -50,8 +52,10 @@ class Connection:
         server: its address, `http://HOST:PORT`.
         key: the API key, if it asks for one.
         model: the model's name there; None for the one that it has.
+        replica: which of several servers at that address is wanted, by its name.
 
     Attributes:
+        replica: the name of the one that it is; "" if there is one alone.
         trips: how often an answer has been waited for.
         gradients: how often gradients may have changed (see `RemoteTensor`).
         pinned: what has been sent for the next command, and lives until then.
@@ -65,7 +69,7 @@ class Connection:
         ConnectionLostError: if there is no server, or it does not let this client in.
     """
 
-    def __init__(self, server: str, key: str | None = None, model: str | None = None) -> None:
+    def __init__(self, server: str, key: str | None = None, model: str | None = None, replica: str = "") -> None:
         if not isinstance(server, str):
             raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
         self.server, self.key, self.model = server.rstrip("/"), key, model
@@ -93,11 +97,13 @@ class Connection:
         if url.scheme not in ("http", "https") or not url.hostname or _has_no_port(url):
             raise LoadError(f"server={server!r}: give its address, http://HOST:PORT.")
         asked = urlencode({"protocol": PROTOCOL} | ({} if model is None else {"model": model}))
+        wanted = {"serve_multiplexed_model_id": replica} if replica else {}
         address = f"{'ws' if url.scheme == 'http' else 'wss'}{self.server.removeprefix(url.scheme)}/v1/session?{asked}"
         try:
             opening = connect(
                 address,
-                additional_headers=self._headers,
+                additional_headers=self._headers | wanted,
+                open_timeout=_OPENING,
                 compression=None,
                 max_size=None,
                 proxy=None if _is_here(url.hostname) else True,
@@ -105,6 +111,7 @@ class Connection:
             )
             self._open = ExitStack()  # left by `close`
             self._socket = self._open.enter_context(opening)
+            self.replica = self._socket.response.headers.get("nnatomy-replica", "") if self._socket.response else ""
         except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
             told = _denied(getattr(error, "response", None))
             if told.startswith(("it has no model", "say which model")):
@@ -239,7 +246,11 @@ def _denied(response: Any) -> str:
     try:
         return str(json.loads(response.body)["error"])[:2000]
     except (AttributeError, ValueError, TypeError, KeyError):
-        return ""
+        pass
+    if getattr(response, "status_code", 0) == 503:
+        seconds = response.headers.get("Retry-After", "some")
+        return f"it is full, or has no replica yet; try again in about {seconds} s"
+    return ""
 
 
 def _user_line() -> tuple[Any, int]:

@@ -23,6 +23,8 @@ from nnatomy.remote.wire import unpack
 
 #: How many bytes of a result one answer brings; and of arguments that are sent.
 _AT_ONCE, _GIVEN = 8 << 20, 64 << 20
+#: How many digits of a run's name are its server's, where there are several.
+_REPLICA = 8
 
 
 class NotWholeError(NotRemoteError):
@@ -54,12 +56,30 @@ class Server:
     ) -> None:
         self.address = server
         self._key, self._model, self._connected = api_key, model, connection
+        self._aside: Connection | None = None
 
-    def connection(self) -> Connection:
-        """One that is open: the one before, or a new one."""
+    def connection(self, run: str = "") -> Connection:
+        """One that is open: the one before, or a new one.
+
+        Args:
+            run: the name of a run that is asked for. Where there are several servers at that address it has to be the one
+                that has the run, whose name the first digits are.
+
+        Raises:
+            ConnectionLostError: if the server is gone, or that one of them.
+        """
+        wanted = run[:_REPLICA]
         if self._connected is None or self._connected.lost:
-            self._connected = Connection(self.address, self._key, self._model)
-        return self._connected
+            self._connected = Connection(self.address, self._key, self._model, wanted)
+        if not run or self._connected.replica in ("", wanted):
+            return self._connected
+        if self._aside is None or self._aside.lost or self._aside.replica != wanted:
+            self._aside = Connection(self.address, self._key, self._model, wanted)
+        if self._aside.replica != wanted:
+            raise ConnectionLostError(
+                f"The replica of {self.address} that had the run {run} is gone, and the run with it."
+            )
+        return self._aside
 
     @property
     def lost(self) -> str | None:
@@ -105,6 +125,12 @@ class Server:
         except NotSendableError as error:
             raise NotRemoteError(f"{method} is to run at the server, which cannot be given {error}.") from None
 
+    def close(self) -> None:
+        """End the sessions; runs go on, and results are kept there."""
+        for one in (self._connected, self._aside):
+            if one is not None and not one.lost:
+                one.close()
+
     def __repr__(self) -> str:
         return f"<the server {self.address}>"
 
@@ -127,7 +153,8 @@ class Run:
     @classmethod
     def of(cls, server: Server, method: str, arguments: dict[str, Any]) -> Run:
         """One that is not begun. Raises NotSendableError."""
-        run = cls(server, secrets.token_hex(16), method in WITHOUT_GRADIENTS)
+        name = (server.connection().replica + secrets.token_hex(16))[:32]
+        run = cls(server, name, method in WITHOUT_GRADIENTS)
         run._question = ["run", run.name, method, run._sender.send(arguments)]
         if sum(map(len, run._sender.blobs)) > _GIVEN:
             raise NotSendableError(f"tensors of more than {_GIVEN:,} bytes")
@@ -137,17 +164,17 @@ class Run:
         """Have it begin, and do not wait."""
         if self._question is not None:
             question, self._question = self._question, None
-            self._server.connection().ask("begin", *question[1:], blobs=self._sender.blobs)
+            self._server.connection(self.name).ask("begin", *question[1:], blobs=self._sender.blobs)
 
     def status(self) -> dict[str, Any]:
         """The method, whether it has ended, seconds of computing, progress (what, done, of how many), size, and how
         long the result is kept still."""
-        told: dict[str, Any] = self._server.connection().ask("look", self.name)[0]
+        told: dict[str, Any] = self._server.connection(self.name).ask("look", self.name)[0]
         return told
 
     def cancel(self) -> None:
         """Have it end at the next function that it calls, and drop its result."""
-        self._server.connection().command("cancel", self.name)
+        self._server.connection(self.name).command("cancel", self.name)
         self._forget()
 
     def result(self, *, progress: bool = False, forget: bool = True) -> Any:
@@ -181,7 +208,7 @@ class Run:
         return self._opened(header, blobs)
 
     def _forget(self) -> None:
-        connection = self._server.connection()
+        connection = self._server.connection(self.name)
         connection.command("forget", self.name)
         connection.send()  # and not wait: the client may be about to end
 
@@ -189,7 +216,7 @@ class Run:
         question, blobs = ["wait", self.name, len(self._got)], []
         if self._question is not None:
             question, blobs, self._question = self._question, self._sender.blobs, None
-        answer, parts = self._server.connection().ask(*question, _AT_ONCE, blobs=blobs, told=bars.show)
+        answer, parts = self._server.connection(self.name).ask(*question, _AT_ONCE, blobs=blobs, told=bars.show)
         self._size = answer["size"]
         self._got += parts[0]
 

@@ -171,6 +171,7 @@ class RemoteTransformer(StandardizedTransformer):
     def close(self) -> None:
         """End the session at the server; what has been fetched stays."""
         self._connection.close()
+        self.server.close()
 
 
 def _settings(model: Any) -> tuple[Any, ...]:

@@ -61,6 +61,7 @@ class Server:
     Args:
         models: StandardizedTransformers, by the names that clients call them. They are not to be used in this process otherwise.
         keys: that a client has to have one of.
+        replica: what clients call this process, if it is one of several: the first digits of its runs.
 
     Attributes:
         application: what is run, by an ASGI server.
@@ -70,15 +71,21 @@ class Server:
         InputError: for a model that cannot be served, and for none.
     """
 
-    def __init__(self, models: Mapping[str, Any], keys: Keys | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, models: Mapping[str, Any], keys: Keys | None = None, limits: Limits | None = None, *, replica: str = ""
+    ) -> None:
         if not models:
             raise InputError("A server needs a model.")
         self.limits = limits or Limits()
-        self.keys = keys or Keys()
         self.models = {
             name: model if isinstance(model, Served) else served_of(name, model, self.limits)
             for name, model in models.items()
         }
+        self.replica = replica
+        self._lets_in(keys)
+
+    def _lets_in(self, keys: Keys | None) -> None:
+        self.keys = keys or Keys()
         self.refused: Counter[str] = Counter()
         self.application = Starlette(
             routes=[
@@ -120,23 +127,30 @@ class Server:
         self.refused[error.kind] += 1
         return error.response()
 
-    def _let_in(self, socket: WebSocket) -> tuple[Client, Served]:
-        """Who wants a session, and of which model. Raises Denied."""
+    def _client_of(self, socket: WebSocket) -> Client:
         # A page of the web that a browser shows here may not come: browsers say where it is from.
         if "origin" in socket.headers:
             raise Denied("origin", 403, "a page of the web may not have a session")
-        client, asked = self._client(socket), socket.query_params
+        return self._client(socket)
+
+    @staticmethod
+    def _named(models: Mapping[str, Any], name: str | None) -> Any:
+        names = ", ".join(map(repr, models))
+        if name is None:
+            if len(models) > 1:
+                raise Denied("model", 404, f"say which model: it has {names}")
+            name = next(iter(models))
+        if name not in models:
+            raise Denied("model", 404, f"it has no model {name!r:.200}: it has {names}")
+        return models[name]
+
+    def _let_in(self, socket: WebSocket) -> tuple[Client, Served]:
+        """Who wants a session, and of which model. Raises Denied."""
+        client, asked = self._client_of(socket), socket.query_params
         if (protocol := asked.get("protocol", str(PROTOCOL))) != str(PROTOCOL):
             text = f"this server speaks protocol {PROTOCOL}, and the client {protocol:.20}: have the same release of nnatomy"
             raise Denied("protocol", 400, text)
-        names = ", ".join(map(repr, self.models))
-        if (name := asked.get("model")) is None:
-            if len(self.models) > 1:
-                raise Denied("model", 404, f"say which model: it has {names}")
-            name = next(iter(self.models))
-        served = self.models.get(name)
-        if served is None:
-            raise Denied("model", 404, f"it has no model {name!r:.200}: it has {names}")
+        served = self._named(self.models, asked.get("model"))
         if sum(len(one.sessions) for one in self.models.values()) >= self.limits.sessions:
             text = f"{self.limits.sessions} sessions are open already; try again when one has ended"
             raise Denied("sessions", 503, text, Retry_After="30")
@@ -149,10 +163,20 @@ class Server:
     # What it tells.
 
     async def _told(self, asked: Request) -> dict[str, Any]:
-        client = self._client(asked)
-        models = [one.told() for one in self.models.values()]
-        if asked.query_params.get("hash") == "now":  # whether they are still what was loaded
+        client, hashes = self._client(asked), asked.query_params.get("hash") == "now"
+        if hashes:
             self._admin(asked)
+        return await self.told(client.is_admin, hashes)
+
+    async def told(self, admin: bool, hashes: bool = False) -> dict[str, Any]:
+        """What the status tells.
+
+        Args:
+            admin: whether it is an admin who asks.
+            hashes: tell the hashes of the weights as they are now, too: whether they are still what was loaded.
+        """
+        models = [one.told() for one in self.models.values()]
+        if hashes:
             for told, served in zip(models, self.models.values(), strict=True):
                 told["hash_now"] = await served.hash_now()
         told = {
@@ -163,7 +187,9 @@ class Server:
             "runs": {key: sum(one["runs"][key] for one in models) for key in ("running", "kept", "bytes")},
             "refused": dict(self._all_refused()),
         }
-        if client.is_admin:
+        if self.replica:
+            told["replica"] = self.replica
+        if admin:
             opened = [(name, one) for name, served in self.models.items() for one in served.sessions.values()]
             told["open"] = [{"model": name, **one.told()} for name, one in opened]
         return told
@@ -183,11 +209,19 @@ class Server:
     async def _end_session(self, request: Request) -> Response:
         self._admin(request)
         number = request.path_params["number"]
-        found = [served.sessions[number] for served in self.models.values() if number in served.sessions]
-        if not found:
+        if not await self._end(request, number):
             raise Denied("session", 404, f"no session {number} is open")
-        found[0].end("an admin has closed it")
         return JSONResponse({"closed": number})
+
+    async def _end(self, _: Request, number: int) -> bool:
+        return self.end(number)
+
+    def end(self, number: int) -> bool:
+        """Have a session end; whether there is one of that number."""
+        found = [served.sessions[number] for served in self.models.values() if number in served.sessions]
+        for one in found:
+            one.end("an admin has closed it")
+        return bool(found)
 
     # Sessions.
 
@@ -196,20 +230,24 @@ class Server:
             client, served = self._let_in(socket)
         except Denied as error:
             self.refused[error.kind] += 1
-            try:
-                await socket.send_denial_response(error.response())
-            except RuntimeError:  # what runs this has no such answers
-                await socket.close(ENDED)
+            await self._answer(socket, error.response())
             return
         opened = served.open(self.limits, client)
         try:
-            await socket.accept()
+            await socket.accept(headers=[(b"nnatomy-replica", self.replica.encode())] if self.replica else None)
             with suppress(WebSocketDisconnect, RuntimeError, OSError):
                 await self._serve(socket, opened, served)
         finally:
             del served.sessions[opened.number]
             with suppress(RuntimeError):  # the server is going down
                 await asyncio.shield(served.compute(opened.session.close))
+
+    async def _answer(self, socket: WebSocket, response: Response) -> None:
+        """Answer who is to have no session here."""
+        try:
+            await socket.send_denial_response(response)
+        except RuntimeError:  # what runs this has no such answers
+            await socket.close(ENDED)
 
     async def _send(self, socket: WebSocket, header: dict[str, Any], blobs: list[bytes]) -> None:
         await self._send_bytes(socket, pack(header, blobs))

@@ -1,0 +1,1 @@
+"""Larger than one machine, by Ray: a server's application as replicas of Ray Serve, and collecting by Ray Data."""
