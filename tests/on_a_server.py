@@ -280,6 +280,11 @@ def _compared(function: Any) -> Any:
     return wrapped
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The connection's threads draw random numbers while a strategy draws its own.
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")
+
+
 def pytest_collection(session: pytest.Session) -> None:
     import nnatomy
     from nnatomy import methods

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import Module
 
 from nnatomy.errors import InputError, NotInThisModelError
+
+#: What a model without images does not have.
+OF_IMAGES = frozenset(("image_embeddings", "image_tokens", "projector_output", "vision_layers_output"))
 
 
 @dataclass(frozen=True)
@@ -141,3 +145,12 @@ def _runs(is_image: Bool[Tensor, " seq"]) -> list[tuple[int, int]]:
         else:
             runs.append((position, 1))
     return runs
+
+
+def vision_encoder(model: Any) -> Module | None:
+    """The module that reads images in a Hugging Face model, if it has one."""
+    try:
+        encoder = model.get_encoder(modality="image")
+    except (AttributeError, TypeError):  # a model of somebody's; an encoder-decoder's own, which takes no modality
+        return None
+    return encoder if isinstance(encoder, Module) and encoder is not model else None

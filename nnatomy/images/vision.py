@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from nnatomy.core import Slot
 from nnatomy.errors import AssignmentError, InputError, LayerIndexError, NotInThisModelError
 from nnatomy.images.media import image_token, images_alone, load_processor
-from nnatomy.images.tokens import ImageTokens, image_token_id, places_of_images
+from nnatomy.images.tokens import ImageTokens, image_token_id, places_of_images, vision_encoder
 from nnatomy.standardized.keywords import PIXELS
 from nnatomy.standardized.values import Values
 from nnatomy.standardized.watched import watcher
@@ -170,8 +170,8 @@ class Vision(Values):
 
 def find_tower(model: Any) -> Tower:
     """The vision side's modules, by what they give in a pass over a picture of noise."""
-    encoder = model.steps_of.get_encoder(modality="image")
-    if encoder is model.steps_of or not isinstance(encoder, Module):
+    encoder = vision_encoder(model.steps_of)
+    if encoder is None:
         why = "the model has no vision encoder."
         return Tower(no_layers=why, no_projector=why)
     processor = model.processor

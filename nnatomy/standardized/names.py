@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch.nn import Module
 
 from nnatomy.errors import UsageError
+from nnatomy.images.tokens import OF_IMAGES, vision_encoder
 from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
@@ -63,6 +64,7 @@ class Names(Annotations, Parts):
     def _absent_names(self) -> set[str]:
         """The names that this model does not have."""
         absent = {name for name, one in vars(self).items() if isinstance(one, LayerAccessor) and not any(one.modules)}
+        absent |= OF_IMAGES if vision_encoder(self.steps_of) is None else set()
         return absent.union(self._refused, (name for name, one in vars(self.dimensions).items() if one is None))
 
     def _free_name(self, name: str | None, module: Module) -> str:

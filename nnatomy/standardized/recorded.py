@@ -25,6 +25,7 @@ from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError
 from nnatomy.images.media import MEDIA
+from nnatomy.images.tokens import vision_encoder
 from nnatomy.standardized.keywords import PIXELS
 
 #: What configs may say of every call.
@@ -84,9 +85,8 @@ class Recorded:
         elif not (self._by or self._images) and any(arguments.get(name) is not None for name in (*PIXELS, *MEDIA)):
             # A vision encoder's layers are recorded, and some of the record is what the language model is given.
             self._images = True
-            causal = self._model.steps_of
-            encoder = causal.get_encoder(modality="image")
-            if encoder is not causal and isinstance(encoder, Module):
+            encoder = vision_encoder(self._model.steps_of)
+            if encoder is not None:
                 self._watch({*encoder.modules()}, {"input": None, "output": None})
 
     def _watch(self, modules: set[Module], kinds: dict[str, Any]) -> None:
