@@ -35,7 +35,10 @@ ROOMS = {
     "arch_configs": ("nnatomy.arch_configs.config",),
     "remote": ("nnatomy.remote.model", "nnatomy.remote.methods"),
     "serve": ("nnatomy.serve.app", "nnatomy.serve.limits", "nnatomy.serve.keys"),
-    "compat": (),
+    "images": ("nnatomy.images",),
+    "diffusion": ("nnatomy.diffusion",),
+    "parallel": ("nnatomy.parallel",),
+    "compat": ("nnatomy.compat.nnsight", "nnatomy.compat.nnterp", "nnatomy.compat.transformer_lens"),
     "errors": ("nnatomy.errors",),
 }
 
@@ -194,7 +197,8 @@ def _written(place: str) -> str | None:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return place
         if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) == name for one in node.names):
-            return _written(f"{node.module}.{next(one.name for one in node.names if (one.asname or one.name) == name)}")
+            there = f"{node.module}.{next(one.name for one in node.names if (one.asname or one.name) == name)}"
+            return None if there == place else _written(there)  # a module of the package's own
     return None
 
 

@@ -141,7 +141,7 @@ class EditBlock:
         body.skip()
         return edited
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool | None:  # to a type checker the body runs
         skipped = self._body.left(kind)
         self._body.forget()
         return skipped

@@ -213,7 +213,7 @@ class Invoke(SharedBlock):
         self.body.skip()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool | None:  # to a type checker the body runs
         assert self.body is not None
         return self.body.left(kind)
 

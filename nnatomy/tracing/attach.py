@@ -48,6 +48,8 @@ class Attachment(Collector):
     """
 
     def __init__(self, name: str, point: Point, takes: Point, module: Module, how: str) -> None:
+        if not isinstance(module, Module):
+            raise UsageError(f"attach(point, module): it takes a torch.nn.Module; got {described(module)}.")
         if how not in ("replace", "error", "add", "read"):
             raise UsageError(f"how={how!r}: it is 'replace', 'error', 'add' or 'read'.")
         self.name = name
@@ -78,7 +80,11 @@ class Attachment(Collector):
             devices = [x.device] if x.is_cuda else []
             with unseen(), torch.no_grad(), fork_rng(devices, enabled=self.module.training):
                 error = x - self.module(x)
-        result = self.module(x)
+        try:
+            result = self.module(x)
+        except RuntimeError as error:
+            error.add_note(f"That is in {self}, which was given a tensor {described(x)}.")
+            raise
         if self.how == "read":
             return
         if not isinstance(result, Tensor) or result.shape != given.shape:

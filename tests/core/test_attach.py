@@ -187,6 +187,12 @@ def test_bad_points_names_and_outputs() -> None:
         view.attach("layer.1.output", nn.Tanh())
     with pytest.raises(UsageError, match=r"name='embed'.*something of that name"):
         view.attach("layers.1.output", nn.Tanh(), name="embed")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        view.attach("embed.output", nn.Linear(9, 4))(x())
+    (note,) = raised.value.__notes__
+    assert (
+        note == "That is in <linear: Linear at embed.output, how='replace'>, which was given a tensor of shape (2, 4)."
+    )
     with pytest.raises(UsageError, match="how='splice': it is 'replace'"):
         view.attach("layers.1.output", nn.Tanh(), how="splice")
     with (

@@ -677,6 +677,11 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "Layers 0 and 9: the first is before the second, of 0 to 5.",
     ),
     (lambda: m.mlps[-7], "LayerIndexError", "mlp of layer -7: the model has 6 layers, 0 to 5."),
+    (
+        lambda: m.attach("layers_output[2]", lambda x: x),
+        "UsageError",
+        "attach(point, module): it takes a torch.nn.Module; got a function.",
+    ),
     (lambda: m.W_Q(), "UsageError", "W_Q(...): a layer stands in square brackets, W_Q[0]."),
 ]
 

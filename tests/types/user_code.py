@@ -57,7 +57,8 @@ def users() -> None:
 
     with model.trace() as tracer:
         with tracer.invoke("Japan is in"):
-            assert_type(model.logits, Tensor)
+            inner = model.logits
+    assert_type(inner, Tensor)
 
     with model.generate("The capital of France is", max_new_tokens=3) as tracer:
         assert_type(tracer, Tracer)
