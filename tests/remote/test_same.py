@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pdb
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,3 +111,37 @@ def test_what_the_server_tells(pair: tuple[Any, Any]) -> None:
     assert len(status["models"][0]["hash"]) == 64
     assert not any(True for one in remote.hf_model.parameters() if type(one) is torch.nn.Parameter)
     assert repr(remote.hf_model.lm_head.weight).startswith("<remote torch.float32 of")
+
+
+def test_a_block_is_stepped_through_in_pdb(pair: tuple[Any, Any]) -> None:
+    """The debugger stands between two lines for as long as its user likes; the server waits, and others go on meanwhile."""
+    local, remote = pair
+
+    def steps(model: Any, meanwhile: Any) -> tuple[str, torch.Tensor]:
+        shown = io.StringIO()
+        commands = io.StringIO(
+            "next\nnext\np tuple(hidden.shape)\np float(hidden[0, -1, 0])\nmeanwhile()\nnext\ncontinue\n"
+        )
+        debugger = pdb.Pdb(stdin=commands, stdout=shown, readrc=False)
+        with model.trace("The capital of France is"):
+            debugger.set_trace()
+            hidden = model.layers_output[1]
+            model.layers_output[2] = 2 * hidden
+            logits = model.logits
+        return shown.getvalue(), logits
+
+    others: list[torch.Tensor] = []
+
+    def other() -> None:
+        second: Any = StandardizedTransformer(remote._connection.model, server=remote._connection.server)
+        with second.trace("Japan is in"):
+            others.append(second.logits[0, -1])
+        second.close()
+
+    (wanted, logits), (shown, found) = steps(local, lambda: None), steps(remote, other)
+    assert same(logits, found)
+    numbers = re.findall(r"\(Pdb\) (\(1, \d+, \d+\)|-?\d+\.\d+)", wanted)
+    assert len(numbers) == 2
+    assert re.findall(r"\(Pdb\) (\(1, \d+, \d+\)|-?\d+\.\d+)", shown) == numbers
+    with local.trace("Japan is in"):
+        assert same(local.logits[0, -1], others[0])
