@@ -120,7 +120,7 @@ def test_a_block_is_stepped_through_in_pdb(pair: tuple[Any, Any]) -> None:
     def steps(model: Any, meanwhile: Any) -> tuple[str, torch.Tensor]:
         shown = io.StringIO()
         commands = io.StringIO(
-            "next\nnext\np tuple(hidden.shape)\np float(hidden[0, -1, 0])\nmeanwhile()\nnext\ncontinue\n"
+            "next\nnext\np tuple(hidden.shape)\np hidden[0, -1, 0].item()\nmeanwhile()\nnext\ncontinue\n"
         )
         debugger = pdb.Pdb(stdin=commands, stdout=shown, readrc=False)
         with model.trace("The capital of France is"):
@@ -141,7 +141,7 @@ def test_a_block_is_stepped_through_in_pdb(pair: tuple[Any, Any]) -> None:
     (wanted, logits), (shown, found) = steps(local, lambda: None), steps(remote, other)
     assert same(logits, found)
     numbers = re.findall(r"\(Pdb\) (\(1, \d+, \d+\)|-?\d+\.\d+)", wanted)
-    assert len(numbers) == 2
+    assert len(numbers) == 2, wanted
     assert re.findall(r"\(Pdb\) (\(1, \d+, \d+\)|-?\d+\.\d+)", shown) == numbers
     with local.trace("Japan is in"):
         assert same(local.logits[0, -1], others[0])
