@@ -95,9 +95,9 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
             m, clean=p, corrupted=_others(p), sender="mlps_contribution[0]", receivers="logits", metric=METRIC
         ).effect
     ),
-    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effects[..., -3:],
-    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effects[..., -3:],
-    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).scores,
+    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effect[..., -3:],
+    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effect[..., -3:],
+    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).effect,
     "circuit_faithfulness": lambda m, p: _faithful(m, p),
     "collect_activations": lambda m, p: torch.stack(
         list(collect_activations(m, _each(p), progress=False).tensors.values()), 1
@@ -128,7 +128,7 @@ def _patched(model: Model, given: Any, **kwargs: Any) -> Any:
 
 def _faithful(model: Model, given: Any) -> Tensor:
     scores = edge_attribution(model, [[4, 5, 6]], [[7, 8, 9]], METRIC)
-    return circuit_faithfulness(model, given, _others(given), METRIC, scores, [0, 20]).metrics
+    return circuit_faithfulness(model, given, _others(given), METRIC, scores, [0, 20]).effect
 
 
 @pytest.mark.parametrize("side", SIDES)
