@@ -39,7 +39,7 @@ class LogitLens(Result, Tensor):
     names: dict[int, str]
     tokenizer: Any
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(
@@ -122,7 +122,7 @@ class LogitLens(Result, Tensor):
         """
         whole(1)("k", k)
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped]
         except ImportError:
             raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
         best = self._numbers().float().topk(min(k, self.shape[-1]))

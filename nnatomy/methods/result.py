@@ -100,7 +100,7 @@ class Result:
         Raises MissingPackageError if pandas is not installed.
         """
         try:
-            import pandas
+            import pandas  # type: ignore[import-untyped]
         except ImportError:
             raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
         columns: dict[str, list[Any]] = {}

@@ -77,7 +77,7 @@ def test_a_head_map_names_heads() -> None:
     layer, head = divmod(int(scores.effect.argmax()), scores.effect.shape[1])
     assert (name, value) == (f"L{layer}H{head}", float(scores.effect.max()))
     assert name in repr(scores)
-    assert "attention to previous token" in repr(scores)
+    assert "Attention to previous token" in repr(scores)
     figure = scores.plot()
     assert figure.data[0].z.shape == scores.effect.shape
     assert figure.layout.title.text == "Attention to previous token"
