@@ -108,8 +108,8 @@ def logit_lens(
 
 
 def _of_prompts(
-    values: Values, output: str, prompts: tuple[str, ...], tokens: list[list[str]], tokenizer: Any
-) -> Values:
+    values: Any, output: str, prompts: tuple[str, ...], tokens: list[list[str]], tokenizer: Any
+) -> Any:  # (lists: of unlike lengths)
     """Results that know what they are of."""
     if isinstance(values, Tensor):
         return LogitLens.of(values, output, prompts, tuple(map(tuple, tokens)), tokenizer=tokenizer)
