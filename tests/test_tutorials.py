@@ -52,3 +52,12 @@ def test_an_error_or_warning_is_seen(source: str) -> None:
 def test_a_line_on_stderr_is_seen() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import sys; print('!', file=sys.stderr)")])
     assert run(notebook) == ["!\n"]
+
+
+def test_errors_of_order_name_the_cells() -> None:
+    first = "from nnatomy import Traceable\nimport torch\nnet = Traceable(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Tanh()))"
+    second = "def early():\n    return net[0].output"
+    third = "with net.trace(torch.ones(1)):\n    net[1].output\n    early()"
+    cells = [nbformat.v4.new_code_cell(source) for source in (first, second, third)]
+    with pytest.raises(Exception, match=r"asked for at cell \[3\], line 2, but .* asked for at cell \[4\], line 2"):
+        run(nbformat.v4.new_notebook(cells=cells))

@@ -5,7 +5,6 @@ The body is skipped where it stands, and run later, from the same lines of the s
 user's frame would, and bound in it at the end. Needs the source; a block that is given as a function needs nothing of this.
 """
 
-from __future__ import annotations
 import __future__
 
 import ast
@@ -89,7 +88,7 @@ class Body:
         sys.settrace(trace)
         return error is SkipBodyError
 
-    def run(self, names: Names) -> None:
+    def run(self, names: "Names") -> None:
         """Run it with those names."""
         exec(self._code, names)
 

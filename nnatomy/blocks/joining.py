@@ -1,7 +1,5 @@
 """Joining the inputs of several blocks to one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import flatten
-from nnatomy.blocks.rows import Rows
+from nnatomy.blocks.rows import Rows, flatten
 from nnatomy.errors import InputError
 
 

@@ -6,8 +6,6 @@ the order in which they were given; else the trace's own body, if it can; else t
 that any of them waits for. So there is exactly one thread at work at any time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from threading import get_ident
@@ -107,7 +105,7 @@ class Schedule(SharedBlock):
 
     # Names.
 
-    def look_up(self, invoke: Invoke, name: str) -> Any:
+    def look_up(self, invoke: "Invoke", name: str) -> Any:
         """What a name means in a block that has not bound it itself: what an earlier block has bound, or a later one,
         which is waited for; else what it meant in the frame when the block was captured."""
         body = invoke.body
@@ -205,7 +203,7 @@ class Invoke(SharedBlock):
         self.coroutine.owner = self.run.owner
         schedule.invokes.append(self)
 
-    def __enter__(self) -> Invoke:
+    def __enter__(self) -> "Invoke":
         if self.function is not None:
             raise UsageError(
                 "This block has its body: tracer.invoke(prompt, function) is no `with`, and any other is entered once."

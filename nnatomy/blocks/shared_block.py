@@ -1,15 +1,12 @@
 """A block that shares its forward pass with others: it sees its own rows of the joined batch, and waits for its turn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.blocks.row_slot import RowSlot, flatten, merge
-from nnatomy.blocks.rows import FIRST, Rows
+from nnatomy.blocks.rows import FIRST, Rows, RowSlot, flatten, merge
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.points import Collector, Question, Slot

@@ -46,4 +46,4 @@ def attend(options: argparse.Namespace) -> Report:
         return grid("head", heads, tokens, cells, room)
 
     title = f"Attention of layer {layer}: {options.prompt}"
-    return Report(data, table, lambda: attention(patterns, tokens=tokens, title=title))
+    return Report(data, table, lambda: attention(patterns, tokens=tokens, title=title, layer=layer))

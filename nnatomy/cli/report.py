@@ -15,16 +15,16 @@ from torch import Tensor
 
 from nnatomy.errors import MissingPackageError
 from nnatomy.plots.labels import visible, width
-from nnatomy.plots.look import Figure
+from nnatomy.plots.look import Figure, css
 from nnatomy.plots.save import save
 
 _PIPE = 160  # columns, where there is no terminal
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>:root {{ color-scheme: light dark }} body {{ margin: 1.5rem }}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{look}body {{ margin: 1.5rem; background: var(--paper); color: var(--ink) }}
 pre {{ font: 14px/1.45 ui-monospace, 'DejaVu Sans Mono', monospace; overflow-x: auto }}
-.bold {{ font-weight: bold }} .dim {{ opacity: .6 }}
-.green {{ color: light-dark(#1d7a3c, #6fcf97) }} .red {{ color: light-dark(#b3261e, #ff9a8a) }}
+.bold {{ font-weight: bold }} .dim {{ color: var(--soft) }} .green {{ color: var(--good) }} .red {{ color: var(--bad) }}
 </style></head><body><pre>{code}</pre></body></html>
 """
 
@@ -71,7 +71,7 @@ class Report:
 
         lines = console.render_lines(self.table(_PIPE), pad=False)
         code = "\n".join("".join(span(one.text, one.style) for one in Segment.simplify(line)) for line in lines)
-        return _PAGE.format(title=html.escape(str(self.data["model"])), code=code)
+        return _PAGE.format(look=css(), title=html.escape(str(self.data["model"])), code=code)
 
 
 def _console(**options: Any) -> Any:

@@ -20,6 +20,7 @@ _LIMITS = (
     "operations",
     "total_operations",
     "compute_seconds",
+    "command_seconds",
     "idle_seconds",
     "total_seconds",
     "send_seconds",

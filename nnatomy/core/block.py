@@ -1,7 +1,5 @@
 """A block: the user's side of a run. It asks for points; the forward pass comes to them."""
 
-from __future__ import annotations
-
 from types import FrameType
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Caches: the values of many modules of one run, collected without stopping the forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,7 +77,7 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
             kept = tensor.clone()
         return kept
 
-    def __getitem__(self, module: str | ModuleView) -> CachedCalls:
+    def __getitem__(self, module: str | ModuleView) -> "CachedCalls":
         path, found = module if isinstance(module, str) else module.path, self._find(module)
         if found not in self._calls:
             if found in self.paths:

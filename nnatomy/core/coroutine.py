@@ -4,26 +4,75 @@ A forward pass is one, and so is each of several blocks on one pass. `resume` an
 `suspend` by the work itself.
 """
 
-from __future__ import annotations
-
+import ctypes
 import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum, auto
-from threading import TIMEOUT_MAX, Lock
+from threading import TIMEOUT_MAX, Lock, get_ident
 from types import TracebackType
 from typing import Any
 from weakref import ref
 
 from nnatomy.core.frames import hide_our_frames
-from nnatomy.core.interrupts import Cancelled, Interruptible
 from nnatomy.core.thread_state import ThreadState
-from nnatomy.core.worker import start, wait_for
+from nnatomy.core.worker import start, starting, wait_for
 from nnatomy.errors import OutsideTraceError
 
 #: How often work that catches everything is interrupted again, and suspended work looks whether its owner is still there.
 AGAIN_SECONDS = 1.0
+
+
+class Cancelled(BaseException):
+    """Ends a coroutine's work that nobody needs any more: a forward pass, or a block of `invoke`."""
+
+
+class Interruptible:
+    """A part of a thread's work in which another thread can have Cancelled raised.
+
+    Attributes:
+        interrupted: whether another thread has asked for it.
+        thread: the identifier of the thread, while it is at work in it; else 0.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.thread = 0
+        self._lock = Lock()
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do the work. Raises Cancelled if it is interrupted meanwhile, or has been before."""
+        try:
+            try:
+                self.thread = get_ident()
+                if self.interrupted:
+                    raise Cancelled
+                work()
+            finally:
+                self._end()
+        finally:
+            self._end()  # a Cancelled may have come within the first
+
+    def _end(self) -> None:
+        with self._lock:
+            self.thread = 0
+            if self.interrupted:
+                try:  # what has been sent and has not come yet comes here, and not later
+                    for _ in range(100):
+                        pass
+                except Cancelled:
+                    pass
+
+    def interrupt(self) -> None:
+        """Have Cancelled raised in the thread, wherever it is in the work."""
+        with self._lock:
+            self.interrupted = True
+            if self.thread:
+                # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
+                error = ctypes.py_object(Cancelled)
+                with starting:
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), error)
 
 
 class State(Enum):

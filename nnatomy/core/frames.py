@@ -1,7 +1,5 @@
 """Frames: whose code is at work in a thread, and at which line."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator
@@ -44,9 +42,12 @@ def warn(text: str) -> None:
 
 
 def user_line() -> str:
-    """The file and line of the innermost frame that is not this library's."""
+    """The file (in a notebook the cell) and line of the innermost frame that is not this library's."""
     frame = next(user_frames())
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    file = frame.f_code.co_filename
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = getattr(getattr(shell, "compile", None), "_filename_map", {}).get(file)
+    return f"{file}:{frame.f_lineno}" if cell is None else f"cell [{cell}], line {frame.f_lineno}"
 
 
 def frame_of_with() -> FrameType:

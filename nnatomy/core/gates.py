@@ -10,8 +10,6 @@ run ends, the class is as it was.
 nothing below them is seen.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Iterator

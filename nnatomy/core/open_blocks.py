@@ -1,7 +1,5 @@
 """Which block a line of the user's stands in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar

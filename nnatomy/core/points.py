@@ -11,8 +11,6 @@ collector  takes (and may replace) the values of points while the forward pass g
 tap        finds the values of a kind of point inside a module's call
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ This is the one place that answers "is that point ahead, here, or passed?". The 
 a block to know whether a question comes too late, several blocks to know whose point has come.
 """
 
-from __future__ import annotations
-
 from enum import Enum, auto
 from typing import Any
 

@@ -5,8 +5,6 @@ forward pass is not made again there, and the gradients would silently be those 
 So where gradients are recorded, an edit inside a checkpointed part is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_

@@ -5,8 +5,6 @@ the block holds the point, and goes on when the block asks for the next one. Thi
 the user's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,9 +12,8 @@ from typing import Any
 from torch._C import _functorch
 from torch.nn import Module
 
-from nnatomy.core.coroutine import Coroutine
+from nnatomy.core.coroutine import Cancelled, Coroutine
 from nnatomy.core.gates import gated
-from nnatomy.core.interrupts import Cancelled
 from nnatomy.core.points import Axes, Collector, Question, Slot
 from nnatomy.core.progress import INSIDE, SHOWN_IN, Place, Progress
 from nnatomy.core.recompute import is_recomputed, unchanged

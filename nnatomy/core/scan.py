@@ -1,7 +1,5 @@
 """Running a module over fake tensors: all shapes, nothing computed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

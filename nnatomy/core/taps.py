@@ -1,17 +1,12 @@
 """Taps: torch function modes that are on inside a module's call, where somebody waits for a value in it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from nnatomy.core.points import Report, Tap
 from nnatomy.core.progress import RETURNING
-
-if TYPE_CHECKING:
-    from nnatomy.core.run import Run
 
 
 class Taps:
@@ -26,7 +21,7 @@ class Taps:
         self.waiting: dict[Module, list[tuple[str, Tap]]] = {}
         self.modes: list[tuple[int, Tap, TorchFunctionMode]] = []
 
-    def enter(self, run: Run) -> None:
+    def enter(self, run: Any) -> None:
         """Put on the modes of the taps that are waited for inside the calls in flight.
 
         A tap asked for while its module is in flight goes on top of whatever modes the model's own

@@ -1,7 +1,5 @@
 """What torch and Python keep per thread, taken over from the thread that opened a trace."""
 
-from __future__ import annotations
-
 import contextvars
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack

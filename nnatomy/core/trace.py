@@ -1,7 +1,5 @@
 """A trace: the context manager whose body looks into one call of the model; and the entry that opens it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
@@ -28,7 +26,7 @@ class _Exit:
     even if Ctrl-C came before the first line of `__exit__`. (The trace itself may be kept by the user's names.)
     """
 
-    def __get__(self, trace: Trace | None, _: type[Trace]) -> Callable[..., None]:
+    def __get__(self, trace: "Trace | None", _: "type[Trace]") -> Callable[..., None]:
         if trace is None:
             return Trace._exit
         of_this_with = trace._exit
@@ -52,7 +50,7 @@ class Trace:
         self._with: ref[Any] | None = None
         self._result: Any = NO_RESULT
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> "Trace":
         if self._call is None:
             raise UsageError("This trace has been used already: open a new one with .trace(...).")
         run = self._run_of(self._call)

@@ -1,7 +1,5 @@
 """The values of a call: its arguments, what it returns, and which of several calls is meant."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 

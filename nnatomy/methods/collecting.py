@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
 from nnatomy.methods.activation_store import ActivationStore, StoreWriter, fingerprint
@@ -130,7 +130,8 @@ def collect_activations(
     total = len(prompts) if isinstance(prompts, Sized) else None
     of_encoder = wanted[0][0].of_encoder
     selections = (
-        _selection(model, prompt, positions, of_encoder, f"prompts[{i}]") for i, prompt in enumerate(_each(prompts))
+        _selection(model, prompt, positions, of_encoder, f"prompts[{i}]")
+        for i, prompt in enumerate(_each(model, prompts))
     )
     reader = Reader(model, wanted, batch_size, dtype, device)
     with tqdm(total=total, unit="prompt", disable=not progress) as bar:
@@ -187,7 +188,7 @@ def _wanted(model: StandardizedTransformer, points: Points) -> Wanted:
     return wanted
 
 
-def _each(prompts: Iterable[Any]) -> Iterator[Any]:
+def _each(model: StandardizedTransformer, prompts: Iterable[Any]) -> Iterator[Any]:
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, int):
             raise InputError(f"prompts[{i}] is {prompt}: for one prompt's token ids, give a list of it, [ids].")
@@ -196,6 +197,9 @@ def _each(prompts: Iterable[Any]) -> Iterator[Any]:
             if not names:
                 raise InputError(f"prompts[{i}] has neither input_ids nor text; it has {', '.join(prompt)}.")
             beside = ["decoder_input_ids", "decoder_attention_mask"]
+            # An image's pixels, and what says where they go. (Data sets have columns of other things.)
+            images = any("pixel" in name for name in prompt)
+            beside += [name for name in prompt if images and name != "labels" and model._prompts.reads(name)]
             beside += ["attention_mask"] if names[0] == "input_ids" else []
             given = {name: prompt[name] for name in beside if name in prompt}
             prompt = {"input_ids": plain(prompt[names[0]]), **given}

@@ -122,7 +122,7 @@ class LogitLens(Result, Tensor):
         """
         whole(1)("k", k)
         try:
-            import pandas  # type: ignore[import-untyped]
+            import pandas
         except ImportError:
             raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
         best = self._numbers().float().topk(min(k, self.shape[-1]))
@@ -164,7 +164,7 @@ class LogitLens(Result, Tensor):
             value_name=_QUANTITIES[self.output],
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         if not hasattr(self, "output"):  # of a copy that torch made
             return repr(self._numbers())
         axes = ", ".join(f"{axis.name} {len(axis.labels)}" for axis in self.axes)

@@ -75,7 +75,8 @@ class Pairs:
 
     def refuse_same(self) -> Pairs:
         """Raise InputError if the two prompts of a pair are the same: then there is nothing to patch."""
-        refuse_same(enumerate(zip(self.clean, self.corrupted, strict=True)))
+        keys = ((one.key, other.key) for one, other in zip(self.clean, self.corrupted, strict=True))
+        refuse_same(enumerate(keys))
         return self
 
     @property

@@ -62,7 +62,7 @@ class PatchedRuns:
         self.shortcut = not self.accessor.of_encoder and set(layers) <= set(layers_with(model.layers_input))
         self._noise = noise
         both = model.prepare(arguments_of([*source, *base]), padding_side="left")
-        self._inputs = {name: value[self.batch :] for name, value in both.items()}
+        self._inputs = model.prepare(arguments_of(base), padding_side="left")
         self.values: dict[int, Tensor] = {}
         self._streams: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -128,7 +128,7 @@ class PatchedRuns:
 
     def _run(self, layers: list[int], cells: Cells, *, skip: bool) -> Tensor:
         model, count = self.model, len(cells)
-        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count).contiguous() for name, value in self._inputs.items()}
         with model.trace(inputs, use_cache=False):
             if self._noise is not None:
                 self._add_noise(repeated(self._noise, count))

@@ -202,7 +202,7 @@ class _Paths:
         self.model, self.senders, self.receivers, self.to_logits = model, senders, receivers, to_logits
         self.batch = len(base)
         both = model.prepare(arguments_of([*source, *base]), padding_side="left")
-        self._inputs = {name: value[self.batch :] for name, value in both.items()}
+        self._inputs = model.prepare(arguments_of(base), padding_side="left")
         self._mixed = layers_with(model.mixers_contribution)
         self._streams: dict[int, Tensor] = {}
         self._mixers: dict[int, Tensor] = {}
@@ -261,7 +261,7 @@ class _Paths:
 
     def _changes_by_heads(self, layer: int, which: list[int]) -> Sequence[Tensor]:
         model, count = self.model, len(which)
-        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count).contiguous() for name, value in self._inputs.items()}
         sent = self._sent["heads_output", layer][: self.batch]
         with model.trace(inputs, use_cache=False):
             heads = model.heads_output[layer].clone()
@@ -282,7 +282,7 @@ class _Paths:
     def logits(self, which: list[int]) -> Float[Tensor, "sender batch vocab"]:
         """The logits at the last position, with the paths of each of these senders patched."""
         model, count = self.model, len(which)
-        inputs = {name: repeated(value, count) for name, value in self._inputs.items()}
+        inputs = {name: repeated(value, count).contiguous() for name, value in self._inputs.items()}
         heard = self._hear(inputs, which) if self.receivers else {}
         change = torch.cat([self.changes[i].to(model.device) for i in which])
         with model.trace(inputs, use_cache=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -100,7 +100,7 @@ class Result:
         Raises MissingPackageError if pandas is not installed.
         """
         try:
-            import pandas  # type: ignore[import-untyped]
+            import pandas
         except ImportError:
             raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
         columns: dict[str, list[Any]] = {}
@@ -157,14 +157,12 @@ class Result:
     # Files.
 
     def _state(self) -> dict[str, Any]:
-        assert is_dataclass(self)
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: getattr(self, name) for name in _fields(type(self))}
 
     @classmethod
     def _of_state(cls: type[Kind], state: Mapping[str, Any]) -> Kind:
         """Raises ValueError for another's state."""
-        assert is_dataclass(cls)
-        if state.keys() != {one.name for one in fields(cls)}:
+        if state.keys() != set(_fields(cls)):
             raise ValueError(f"it has {sorted(state)}")
         return cls(**state)
 
@@ -259,6 +257,10 @@ def name_of(metric: Any) -> str:
 def unit_of(metric: str) -> str:
     """ "logits" of a logit difference, "nats" of logarithms, "" of others."""
     return {"logit_difference": "logits", "log_probability": "nats", "kl_divergence": "nats"}.get(metric, "")
+
+
+def _fields(kind: Any) -> list[str]:
+    return [one.name for one in fields(kind)]
 
 
 def _cut(text: str) -> str:

@@ -14,8 +14,8 @@ from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
 
 _LETTER = 7.5  # pixels
 _PAGE = 900  # pixels
+_NARROW = 13  # pixels of a column whose label stands upright
 _LABEL, _TEXT = 18, 12  # letters at most, of a label and in a cell
-_FEW = 20  # columns whose labels lie flat
 
 
 def heat_map(
@@ -40,13 +40,13 @@ def heat_map(
         values: NaN leaves a cell empty.
         rows, columns: the labels of both axes, such as layer numbers and tokens.
         title, row_title, column_title: the title of the plot and of its axes.
-        texts: what is written in each cell.
+        texts: what is written in each cell. Where a page has no room for it (a long prompt), the hover text has it alone.
         hover: more about each cell, under its row, column and value; "\\n" begins a line.
         diverging: colors that part values above and below zero, with zero in the middle.
         value_name: what the values are.
 
     Returns:
-        A plotly Figure, wider than a page where the columns need it.
+        A plotly Figure: as wide as its place; where even upright labels do not fit a page, wider.
 
     Raises:
         InputError: if labels, texts or hover are not as many as the values.
@@ -61,17 +61,20 @@ def heat_map(
         '·capital'
     """
     _check(tuple(values.shape), rows, columns, texts=texts, hover=hover)
-    written = [text for row in texts or [] for text in row]
-    cell = max(_wide(columns, _LABEL) if len(columns) <= _FEW else 2, _wide(written, _TEXT))
+    room = _PAGE - 60 - round(_LETTER * _wide(rows, _LABEL))
+    letters = max(_wide([text for row in texts or [] for text in row], _TEXT), 5)
+    written = round(len(columns) * _LETTER * letters)
+    cells = texts if written <= room else None
+    flat = len(columns) * _LETTER * _wide(columns, _LABEL) <= room
     shown = values.detach().double().cpu()
     go = graph_objects()
     figure = go.Figure(
         go.Heatmap(
             z=shown.where(shown.isfinite(), float("nan")).numpy(),
-            text=None if texts is None else [[label(text, _TEXT) for text in row] for row in texts],
-            texttemplate=None if texts is None else "%{text}",
+            text=None if cells is None else [[label(text, _TEXT) for text in row] for row in cells],
+            texttemplate=None if cells is None else "%{text}",
             textfont={"size": 12},
-            hovertext=_hover(shown, (row_title, rows), (column_title, columns), value_name, hover),
+            hovertext=_hover(shown, (row_title, rows), (column_title, columns), value_name, hover or texts),
             hoverinfo="text",
             coloraxis="coloraxis",
             xgap=1,
@@ -86,10 +89,17 @@ def heat_map(
             showgrid=False,
             zeroline=False,
         )
-    figure.layout.xaxis.autotickangles = [0, -45, -90]
+    figure.layout.xaxis.tickangle = 0 if flat else -90
     kind = "diverging" if diverging else "sequential"
     figure.layout.coloraxis = color_axis(kind, value_name, *_limits(shown, diverging))
-    return laid_out(figure, title, height=140 + 22 * max(5, len(rows)), width=_page(len(columns) * cell))
+    wide = len(columns) * _NARROW
+    return laid_out(
+        figure,
+        title,
+        height=120 + (20 if flat else round(_LETTER * _wide(columns, _LABEL))) + 22 * max(5, len(rows)),
+        width=None if wide <= room else _PAGE - room + wide,
+        least=_PAGE - room + min(wide, room) if cells is None else _PAGE - room + written,
+    )
 
 
 def _limits(values: Tensor, diverging: bool) -> tuple[float, float]:
@@ -137,9 +147,3 @@ def _names(title: str, labels: Sequence[str]) -> list[str]:
 
 def _wide(texts: Sequence[str], most: int) -> int:
     return max((min(width(visible(text)), most) for text in texts), default=0) + 1
-
-
-def _page(letters: int) -> int | None:
-    """The width of the figure in pixels; none if that many letters fit a page."""
-    pixels = 180 + round(letters * _LETTER)
-    return pixels if pixels > _PAGE else None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError
-from nnatomy.plots.look import SCALES, Figure, spaced, theme
+from nnatomy.plots.look import FONT, SCALES, Figure, css, spaced, theme
+from nnatomy.plots.view import View
 
 # The policy lets nothing in but what stands in the page itself.
 _PAGE = """<!doctype html>
@@ -15,10 +16,10 @@ _PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <title>{title}</title>
-<style>:root {{ color-scheme: light dark }} body {{ margin: 1rem; background: {light}; overflow-x: auto }}
-.plotly-graph-div {{ max-width: {width} }}
-@media (prefers-color-scheme: dark) {{ body {{ background: {dark} }} }}</style></head>
-<body>{plot}<script>
+<style>{look}body {{ margin: 1rem; background: var(--paper); color: var(--ink); font: 15px/1.5 {font} }}
+h1 {{ margin: 0 0 .25rem; max-width: 60rem; font-size: 1.1rem; font-weight: 500; overflow-wrap: anywhere }}
+.plot {{ overflow-x: auto }} .plotly-graph-div {{ max-width: {most}; min-width: {least} }}</style></head>
+<body>{heading}<div class="plot">{plot}</div><script>
 const looks = {looks}, dark = matchMedia("(prefers-color-scheme: dark)");
 const paint = () => Plotly.relayout(document.querySelector(".plotly-graph-div"), looks[+dark.matches]);
 dark.addEventListener("change", paint); paint();
@@ -26,8 +27,8 @@ dark.addEventListener("change", paint); paint();
 """
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as one self-contained page (.html), or as a picture (.png, .svg, .pdf).
+def save(figure: Figure | View, path: str | Path) -> None:
+    """Write a figure or a viewer as one self-contained page (.html), or as a picture (.png, .svg, .pdf).
 
     The page needs no network, and is light or dark as its reader's system is.
 
@@ -36,12 +37,14 @@ def save(figure: Figure, path: str | Path) -> None:
         path: the file; its ending says what is written.
 
     Raises:
-        InputError: if the ending is another one.
+        InputError: if the ending is another one; a viewer is written as .html alone.
         MissingPackageError: if a picture is asked for, and kaleido or a browser for it is not installed.
     """
     path = Path(path)
     if path.suffix == ".html":
-        path.write_text(page(figure), encoding="utf-8")
+        path.write_text(figure.page if isinstance(figure, View) else page(figure), encoding="utf-8")
+    elif isinstance(figure, View):
+        raise InputError(f"{path.name}: a viewer is saved as .html.")
     elif path.suffix in (".png", ".svg", ".pdf"):
         _picture(figure, path)
     else:
@@ -50,20 +53,31 @@ def save(figure: Figure, path: str | Path) -> None:
 
 def page(figure: Figure) -> str:
     """The figure as a page with all that it needs in it."""
-    looks = [_look(figure, dark) for dark in (False, True)]
+    looks = [look(figure, dark) for dark in (False, True)]
     config = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
-    plot = figure.to_html(full_html=False, include_plotlyjs=True, config=config)
+    title = figure.layout.title.text or ""
+    drawn = figure
+    if title:  # above the plot, where it is folded as its reader's window is wide
+        drawn = type(figure)(figure)
+        lines = 22 * len(title.split("<br>"))
+        drawn.update_layout(
+            title={"text": ""}, margin={"t": figure.layout.margin.t - lines}, height=figure.layout.height - lines
+        )
+    plot = drawn.to_html(full_html=False, include_plotlyjs=True, config=config)
+    whole = title.replace("<br>", " ")
     return _PAGE.format(
-        title=(figure.layout.title.text or "nnatomy").replace("<br>", " "),
-        light=theme(dark=False)["layout"]["paper_bgcolor"],
-        dark=theme(dark=True)["layout"]["paper_bgcolor"],
-        width="none" if figure.layout.width else "80rem",
+        title=whole or "nnatomy",
+        heading=f"<h1>{whole}</h1>" if whole else "",
+        look=css(),
+        font=FONT,
+        most="none" if figure.layout.width else "80rem",
+        least=f"{(figure.layout.meta or {}).get('least') or 0}px",
         plot=plot,
         looks=json.dumps(looks),
     )
 
 
-def _look(figure: Figure, dark: bool) -> dict[str, Any]:
+def look(figure: Figure, dark: bool) -> dict[str, Any]:
     """What makes a drawn figure light or dark."""
     scale = [(float(at), color) for at, color in figure.layout.coloraxis.colorscale or ()]
     kind = next((both for both in SCALES.values() if spaced(both[0]) == scale), None)

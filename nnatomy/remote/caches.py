@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, finalize
 
 import torch
 from transformers import DynamicCache
@@ -40,6 +40,7 @@ class Caches:
             )
         number = self._connection.number()
         self._by_number[number], self._known[value] = value, (number, [])
+        finalize(value, self._connection.dead.append, number)
         return {"cache": number}
 
     def received(self, number: int, layers: list[Any] | None) -> Any:
@@ -49,10 +50,12 @@ class Caches:
             layers: the keys and values of each, or None where it has none yet; None for a cache of another kind.
         """
         cache = self._by_number.get(number)
-        if layers is None:
-            return _Unknown()
         if cache is None:
-            cache = self._by_number[number] = DynamicCache()
+            cache = _Unknown() if layers is None else DynamicCache()
+            self._by_number[number] = cache
+            finalize(cache, self._connection.dead.append, number)
+        if layers is None:
+            return _Unknown() if isinstance(cache, DynamicCache) else cache
         while len(cache.layers) < len(layers):
             cache.layers.append(DynamicLayer())
         for layer, told in zip(cache.layers, layers, strict=True):

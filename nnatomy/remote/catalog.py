@@ -18,12 +18,21 @@ WHOLE = frozenset(
     next_token_probs_unsqueeze patch_object_attn_lens patchscope_generate patchscope_lens path_patching
     """.split()
 )
+#: Of these, those that run without gradients: where a tensor that is given to them needs one, it makes no difference.
+WITHOUT_GRADIENTS = frozenset(
+    """
+    activation_patching causal_tracing compute_next_token_probs get_token_activations head_ablation head_scores
+    lens_statistics logit_lens patch_object_attn_lens patchscope_generate patchscope_lens path_patching
+    """.split()
+)
 #: Why others are not run there.
 NOT_WHOLE = {
     "ablate_direction": "it is called in a block, and changes what passes there",
     "collect_activations": "it writes files, of whatever size",
     "run_prompts": "it takes a function of yours; the methods that it calls are run there",
 }
+#: The arguments of which each of one is looked at with each of another.
+CROSSED = {"path_patching": ("sender", "receivers")}
 #: The arguments that are the model.
 MODELS = ("model", "nn_model")
 #: What a prompt that is a dict may have.
@@ -31,6 +40,7 @@ PROMPT_KEYS = frozenset("input_ids attention_mask position_ids token_type_ids".s
 #: What may be said of a generation, each of that type. Sampling draws random numbers, which the client does.
 GENERATION: dict[str, Any] = {
     "do_sample": bool,
+    "num_beams": int,
     "use_cache": bool,
     "min_new_tokens": int,
     "eos_token_id": int,

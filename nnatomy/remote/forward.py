@@ -16,6 +16,7 @@ import sys
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch._C import _functorch
@@ -41,7 +42,7 @@ from nnatomy.standardized.accessors import _Collected
 from nnatomy.standardized.pieces import Elsewhere
 
 #: What a forward pass records for all layers would be recorded at the server, and not be edited.
-_RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
+RECORDS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 #: What takes values and changes nothing.
@@ -95,6 +96,8 @@ class RemoteForward:
         self._numbers = {module: number for number, module in enumerate(self._modules)}
         self._kinds = {"input", "output", *kinds}
         self._caches = Caches(connection)
+        #: Of what a pass records for all layers, what it does by the server's config.
+        self._recorded = [name for name in RECORDS if self._records(name)]
         #: Whether each pass runs by commands (see above); and why none can, if so.
         self.by_commands = False
         self.no_commands = ""
@@ -104,8 +107,12 @@ class RemoteForward:
         if self.by_commands or self.cannot_be_sent(run):
             return self._by_commands(run, *args, **kwargs)
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if recorded := [name for name in _RECORDS if kwargs.get(name)]:
-            raise NotRemoteError(f"{recorded[0]}=True of a remote model: read what you need by its name.")
+        by_config = [name for name in RECORDS if self._records(name) and name not in self._recorded]
+        if recorded := [name for name in RECORDS if kwargs.get(name)] or by_config:
+            raise NotRemoteError(
+                f"{recorded[0]}=True of a remote model: read what you need by its name, such as model.layers_output[:] or "
+                "model.attention_probabilities[:]."
+            )
         number = self._connection.number()
         arguments = {key: self._sent(one) for key, one in kwargs.items() if one is not None}
         frozen = any(map(_is_sent, _get_current_function_mode_stack()))
@@ -116,6 +123,9 @@ class RemoteForward:
             if not self._connection.lost:
                 self._connection.command("end", number)
             raise
+
+    def _records(self, name: str) -> bool:
+        return bool(getattr(self._root.config, name, False))
 
     def _by_commands(self, run: Any, *args: Any, **kwargs: Any) -> Any:
         """The skeleton's own forward."""
@@ -235,7 +245,8 @@ class RemoteForward:
         if kind == "output":
             return self._output(changes, *of)
         if kind == "object":
-            return RemoteObject(*of)
+            finalize(found := RemoteObject(*of), self._connection.dead.append, of[0])
+            return found
         raise NotRemoteError(f"The server has answered with a {kind!r}, which is nothing here.")
 
     def _output(self, changes: list[int], number: int, name: str, fields: list[Any]) -> Any:
@@ -245,4 +256,5 @@ class RemoteForward:
             raise NotRemoteError(f"The model returns a {name}, which only a local model can.")
         made = kind(**{key: self._received(one, changes) for key, one in fields})
         object.__setattr__(made, "_number_at_server", number)
+        finalize(made, self._connection.dead.append, number)
         return made

@@ -16,7 +16,7 @@ from nnatomy import errors
 from nnatomy.core.frames import is_ours, user_frames
 from nnatomy.errors import ConnectionLostError, NotRemoteError, RemoteError
 from nnatomy.methods.metrics import Answers, NamedMetric
-from nnatomy.remote.catalog import GENERATION, MODELS, NOT_WHOLE, PROMPT_KEYS, WHOLE, parameters
+from nnatomy.remote.catalog import GENERATION, MODELS, NOT_WHOLE, PROMPT_KEYS, WHOLE, WITHOUT_GRADIENTS, parameters
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import unpack
@@ -116,18 +116,18 @@ class Run:
         name: what it is called: 32 random digits. Whoever has it, and the same key, can fetch the result.
     """
 
-    def __init__(self, server: Server, name: str) -> None:
+    def __init__(self, server: Server, name: str, detached: bool = False) -> None:
         self.name = name
         self._server = server
         self._question: list[Any] | None = None
-        self._sender = Sender()
+        self._sender = Sender(detached)
         self._got = bytearray()
         self._size: int | None = None
 
     @classmethod
     def of(cls, server: Server, method: str, arguments: dict[str, Any]) -> Run:
         """One that is not begun. Raises NotSendableError."""
-        run = cls(server, secrets.token_hex(16))
+        run = cls(server, secrets.token_hex(16), method in WITHOUT_GRADIENTS)
         run._question = ["run", run.name, method, run._sender.send(arguments)]
         if sum(map(len, run._sender.blobs)) > _GIVEN:
             raise NotSendableError(f"tensors of more than {_GIVEN:,} bytes")

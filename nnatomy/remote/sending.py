@@ -6,6 +6,7 @@ The trace is the ordinary one. At its root, after the blocks have seen what goes
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -17,7 +18,7 @@ from nnatomy.core.progress import INSIDE
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError, NotRemoteError
 from nnatomy.remote.connection import Connection
-from nnatomy.remote.forward import RemoteForward
+from nnatomy.remote.forward import RECORDS, RemoteForward
 from nnatomy.remote.gradients import refuse_functions_of_the_users
 from nnatomy.remote.model import bring
 from nnatomy.remote.skeleton import check_versions
@@ -78,6 +79,8 @@ class Sender:
             self.connection.close()
             raise
         self._forward = _Sent(self._root, self.connection, {one["kind"] for one in self._told["accessors"].values()})
+        its = json.loads(self._told["config"])
+        self._forward._recorded = [name for name in RECORDS if its.get(name)]
 
     def _check_same(self, hf_model: Module) -> None:
         there = [(name, shape, dtype) for name, shape, _, dtype, *_ in self._told["tensors"]]

@@ -47,12 +47,16 @@ class NotSendableError(Exception):
 class Sender:
     """Makes values into data.
 
+    Args:
+        detached: whether tensors that need gradients go without: the method that is to have them runs without gradients.
+
     Attributes:
         blobs: the bytes of the tensors.
         metrics: those of ours among the values, in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, detached: bool = False) -> None:
+        self._detached = detached
         self.blobs: list[bytes] = []
         self.metrics: list[NamedMetric] = []
 
@@ -63,7 +67,7 @@ class Sender:
     def _tensor(self, tensor: Tensor) -> Any:
         if isinstance(tensor, Result):
             return self._other(tensor)
-        tensor = _here(tensor)
+        tensor = _here(tensor, self._detached)
         order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         if not tensor.permute(order).is_contiguous():
             order = list(range(tensor.ndim))
@@ -137,10 +141,12 @@ class Receiver:
         return tensor.permute([order.index(axis) for axis in range(tensor.ndim)]).to(self._device)
 
 
-def _here(tensor: Tensor) -> Tensor:
+def _here(tensor: Tensor, detached: bool) -> Tensor:
     """The tensor itself, if it can be sent."""
-    if isinstance(tensor, RemoteTensor) and not tensor._needs and tensor.number >= 0:
+    if isinstance(tensor, RemoteTensor) and (detached or not tensor._needs) and tensor.number >= 0:
         tensor = tensor.local()
+    if detached and type(tensor) is Tensor:
+        tensor = tensor.detach()
     if type(tensor) is not Tensor or tensor.requires_grad or tensor.dtype not in NAMES:
         raise NotSendableError("a tensor with a gradient" if tensor.requires_grad else f"a {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():

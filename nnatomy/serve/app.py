@@ -16,13 +16,14 @@ from typing import Any
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.remote.wire import PROTOCOL, FrameError, pack
 from nnatomy.serve.hello import versions
-from nnatomy.serve.jobs import Later, owner_of
+from nnatomy.serve.jobs import Later
 from nnatomy.serve.keys import Client, Keys
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.metrics import metrics
 from nnatomy.serve.page import page
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.served import Open, Served
+from nnatomy.serve.session import More
 
 try:
     from starlette.applications import Starlette
@@ -197,7 +198,7 @@ class Server:
             except RuntimeError:  # what runs this has no such answers
                 await socket.close(ENDED)
             return
-        opened = served.open(self.limits, client, owner_of(bool(self.keys), socket.headers.get("authorization")))
+        opened = served.open(self.limits, client)
         try:
             await socket.accept()
             with suppress(WebSocketDisconnect, RuntimeError, OSError):
@@ -221,10 +222,12 @@ class Server:
                 message = await opened.within(socket.receive(), self.limits)
                 if message["type"] == "websocket.disconnect":
                     return
-                answer = await served.compute(opened.session.handle, message.get("bytes"))
+                answer = await served.compute(opened.session.handle, message.get("bytes"), served.busy)
+                while isinstance(answer, More) and not opened.why:
+                    answer = await served.compute(opened.session.go_on, served.busy)
                 if isinstance(answer, Later):
                     served.jobs.answer(answer, opened.session, partial(self._send, socket))
-                elif answer is not None:
+                elif isinstance(answer, bytes):
                     await self._send_bytes(socket, answer)
             except TimeoutError as error:
                 if opened.may_wait(self.limits):

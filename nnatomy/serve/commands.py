@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ class Commands:
         self._tensors = Tensors(weights, limits, model.device, new_cache)
         self.used = Used(limits)
         self._graph = Graph(weights, limits.graph_bytes)
+        self._graph.check = self._check_time
+        self._began = time.monotonic()
         self._parameters = sum(one.numel() for one in weights.numbered)
         self._forwards: dict[int, Forward] = {}
         self._blobs: list[Any] = []
@@ -50,6 +53,13 @@ class Commands:
     def held_bytes(self) -> int:
         """Of all tensors that the session has, and of what is kept for their gradients."""
         return self._tensors.bytes + self._graph.bytes
+
+    def _check_time(self) -> None:
+        """Raise Refused if the command that is at work has had its time."""
+        if time.monotonic() - self._began > self._limits.command_seconds:
+            raise Refused(
+                f"a command that computes for more than {self._limits.command_seconds:g} seconds", "command_seconds"
+            )
 
     # Tensors.
 
@@ -78,7 +88,11 @@ class Commands:
         return self._hello, []
 
     def _ask_sync(self) -> tuple[Any, list[bytes]]:
-        return {"bytes": self._tensors.bytes, "tensors": sum(1 for _ in self._tensors)}, []
+        return {
+            "bytes": self._tensors.bytes,
+            "tensors": sum(1 for _ in self._tensors),
+            "objects": self._tensors.objects,
+        }, []
 
     def _ask_fetch(self, numbers: Any, leave_out: Any = False) -> tuple[Any, list[bytes]]:
         """The elements of tensors.
@@ -189,7 +203,7 @@ class Commands:
         self._check_tokens(arguments)
         with FrozenNorms() if frozen_norms else nullcontext():
             call = partial(self._points.root, **arguments)
-            self._forwards[number] = Forward(self._points, call, self._limits.held_bytes)
+            self._forwards[number] = Forward(self._points, call, self._limits.held_bytes, self._check_time)
 
     def _check_tokens(self, arguments: dict[str, Any]) -> None:
         embeds = arguments.get("inputs_embeds")

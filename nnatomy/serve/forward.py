@@ -92,15 +92,18 @@ class Forward:
     Args:
         call: what to run.
         most: how many bytes of what it passes by are copied until it stops.
+        check: called before each layer: what it raises ends the pass.
 
     Attributes:
         passed: what is told of the points that it has passed by since it was last let go.
     """
 
-    def __init__(self, points: Points, call: Callable[[], Any], most: int) -> None:
-        self._most, self._copied = most, 0
+    def __init__(
+        self, points: Points, call: Callable[[], Any], most: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._most, self._copied, self._check = most, 0, check
         self.passed: list[tuple[dict[str, Any], Any]] = []
-        self._points = points
+        self._points, self._layers = points, set(points.layers)
         self._calls: dict[Module, int] = {}
         self._run = Run(points.root, points.root, call, ThreadState())
         self._told: dict[Module, int] = {}
@@ -120,6 +123,7 @@ class Forward:
             *(_Stops(run, kind, tap, modules) for kind, tap, modules in self._grouped(watched)),
             *(_Takes(kind, tap, modules, self._pass_by) for kind, tap, modules in self._grouped(passing)),
             _Takes("output", None, {self._points.root}, self._note_calls),
+            _Takes("input", None, self._layers, lambda _: self._check()),
         ]
         run.wait(())
         if run.error is not None:

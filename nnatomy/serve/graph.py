@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ class Graph:
 
     Attributes:
         bytes: of the memory that is kept, the model's own aside.
+        check: called before each gradient is computed: what it raises ends the backward pass.
     """
 
     def __init__(self, weights: Weights, most: int) -> None:
         self.bytes = 0
+        self.check: Callable[[], None] = lambda: None
         self._weights, self._most = weights, most
         self._users: dict[int, int] = {}
 
@@ -30,7 +33,7 @@ class Graph:
         Raises:
             Refused: in a function that would keep more than is allowed.
         """
-        return saved_tensors_hooks(self._pack, _unpack)
+        return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         tensor = tensor.detach()  # PyTorch knows whose it is; with its graph it would keep itself alive
@@ -43,6 +46,11 @@ class Graph:
                 "graph_bytes",
             )
         return kept
+
+    def _unpack(self, kept: Any) -> Tensor:
+        self.check()
+        found: Tensor = kept.tensor if isinstance(kept, _Kept) else kept
+        return found
 
     def count(self, storage: torch.UntypedStorage, by: int) -> None:
         """So many more (or fewer) of what is kept lie in that memory."""
@@ -65,8 +73,3 @@ class _Kept:
 
     def __del__(self) -> None:
         self._graph.count(self._storage, -1)
-
-
-def _unpack(kept: Any) -> Tensor:
-    found: Tensor = kept.tensor if isinstance(kept, _Kept) else kept
-    return found

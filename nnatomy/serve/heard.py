@@ -12,7 +12,7 @@ from typing import Any
 
 #: Warnings that Python shows to nobody but the author of a script are not for a client.
 _UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-_MOST = 1000
+_MOST, _TEXT = 1000, 20_000
 
 
 class Heard:
@@ -36,7 +36,7 @@ class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         here = heard.get()
         if here is not None and len(here.log) < _MOST:
-            here.log.append([record.name, record.levelno, record.getMessage()])
+            here.log.append([record.name, record.levelno, record.getMessage()[:_TEXT]])
 
 
 _lock, _listeners = Lock(), 0
@@ -76,4 +76,4 @@ def _show(message: Any, category: Any, *where: Any) -> None:
         if _before:
             _before[1](message, category, *where)
     elif len(here.warnings) < _MOST and not issubclass(category, _UNSHOWN):
-        here.warnings.append([category.__name__, str(message)])
+        here.warnings.append([category.__name__, str(message)[:_TEXT]])

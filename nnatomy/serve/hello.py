@@ -30,14 +30,17 @@ def check_servable(model: Any) -> None:
     hf_model = model.hf_model
     if model.steps_of is not hf_model:
         raise InputError(
-            f"A {type(hf_model).__name__} wraps the model: it cannot be served. Merge it, and serve what it wraps."
+            f"A {type(hf_model).__name__} wraps the model: it cannot be served. Merge it (merge_and_unload), and serve what it wraps."
         )
     if getattr(transformers, type(hf_model).__name__, None) is not type(hf_model):
         raise InputError(
-            f"{type(hf_model).__name__} is no class of Transformers, which clients have too: it cannot be served."
+            f"{type(hf_model).__name__} is no class of Transformers, which clients have too: it cannot be served. Run it where it is "
+            "loaded, or load its weights into a class of Transformers."
         )
     if hf_model.config.is_encoder_decoder:
-        raise InputError("An encoder-decoder cannot be served yet.")
+        raise InputError(
+            f"A {type(hf_model).__name__} is an encoder-decoder: it cannot be served. Run it where it is loaded, without a server."
+        )
 
 
 def weights_hash(weights: Weights) -> str:

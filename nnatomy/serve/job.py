@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
+from math import prod
 from threading import Semaphore, Thread
 from typing import Any
 
 import torch
 
-from nnatomy.core.openmp import release_helpers
+from nnatomy.core.worker import release_helpers
 from nnatomy.errors import InputError
-from nnatomy.methods.metrics import METRICS
+from nnatomy.methods.metrics import METRICS, NamedMetric
 from nnatomy.methods.progress import told
-from nnatomy.remote.catalog import GENERATION, NOT_WHOLE, PROMPT_KEYS, WHOLE, method_of, model_name, parameters
+from nnatomy.remote.catalog import CROSSED, GENERATION, NOT_WHOLE, PROMPT_KEYS, WHOLE, method_of, model_name, parameters
 from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack
 from nnatomy.serve.heard import Heard, heard, listening
@@ -27,6 +29,8 @@ from nnatomy.serve.tensors import Weights
 TURN = 0.05
 #: Numbers in arguments, but for seeds, are of this size at most: they say how often or how many.
 _MOST = 1_000_000
+#: The characters of all texts in arguments, and of one, for each token that a pass may have.
+_TEXTS, _TEXT = 64, 16
 
 
 class Job:
@@ -42,6 +46,7 @@ class Job:
     Attributes:
         progress: what it does, how many are done, and of how many.
         ended: whether it is over; then `frame` has what came of it, for its client.
+        given_bytes: of the tensors in its arguments.
         ended_at, asked_at: when that was, and when a client has last asked for it, by `time.monotonic`.
     """
 
@@ -65,6 +70,7 @@ class Job:
         self.asked_at = time.monotonic()
         self.frame = b""
         self._model, self._weights, self._limits = model, weights, limits
+        self.given_bytes = sum(map(len, blobs))
         self._given, self._blobs, self._grad, self._allowed = given, blobs, grad, seconds
         self._used = used
         self._go, self._stands = Semaphore(0), Semaphore(0)
@@ -134,7 +140,8 @@ class Job:
 
     def _meter(self) -> Meter:
         table = self._model.hf_model.get_input_embeddings()
-        return Meter(self._limits, self._weights, self._check, self._used, getattr(table, "weight", None))
+        table = getattr(table, "weight", None)
+        return Meter(self._limits, self._weights, self._check, self._used, table, self._check_end)
 
     def _value(self) -> tuple[Any, list[Any]]:
         receiver = Receiver(self._blobs, self._model, self._model.device)
@@ -146,15 +153,18 @@ class Job:
         """Before each function that it calls."""
         if self._stopping:
             return  # what it does on its way out
-        now = time.monotonic()
-        if now > self._until and self._busy() and not self._cancelled:
+        if time.monotonic() > self._until and self._busy() and not self._cancelled:
             release_helpers()
             self._stands.release()
             self._go.acquire()
-            now = time.monotonic()
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self._stopping:
+            return
         if self._cancelled:
             self._stop(self._cancelled)
-        if self.seconds + now - self._began > self._allowed:
+        if self.seconds + time.monotonic() - self._began > self._allowed:
             self._stop(f"this session has used up its {self._limits.compute_seconds:,.0f} seconds")
 
     def _stop(self, why: str) -> None:
@@ -185,8 +195,12 @@ def _arguments(name: str, given: Any, model: Any, limits: Limits) -> dict[str, A
             raise InputError(f"{name} has no argument {key!r:.60} that a server takes: it has {', '.join(allowed)}.")
         if key in generation and type(value) is not generation[key]:
             raise Refused(f"{key}={value!r:.60} of a generation")
-        if key != "metric":
-            _check(key, value, limits)
+        _check(key, value, limits)
+    if (size := sum(map(_letters, given.values()))) > (most := _TEXTS * limits.tokens):
+        raise Refused(f"texts of {size:,} characters in all; {most:,} are allowed")
+    pairs = prod(len(one) for key in CROSSED.get(name, ()) if isinstance(one := given.get(key), (list, tuple)))
+    if pairs > _MOST:
+        raise Refused(f"{' and '.join(CROSSED[name])}: {pairs:,} pairs; {_MOST:,} are allowed")
     arguments = {**given, model_name(name): model}
     metric = given.get("metric")
     if isinstance(metric, dict):  # {"logit_difference": [" Paris", " Tokyo"]}
@@ -204,8 +218,14 @@ def _check(key: str, value: Any, limits: Limits) -> None:
     """Raise Refused for a value that would have much done for little."""
     if type(value) is int and key != "seed" and abs(value) > _MOST:
         raise Refused(f"{key}: the number {value:,}; {_MOST:,} is allowed")
-    if isinstance(value, str) and len(value) > 16 * limits.tokens:
-        raise Refused(f"{key}: a text of {len(value):,} characters; {16 * limits.tokens:,} are allowed")
+    if isinstance(value, str) and len(value) > _TEXT * limits.tokens:
+        raise Refused(f"{key}: a text of {len(value):,} characters; {_TEXT * limits.tokens:,} are allowed")
+    if isinstance(value, NamedMetric):
+        return  # it has read its texts
+    if is_dataclass(value):
+        value = list(vars(value).values())
+    if isinstance(value, dict) and key == "metric":
+        value = list(value.values())
     if isinstance(value, dict):
         if not value.keys() <= PROMPT_KEYS:
             raise Refused(f"{key}: a dict has {', '.join(sorted(PROMPT_KEYS))}")
@@ -213,6 +233,17 @@ def _check(key: str, value: Any, limits: Limits) -> None:
     if isinstance(value, (list, tuple)):
         for one in value:
             _check(key, one, limits)
+
+
+def _letters(value: Any) -> int:
+    """How many characters the texts in a value have."""
+    if isinstance(value, str):
+        return len(value)
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_letters, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _told(error: BaseException) -> list[Any]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from hashlib import sha256
 from typing import Any
 
 from nnatomy.serve.job import Job
@@ -22,6 +21,8 @@ _DIGITS = 32
 _TOLD_EVERY = 0.2
 #: What is kept of a run beside its result, in bytes.
 _LEAST = 10_000
+#: How many answers one session may wait for at once.
+_PENDING = 64
 
 
 class Later:
@@ -46,11 +47,6 @@ class Later:
         """What it is, now that the job is over."""
         frame = self.job.frame
         return {"size": len(frame), "at": self.at}, [frame[self.at : self.at + self.most]]
-
-
-def owner_of(asks_keys: bool, authorization: str | None) -> str:
-    """Who somebody is for whom results are kept: whoever has the same key; all are one where no key is asked for."""
-    return sha256((authorization or "").partition(" ")[2].strip().encode()).hexdigest() if asks_keys else ""
 
 
 class Jobs:
@@ -88,7 +84,11 @@ class Jobs:
             >= self._limits.runs
         ):
             raise Refused(f"{self._limits.runs} runs of yours are at work: cancel some, or wait")
-        job = self._held[owner, key] = make()
+        job = make()
+        waits = sum(held.given_bytes for (one, _), held in list(self._held.items()) if one == owner and not held.ended)
+        if waits and waits + job.given_bytes > self._limits.kept_bytes:
+            raise Refused(f"the arguments of your runs have more than {self._limits.kept_bytes:,} bytes: wait")
+        self._held[owner, key] = job
         return job
 
     def get(self, owner: str, key: Any) -> Job:
@@ -162,8 +162,8 @@ class Jobs:
             self._keep_within(job)
         finally:
             self._over.pop(job).set()
-        await asyncio.sleep(self._limits.kept_seconds)
-        self._forget_old()
+        # It is not waited for here, as this would keep what has been dropped before.
+        asyncio.get_running_loop().call_later(self._limits.kept_seconds + 1, self._forget_old)
 
     async def _answer(self, later: Later, session: Any, send: Any) -> None:
         job, before = later.job, None
@@ -178,8 +178,9 @@ class Jobs:
                     if job.progress != before and not job.ended:
                         before = job.progress
                         await send({"n": later.serial, "progress": list(before or ())}, [])
-                answer, blobs = later.answer
-                await send({"n": later.serial, "ok": answer}, blobs)
+                async with session.sending:  # one after the other has its bytes in memory
+                    answer, blobs = later.answer
+                    await send({"n": later.serial, "ok": answer}, blobs)
         finally:
             session.pending -= 1
 
@@ -199,9 +200,10 @@ class Runs:
     """What a session asks and says of its runs.
 
     Attributes:
-        owner: whose results are this client's: see `owner_of`.
+        owner: whose results are this client's: see `Client`.
         pending: how many answers are still to be given.
         turn: held by the run that is at work.
+        sending: held by the answer that is sent.
         gone: whether the client is.
     """
 
@@ -213,7 +215,7 @@ class Runs:
 
     def _has_runs(self, model: Any, weights: Weights, jobs: Jobs | None, owner: str) -> None:
         self._model, self._weights, self._all_jobs, self.owner = model, weights, jobs, owner
-        self.pending, self.turn, self.gone = 0, asyncio.Lock(), False
+        self.pending, self.turn, self.sending, self.gone = 0, asyncio.Lock(), asyncio.Lock(), False
 
     @property
     def _jobs(self) -> Jobs:
@@ -263,3 +265,5 @@ class Runs:
         allowed = self._limits.frame_bytes - (1 << 20)
         if type(at) is not int or type(most) is not int or at < 0 or not 0 < most <= allowed:
             raise Refused(f"from a byte on, and {allowed:,} bytes at most")
+        if self.pending >= _PENDING:
+            raise Refused(f"{_PENDING} answers of this session are still to be given", "pending")

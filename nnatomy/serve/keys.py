@@ -24,10 +24,12 @@ class Client(NamedTuple):
     Attributes:
         role: one of `ROLES`.
         key: the first letters of the SHA-256 of the key, by which it is found in the key file; "" without keys.
+        owner: the whole of it: whose results are kept for whom.
     """
 
     role: str
     key: str
+    owner: str = ""
 
     @property
     def is_admin(self) -> bool:
@@ -76,7 +78,7 @@ class Keys:
             key = _password(key)
         digest = sha256(key.strip().encode(errors="replace")).hexdigest()
         found = [role for one, role in self._roles if compare_digest(digest.encode(), one)]
-        return Client(found[0], digest[:8]) if found and kind.lower() in ("bearer", "basic") else None
+        return Client(found[0], digest[:8], digest) if found and kind.lower() in ("bearer", "basic") else None
 
 
 def _password(encoded: str) -> str:

@@ -34,6 +34,8 @@ class Limits:
         total_tokens: of all its forward passes.
         total_operations: multiplications of all functions and forward passes; backward passes are not counted.
         compute_seconds: of the model and of functions, in all.
+        command_seconds: of one command: a function, a forward pass up to where it stands, or a backward pass. It is looked at
+            before each layer and each gradient.
         idle_seconds: without a frame.
         total_seconds: from its beginning.
         send_seconds: until what it is sent has been read.
@@ -57,6 +59,7 @@ class Limits:
     total_tokens: int = 10**9
     total_operations: int = 10**18
     compute_seconds: float = 3600.0
+    command_seconds: float = 120.0
     idle_seconds: float = 900.0
     total_seconds: float = 86_400.0
     send_seconds: float = 300.0

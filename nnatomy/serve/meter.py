@@ -7,7 +7,8 @@ may hold. Between two functions the method can be stopped, and stands aside for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from threading import get_ident
@@ -33,8 +34,9 @@ _DRAWS = frozenset(
 )
 #: What gives nothing that is new.
 _NOTHING_NEW = frozenset(
-    "__get__ __set__ backward grad size dim numel item tolist __len__ __bool__ requires_grad_ retain_grad".split()
+    "__get__ __set__ size dim numel item tolist __len__ __bool__ requires_grad_ retain_grad".split()
 )
+_BACKWARD = ("backward", "grad")
 #: Of the functions in the model's forward those are looked at before that read a tensor of so many elements.
 _LARGE = 1 << 20
 #: Tensors of less bytes are not counted.
@@ -65,18 +67,25 @@ class Meter(TorchFunctionMode):
         used: what the session has used so far.
         table: the weights of the model's token embeddings, by which passes are known.
         check: called before each function.
+        stop: called before each gradient of a backward pass: what it raises ends the pass.
 
     Attributes:
         bytes: of all tensors that are alive.
     """
 
     def __init__(
-        self, limits: Limits, weights: Weights, check: Callable[[], None], used: Used | None = None, table: Any = None
+        self,
+        limits: Limits,
+        weights: Weights,
+        check: Callable[[], None],
+        used: Used | None = None,
+        table: Any = None,
+        stop: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.bytes = 0
         self._limits, self._weights, self._check = limits, weights, check
-        self._used, self._table = used or Used(limits), table
+        self._used, self._table, self._stop = used or Used(limits), table, stop
         self._parameters = sum(one.numel() for one in weights.numbered)
         self._main = get_ident()
         self._live: dict[int, Any] = {}
@@ -87,6 +96,9 @@ class Meter(TorchFunctionMode):
             return func(*args)
         kwargs = kwargs or {}
         self._check()
+        if name in _BACKWARD and self._stop is not None:
+            with _stopped_by(self._stop, args[0] if args else ()):
+                return func(*args, **kwargs)
         if name in _NOTHING_NEW:
             return func(*args, **kwargs)
         if name in _DRAWS and kwargs.get("generator") is None:
@@ -176,6 +188,27 @@ class Meter(TorchFunctionMode):
     def _let_go(self, key: int, size: int, _: Any) -> None:
         self._live.pop(key, None)
         self.bytes -= size
+
+
+@contextmanager
+def _stopped_by(check: Callable[[], None], outputs: Any) -> Iterator[None]:
+    """Within, `check` is called before each gradient that is computed for these outputs."""
+    nodes: set[Any] = {one.grad_fn for one in ([outputs] if isinstance(outputs, Tensor) else outputs)} - {None}
+    new = list(nodes)
+    while new:
+        more: set[Any] = {node for one in new for node, _ in one.next_functions} - nodes - {None}
+        nodes |= more
+        new = list(more)
+
+    def before(_: Any) -> None:
+        check()
+
+    handles = [one.register_prehook(before) for one in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(values: Any) -> list[Tensor]:

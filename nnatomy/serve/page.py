@@ -6,11 +6,9 @@ from collections import Counter
 from html import escape
 from typing import Any
 
+from nnatomy.plots.look import css
+
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1a; --soft: #5f5e58; --line: #dcdad2; --paper: #fbfaf7; --card: #fff; --good: #1d6b3a;
-  --bad: #a3261f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ebe9e2; --soft: #a3a199; --line: #3a3934; --paper: #191917; --card: #232320;
-  --good: #7cc795; --bad: #f0938c; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 66rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; }
@@ -54,7 +52,7 @@ def page(status: dict[str, Any]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>nnatomy server</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="refresh" content="30">'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+        f"<style>{css()}{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
 
 

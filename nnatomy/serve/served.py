@@ -49,10 +49,15 @@ class Served:
         self.seconds = 0.0
         self.refused: Counter[str] = Counter()
         self._model = model
+        model._sums.find()  # validation has, but for a model that has not been validated
         self._points, self._weights = Points(model), Weights(model.hf_model)
         self._hello = hello(model, name, self._weights, weights_hash(self._weights))
         self._thread = ThreadPoolExecutor(1, f"nnatomy-serve {name}")
-        self.jobs = Jobs(limits or Limits(), self.compute, lambda: self.waiting > 1)
+        self.jobs = Jobs(limits or Limits(), self.compute, self.busy)
+
+    def busy(self) -> bool:
+        """Whether others wait for the thread that computes."""
+        return self.waiting > 1
 
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives, in the model's thread, when all that has been asked for before is done."""
@@ -75,9 +80,10 @@ class Served:
         """About how long it takes until what waits now is done: at least one."""
         return 1 + int(self.waiting * self.seconds / max(1, self.frames))
 
-    def open(self, limits: Limits, client: Client, owner: str = "") -> Open:
-        """A new session. The results of its runs are the owner's."""
-        session = Session(self._model, self._points, self._weights, limits, self._hello, self.refused, self.jobs, owner)
+    def open(self, limits: Limits, client: Client) -> Open:
+        """A new session. The results of its runs are for whoever has the same key; for everybody where none is asked for."""
+        told = self._hello, self.refused, self.jobs, client.owner
+        session = Session(self._model, self._points, self._weights, limits, *told)
         opened = Open(next(_numbers), session, client)
         self.sessions[opened.number] = opened
         return opened

@@ -18,6 +18,7 @@ import torch
 from nnatomy.remote.wire import FrameError, pack, unpack
 from nnatomy.serve.commands import Commands
 from nnatomy.serve.forward import Points
+from nnatomy.serve.job import TURN
 from nnatomy.serve.jobs import Jobs, Later, Runs
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
@@ -31,13 +32,20 @@ _GIVES: dict[str, Callable[[list[Any]], Any]] = {
 }
 
 
+class More:
+    """Of a frame's commands some are still to be carried out."""
+
+
+MORE = More()
+
+
 class Session(Commands, Runs):
     """What one client has at the server. Its methods are called by one thread.
 
     Args:
         hello: what a client is told of the model.
         jobs: the methods that run whole; None if none do.
-        owner: whose results are this client's: see `owner_of`.
+        owner: whose results are this client's: see `Client`.
         refused: where commands that are refused are counted, by kind.
 
     Attributes:
@@ -60,31 +68,49 @@ class Session(Commands, Runs):
         self._refused = Counter[str]() if refused is None else refused
         self._command = 0
         self._failed: Failed | None = None
+        self._rest: tuple[list[Any], Any, Any] = ([], None, None)
         self.seconds = 0.0
 
-    def handle(self, frame: Any) -> bytes | Later | None:
+    def handle(self, frame: Any, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
         """Carry out the commands of a frame; the frame to answer its question with, if it has one, or what will be the answer.
+
+        Args:
+            busy: whether others wait. Then it stands aside after a time, between two commands, and gives MORE: it is
+                `go_on` that goes on.
 
         Raises:
             FrameError: for what is no frame: the session is over.
             Refused: if the session has used up its time.
         """
-        began = time.monotonic()
+        header, self._blobs = unpack(frame)
+        commands = header.get("c", [])
+        if not isinstance(commands, list) or len(commands) > self._limits.commands:
+            raise FrameError(f"`c` is a list of {self._limits.commands:,} commands at most")
+        self._blobs.reverse()
+        commands.reverse()
+        self._rest = commands, header.get("q"), header.get("n")
+        return self.go_on(busy)
+
+    def go_on(self, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
+        """Go on with the frame: see `handle`."""
+        began, (commands, question, serial) = time.monotonic(), self._rest
+        answer = None
         try:
-            header, self._blobs = unpack(frame)
-            commands, question = header.get("c", []), header.get("q")
-            if not isinstance(commands, list) or len(commands) > self._limits.commands:
-                raise FrameError(f"`c` is a list of {self._limits.commands:,} commands at most")
-            self._blobs.reverse()
-            for command in commands:
-                if self.seconds + time.monotonic() - began > self._limits.compute_seconds:
-                    break
-                self._do(command)
-            return None if question is None else self._answer(question, header.get("n"))
+            while commands and self.seconds + time.monotonic() - began <= self._limits.compute_seconds:
+                if time.monotonic() - began > TURN and busy():
+                    return MORE
+                self._do(commands.pop())
+            in_time = self.seconds + time.monotonic() - began <= self._limits.compute_seconds
+            if question is not None and in_time:
+                answer = self._answer(question, serial)
+            return answer
         finally:
-            self._blobs = []
             self.seconds += time.monotonic() - began
+            if not commands or self.seconds > self._limits.compute_seconds:
+                self._blobs = []
             if self.seconds > self._limits.compute_seconds and not isinstance(sys.exc_info()[1], FrameError):
+                if isinstance(answer, Later):
+                    answer.job.cancel("the session has used up its time")  # else nobody would ever run or end it
                 raise Refused(
                     f"this session has used up its {self._limits.compute_seconds:,.0f} seconds", "compute_seconds"
                 )
@@ -100,6 +126,7 @@ class Session(Commands, Runs):
 
     def _do(self, command: Any) -> None:
         self._command += 1
+        self._began = time.monotonic()
         if not isinstance(command, list) or not command or not isinstance(command[0], str):
             raise FrameError("a command is a list with its name first")
         name, *given = command
@@ -131,6 +158,7 @@ class Session(Commands, Runs):
 
     def _answer(self, question: Any, serial: Any) -> bytes | Later:
         self._command += 1
+        self._began = time.monotonic()
         try:
             if self._failed is not None:
                 failed, self._failed = self._failed, None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils.generic import ModelOutput
 
@@ -88,6 +88,13 @@ def _inside(value: Any, depth: int = 4) -> Iterator[Tensor]:
         yield from _inside(vars(value), depth - 1)
 
 
+class _Output:
+    """What is held of what a model has returned, whose tensors have numbers of their own: its class."""
+
+    def __init__(self, kind: type[ModelOutput]) -> None:
+        self.kind = kind
+
+
 class Tensors:
     """The tensors and other objects of one session.
 
@@ -161,10 +168,18 @@ class Tensors:
                 raise Refused(f"the session would hold more than {self._limits.held_bytes:,} bytes", "held_bytes")
         self._held[number] = value
 
+    @property
+    def objects(self) -> int:
+        """How many it holds that are no tensors."""
+        return sum(1 for one in self._held.values() if not isinstance(one, (Tensor, Failed)))
+
     def check_room(self) -> None:
-        """Raise Refused if KV caches have grown, since they were told of last, beyond what the session may hold."""
-        caches = [one for one in self._held.values() if isinstance(one, Cache)]
-        tensors = {id(one): one for cache in caches for layer in cache.layers for one in _inside(vars(layer))}
+        """Raise Refused if KV caches and other objects hold more, with the tensors, than the session may.
+
+        Caches grow after they have been told of.
+        """
+        others = [one for one in self._held.values() if not isinstance(one, (Tensor, Failed))]
+        tensors = {id(one): one for other in others for one in _inside(other, 8)}
         size = sum(
             one.numel() * one.element_size()
             for one in tensors.values()
@@ -223,8 +238,8 @@ class Tensors:
                 return self.get(of)
             if kind == "output" and isinstance(of, list) and len(of) == 2:
                 found = self.get(of[0])
-                if isinstance(found, ModelOutput):
-                    return type(found)(**{key: self.read(one, own) for key, one in of[1]})
+                if isinstance(found, _Output):
+                    return found.kind(**{key: self.read(one, own) for key, one in of[1]})
             raise FrameError(f"a value of no kind: {kind!r:.40}")
 
         return decode(value, other, self._device)
@@ -248,7 +263,7 @@ class Tensors:
             [key, self._tell_cache(one) if isinstance(one, DynamicCache) else self.tell(one)]
             for key, one in value.items()
         ]
-        return {"output": [self._number(value), type(value).__name__, fields]}
+        return {"output": [self._number(_Output(type(value))), type(value).__name__, fields]}
 
     def _tell_cache(self, cache: DynamicCache) -> Any:
         def held(layer: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.blocks.row_slot import RowSlot
+from nnatomy.blocks.rows import RowSlot
 from nnatomy.core import Collector, Slot, Tap
 from nnatomy.core.block import Block
 from nnatomy.core.frames import hide_our_frames

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnatomy.blocks.row_slot import RowSlot
+from nnatomy.blocks.rows import RowSlot
 from nnatomy.errors import InputError, LayerIndexError
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.hidden import with_output

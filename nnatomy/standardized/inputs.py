@@ -20,12 +20,13 @@ from torch import Tensor
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
+from nnatomy.images.media import MEDIA, holds_media, misses_images, read_media
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.text import text_ids
 
 #: Arguments of `prepare` that do not go to the model.
-OPTIONS = ("padding_side", "prepend_bos", *TEMPLATE_OPTIONS)
+OPTIONS = ("padding_side", "prepend_bos", *TEMPLATE_OPTIONS, *MEDIA)
 
 #: Why a model of somebody's takes no padding.
 NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
@@ -47,6 +48,8 @@ class Prompts:
         places_images: whether the model makes positions of three axes where there are images.
         not_taken: which of `attention_mask` and `use_cache` the model's forward does not take.
         cache: what the model calls a KV cache that it is given; it may be given by another of its names.
+        processor: gives what reads images, videos and sound; raises InputError where there is none. With `load=False` what there is.
+        read: whether the model's forward takes an argument of that name.
         causal: whether no position depends on a later one, as padding on the right is.
         default_side: what the tokenizer said when it was loaded, if that has been some time ago.
     """
@@ -65,6 +68,8 @@ class Prompts:
         places_images: bool = False,
         not_taken: Collection[str] = (),
         cache: str = "",
+        processor: Callable[..., Any] = lambda **_: None,
+        read: Callable[[str], bool] = lambda _: True,
         causal: Callable[[], bool] = lambda: False,
         default_side: str | None = None,
     ) -> None:
@@ -79,6 +84,7 @@ class Prompts:
         self.needed = needed
         self.places_images = places_images
         self.cache = cache
+        self._processor, self.reads = processor, read
         #: How long prompts may be; None while nobody knows.
         self.context: ContextLength | None = None
         self.reads_tokens_alone = main_input == "input_ids" and decoder_start is None and not needed
@@ -109,6 +115,14 @@ class Prompts:
                 no kind above, or is text and there is no tokenizer.
         """
         side, texts, kwargs = self._options(kwargs)
+        media = {name: kwargs.pop(name) for name in MEDIA if name in kwargs}
+        no_pixels = not any("pixel" in name for name in kwargs)
+        if (
+            any(one is not None for one in media.values())
+            or holds_media(prompts)
+            or (no_pixels and misses_images(self._processor(load=False), prompts))
+        ):
+            prompts, texts = self._read_media(prompts, media, texts, side), {}
         if prompts is None:
             given: dict[str, Any] = {}
         elif isinstance(prompts, Mapping):
@@ -169,6 +183,14 @@ class Prompts:
             raise InputError(f"attention_mask leaves tokens out, and {NO_MASK}.")
         self._warn_of_padding(mask)
         return _to(given, device)
+
+    def _read_media(self, prompts: Any, media: dict[str, Any], texts: dict[str, Any], side: str) -> dict[str, Any]:
+        template = {name: value for name, value in texts.items() if name != "prepend_bos" and value is not None}
+        if texts.get("prepend_bos") is not None:
+            raise InputError("prepend_bos: beside images the processor says how a text begins.")
+        made = read_media(self._processor(), prompts, media, template, side)
+        self.check_lengths(made["attention_mask"].sum(-1).tolist(), side)
+        return {name: value for name, value in made.items() if self.reads(name) and name != "labels"}
 
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""

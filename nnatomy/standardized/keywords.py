@@ -29,7 +29,7 @@ _OF_GENERATE = frozenset(("tokenizer", "assistant_tokenizer"))
 #: What `generate` never hands on.
 _NOT_OF_GENERATE = frozenset(("labels", "return_dict", "num_items_in_batch"))
 #: What an encoder of images or videos reads.
-_PIXELS = frozenset(("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"))
+PIXELS = frozenset(("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"))
 #: The names that a KV cache goes by.
 _CACHES = frozenset(CACHE_NAMES)
 
@@ -119,7 +119,7 @@ class Keywords:
             for kind in ("image", "video"):
                 encode = getattr(self._causal.base_model, f"get_{kind}_features", None)
                 names = set() if encode is None else _named(encode, read=False)[0]
-                taken |= names if names & _PIXELS & set(given) else set()
+                taken |= names if names & PIXELS & set(given) else set()
         return taken
 
     def _above_the_layers(self) -> list[Module]:

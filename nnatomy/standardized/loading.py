@@ -19,8 +19,8 @@ import nnatomy
 from nnatomy.errors import LoadError
 from nnatomy.standardized.packaged import PACKAGES, packaged
 
-#: Arguments of `from_pretrained` that the tokenizer takes as well.
-_SHARED = (
+#: Arguments of `from_pretrained` that the tokenizer (and the processor) takes as well.
+SHARED = (
     "revision",
     "trust_remote_code",
     "token",
@@ -47,7 +47,7 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
         except ValueError as error:
             if not str(error).startswith("Unrecognized configuration class"):
                 raise
-        shared = {key: value for key, value in kwargs.items() if key in _SHARED}
+        shared = {key: value for key, value in kwargs.items() if key in SHARED}
         config = AutoConfig.from_pretrained(place, **shared)
         auto = next((auto for auto in _AUTO if type(config) in auto._model_mapping), AutoModel)
         return auto.from_pretrained(place, **kwargs)
@@ -62,7 +62,7 @@ def load_model(id_or_path: str | Path, kwargs: dict[str, Any]) -> Any:
 def load_tokenizer(id_or_path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, str]:
     """The tokenizer of that id or folder, which pads on the left; or None, and why there is none."""
     place = locate(id_or_path)
-    shared = {key: value for key, value in kwargs.items() if key in _SHARED}
+    shared = {key: value for key, value in kwargs.items() if key in SHARED}
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **shared)
     except (OSError, ValueError, KeyError, ImportError) as error:

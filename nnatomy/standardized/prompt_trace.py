@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.utils.generic import ModelOutput
 
 from nnatomy.arch_configs import CACHE_NAMES, cached_positions, given_cache, has_decoder
-from nnatomy.blocks.row_slot import UnknownRows
+from nnatomy.blocks.rows import UnknownRows
 from nnatomy.blocks.schedule import Invoke, Schedule
 from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames

@@ -20,10 +20,12 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 from transformers.utils import output_capturing
 
-from nnatomy.blocks.row_slot import is_opaque
+from nnatomy.blocks.rows import is_opaque
 from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError
+from nnatomy.images.media import MEDIA
+from nnatomy.standardized.keywords import PIXELS
 
 #: What configs may say of every call.
 _OF_CONFIGS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -65,7 +67,7 @@ class Recorded:
     def __init__(self, run: Run, model: Any) -> None:
         self._run = run
         self._model = model
-        self._by = ""
+        self._by, self._images = "", False
         #: By module and kind of point, the tensors there before anybody has edited them.
         self._made: dict[tuple[Module, str], list[Any]] = {}
         self._inside: list[_Inside] = []
@@ -73,17 +75,23 @@ class Recorded:
     def look(self, arguments: Mapping[str, Any]) -> None:
         """Begin, if these arguments of the model's forward, or its config, say that something is recorded."""
         by = recorded_by(arguments, self._model.config, self._model.steps_of.config)
-        if self._by or by is None:
-            return
-        self._by = by
-        accessors: list[Any] = [getattr(self._model, name) for name in _INSIDE]
-        watches: list[tuple[set[Module], dict[str, Any]]] = [
-            ({*self._run.roots[0].modules()}, {"input": None, "output": None}),
-            *(({*one.modules} - {None}, {one.kind: one.tap}) for one in accessors),
-        ]
-        for modules, kinds in watches:
-            self._run.replace(_Before(self, modules, kinds), 0)
-            self._run.collect(_After(self, modules, kinds))
+        if by is not None and not self._by:
+            self._by = by
+            accessors: list[Any] = [getattr(self._model, name) for name in _INSIDE]
+            self._watch({*self._run.roots[0].modules()}, {"input": None, "output": None})
+            for one in accessors:
+                self._watch({*one.modules} - {None}, {one.kind: one.tap})
+        elif not (self._by or self._images) and any(arguments.get(name) is not None for name in (*PIXELS, *MEDIA)):
+            # A vision encoder's layers are recorded, and some of the record is what the language model is given.
+            self._images = True
+            causal = self._model.steps_of
+            encoder = causal.get_encoder(modality="image")
+            if encoder is not causal and isinstance(encoder, Module):
+                self._watch({*encoder.modules()}, {"input": None, "output": None})
+
+    def _watch(self, modules: set[Module], kinds: dict[str, Any]) -> None:
+        self._run.replace(_Before(self, modules, kinds), 0)
+        self._run.collect(_After(self, modules, kinds))
 
     def before(self, slot: Slot) -> None:
         """A point has been reached."""
@@ -95,7 +103,7 @@ class Recorded:
         module = slot.module
         if slot.kind == "input":
             if slot.skipped and _records_now() and any(map(_records, module.modules())):
-                raise refuse_skip(f"skip of a {type(module).__name__}", self._by)
+                raise refuse_skip(f"skip of a {type(module).__name__}", self._by or "output_hidden_states")
             return
         leaves = _leaves(slot.value)
         made = self._made.pop((module, slot.kind), leaves)

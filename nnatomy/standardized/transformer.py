@@ -32,6 +32,7 @@ from nnatomy.arch_configs import (
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
+from nnatomy.images.vision import Vision
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
@@ -42,7 +43,7 @@ from nnatomy.standardized.head import NO_HEAD, Head
 from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id, padding_token_id
 from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView
-from nnatomy.standardized.loading import load_model, load_tokenizer
+from nnatomy.standardized.loading import SHARED, load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.prompt_texts import PromptTexts
 from nnatomy.standardized.reading import Reading
@@ -55,7 +56,7 @@ from nnatomy.validation import validate as validate_model
 from nnatomy.weights import Found as FoundWeights
 
 
-class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights, Edits):
+class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, Weights, Edits):
     """A Hugging Face transformer, open to read and edit under the same names on any architecture.
 
     The accessors take a layer index (negative too, or a slice) inside a trace, and can be assigned:
@@ -97,6 +98,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             one in a wrapper (a PEFT model): steps, prompts and logits are those of the model in it.
         tokenizer: a tokenizer, or its id or folder, for a loaded model or in place of the id's own. Batches are padded on the
             left, whatever it says of that when it is given; its `padding_side` counts once it is changed.
+        processor: what reads images (videos, sound) for a model that takes them, as AutoProcessor gives; of a model given by its
+            id, its own is loaded when it is needed. Its tokenizer is the model's, if no other is given.
         arch_config: where the modules are, for an architecture that nnatomy does not know.
         validate: check at load that each standard name means what it promises. `"shapes"` checks the shapes alone, which
             a model on the meta device has too; False checks nothing. `validation` says what was found.
@@ -145,6 +148,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
         model: str | Path | Module,
         tokenizer: Any = None,
         *,
+        processor: Any = None,
         arch_config: ArchConfig | None = None,
         validate: bool | Literal["shapes"] = True,
         allow_failures: bool = False,
@@ -162,6 +166,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             raise InputError(
                 f"tokenizer={tokenizer!r}: it is a tokenizer, or its id or folder. All other arguments are given by name."
             )
+        if tokenizer is None and processor is not None:
+            tokenizer = getattr(processor, "tokenizer", None)
         no_tokenizer = "pass one: StandardizedTransformer(model, tokenizer), or give token ids."
         if isinstance(model, Module):
             if kwargs:
@@ -186,6 +192,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
                 "before: compiled = torch.compile(model) may be used beside StandardizedTransformer(model)."
             )
         super().__init__(hf_model)
+        self._processor = processor
+        self._processor_options = {name: kwargs[name] for name in SHARED if name in kwargs}
         self._name = None if isinstance(model, Module) else str(model)
         self.tokenizer = tokenizer
         self._options = no_tokenizer, arch_config, validate, allow_failures
@@ -287,6 +295,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             if main_input(causal) == "input_ids"
             else (),
             cache_name(causal),
+            partial(_processor_of, ref(self)),
+            partial(takes, causal),
             partial(_is_causal, ref(self)),
             None if known is None else known.default_side,
         )
@@ -348,6 +358,12 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Values, Weights,
             if self._blocks.is_open_here:
                 raise self._no_such(name)
         super().__setattr__(name, value)
+
+
+def _processor_of(model: ref[StandardizedTransformer], load: bool = True) -> Any:
+    """That of a view, which is not kept for it."""
+    view = model()
+    return None if view is None else view.processor if load else view._processor
 
 
 def _is_causal(model: ref[StandardizedTransformer]) -> bool:

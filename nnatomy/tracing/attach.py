@@ -4,8 +4,6 @@ An attached module is called by the forward pass itself, in its thread, so that 
 autograd and the optimizer see it as they see the model. It lives on the view: the model carries nothing of it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +59,7 @@ class Attachment(Collector):
         self.how = how
         self._taken: dict[int, Tensor] = {}  # what it is given in which step, until it is called
 
-    def for_run(self) -> Attachment:
+    def for_run(self) -> "Attachment":
         """The same for one run, which it keeps a value of."""
         return copy.copy(self)
 

@@ -1,7 +1,5 @@
 """The steps of a generation, to loop over in a block."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

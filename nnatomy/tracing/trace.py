@@ -1,7 +1,5 @@
 """A trace that several blocks may share; and the entry that opens it: a view that may have lasting edits and attached modules."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -19,7 +17,6 @@ from nnatomy.core.block import Block
 from nnatomy.core.run import Run
 from nnatomy.errors import NotCalledError, UsageError
 from nnatomy.tracing.attach import Attachment, Point, first_tensor, with_first_tensor
-from nnatomy.tracing.save import mount_save
 from nnatomy.tracing.source import ModuleView
 from nnatomy.tracing.steps import Steps
 
@@ -30,9 +27,8 @@ class Trace(core.Trace):
     def _block_of(self, run: Run) -> Schedule:
         return Schedule(run, self._root._blocks)
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> "Trace":
         super().__enter__()
-        mount_save()
         for edit in getattr(self._root, "edits", ()):
             if isinstance(edit, Attachment):
                 run = self.block.run

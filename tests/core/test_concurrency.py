@@ -509,7 +509,7 @@ def test_forks_while_other_threads_trace(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_fork_after_computing_with_helper_threads(tmp_path: Path) -> None:
-    """OpenMP's helpers are not in the child: neither to compute with, nor to be given up (see `openmp`)."""
+    """OpenMP's helpers are not in the child: neither to compute with, nor to be given up (see `worker`)."""
     path = script(
         tmp_path,
         "forks.py",

@@ -18,8 +18,7 @@ from helpers import Calls, busy_threads, net, no_leaks, settles, x
 from torch import nn
 
 from nnatomy.core import gates, worker
-from nnatomy.core.coroutine import AGAIN_SECONDS
-from nnatomy.core.interrupts import Cancelled, Interruptible
+from nnatomy.core.coroutine import AGAIN_SECONDS, Cancelled, Interruptible
 from nnatomy.tracing import Trace, Traceable
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
-from nnatomy.plots import attention, bars, curves, heat_map
+from nnatomy.plots import attention, bars, circuit, curves, heat_map, parts
+from nnatomy.plots.look import COLORS, SCALES, SIGNED, theme
 
 TOKENS = ["The", " the", " the", "<b>x</b>"]
 VALUES = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, float("nan"), 0.7, 0.8]])
@@ -114,15 +116,18 @@ def test_attention_has_a_map_for_each_head_and_a_menu_for_one_alone() -> None:
     for head, trace in enumerate(figure.data):
         assert torch.equal(torch.tensor(trace.z), patterns[head])
         assert list(trace.x) == list(trace.y) == ["0 The", "1 ·the", "2 ·the", "3 &lt;b&gt;x&lt;/b&gt;"]
-    assert [note.text for note in figure.layout.annotations] == [f"head {i}" for i in range(6)]
+    assert [note.text for note in figure.layout.annotations] == [f"H{i}" for i in range(6)]
     assert figure.layout.yaxis.autorange == "reversed"
     everything, *single = figure.layout.updatemenus[0].buttons
     assert everything.args[0]["visible"] == [True] * 6
     assert single[2].args[0]["visible"] == [False, False, True, False, False, False]
     alone = figure.update_layout({key.replace(".", "_"): v for key, v in single[2].args[1].items() if "[" not in key})
-    assert tuple(alone.layout.xaxis3.domain) == (0, 1)
+    small = figure.data[2].xaxis, alone.layout.xaxis3.domain
+    assert small[0] == "x3"
+    assert small[1][0] < 0.15
     assert alone.layout.xaxis3.visible
     assert not alone.layout.xaxis2.visible
+    assert single[2].label == "H2"
 
 
 def test_what_a_causal_mask_hides_is_left_out() -> None:
@@ -133,9 +138,65 @@ def test_what_a_causal_mask_hides_is_left_out() -> None:
         assert torch.equal(shown.nan_to_num(), pattern)
 
 
-def test_keys_are_named_below_the_last_map_of_each_column() -> None:
-    layout = attention(torch.rand(6, 4, 4), tokens=TOKENS).layout
-    assert [layout[f"xaxis{i or ''}"].visible for i in (0, *range(2, 7))] == [False, False, True, True, True, True]
+def test_every_head_has_its_labels_and_square_cells() -> None:
+    for queries, keys in ((4, 4), (3, 4), (4, 4), (90, 90)):
+        tokens = [TOKENS[i % 4] for i in range(keys)]
+        figure = attention(torch.rand(6, queries, keys), tokens=tokens)
+        layout = figure.layout
+        wide = layout.width - layout.margin.l - layout.margin.r
+        high = layout.height - layout.margin.t - layout.margin.b
+        for i in ("", *range(2, 7)):
+            x, y = layout[f"xaxis{i}"], layout[f"yaxis{i}"]
+            cell = (x.domain[1] - x.domain[0]) * wide / keys, (y.domain[1] - y.domain[0]) * high / queries
+            assert cell[0] == pytest.approx(cell[1], rel=0.02)
+            assert x.visible is not False
+            assert y.visible is not False
+            shown = [
+                figure.data[0].x.tolist().index(name)
+                if hasattr(figure.data[0].x, "tolist")
+                else list(figure.data[0].x).index(name)
+                for name in x.tickvals
+            ]
+            assert shown[0] == 0
+            assert all((b - a) * cell[0] >= 12.5 for a, b in itertools.pairwise(shown))
+        assert 500 < layout.width <= 960
+
+
+def test_heads_are_named_by_layer_also_where_layers_are_stacked() -> None:
+    def names(patterns: torch.Tensor, **more: object) -> list[str]:
+        return [note.text for note in attention(patterns, tokens=TOKENS, **more).layout.annotations]  # type: ignore[arg-type]
+
+    patterns = torch.rand(2, 3, 4, 4)
+    assert names(patterns) == ["L0H0", "L0H1", "L0H2", "L1H0", "L1H1", "L1H2"]
+    assert names(patterns, layer=[5, 7])[-1] == "L7H2"
+    assert names(patterns[0], layer=3) == ["L3H0", "L3H1", "L3H2"]
+    figure = attention(patterns, tokens=TOKENS)
+    assert torch.equal(torch.tensor(figure.data[4].z), patterns[1, 1])
+    with pytest.raises(InputError) as caught:
+        attention(patterns, tokens=TOKENS, layer=[1])
+    assert str(caught.value) == "The patterns are of 2 layers, and 1 are named."
+
+
+def test_zero_is_another_color_than_nothing() -> None:
+    for dark in (False, True):
+        assert SCALES["sequential"][dark][0] not in (COLORS["paper"][dark], COLORS["card"][dark])
+
+
+def test_the_color_bar_is_in_sight_however_wide_the_figure_is() -> None:
+    figure = heat_map(torch.rand(2, 200), rows=["0", "1"], columns=[" token"] * 200, value_name="effect, nats")
+    bar = theme(dark=False)["layout"]["coloraxis"]["colorbar"]
+    assert (bar["orientation"], bar["x"], bar["xanchor"]) == ("h", 0, "left")
+    assert figure.layout.coloraxis.colorbar.title.text == "effect, nats"
+
+
+def test_a_lens_of_sixty_tokens_fits_a_page_and_its_texts_are_in_the_hover() -> None:
+    texts = [[f"answer {j}" for j in range(60)] for _ in range(2)]
+    figure = heat_map(torch.rand(2, 60), rows=["0", "1"], columns=[" token"] * 60, texts=texts)
+    assert figure.layout.width is None
+    assert figure.layout.meta["least"] <= 900
+    assert figure.data[0].text is None
+    assert figure.data[0].hovertext[1][7].endswith("<br>answer 7")
+    assert len(figure.layout.xaxis.ticktext) == 60
 
 
 def test_the_menu_goes_back_to_the_overview() -> None:
@@ -151,6 +212,76 @@ def test_later_steps_of_a_generation_have_fewer_queries_than_keys() -> None:
     figure = attention(torch.rand(1, 1, 4), tokens=TOKENS)
     assert list(figure.data[0].y) == ["3 &lt;b&gt;x&lt;/b&gt;"]
     assert not figure.layout.updatemenus
+
+
+def test_parts_of_heads_are_a_map_of_layer_by_head() -> None:
+    names = [
+        "embeddings",
+        *(f"L{i}{part}" for i in range(4) for part in ("H0", "H10", "H2", " mlp", "H1", "H3")),
+        "rest",
+    ]
+    values = torch.arange(float(len(names)))
+    figure = parts(values, labels=names, value_name="logit")
+    z = torch.tensor(figure.data[0].z)
+    assert list(figure.layout.xaxis.ticktext) == ["H0", "H1", "H2", "H3", "H10", "mlp", "other"]
+    assert list(figure.layout.yaxis.ticktext) == ["embeddings", "0", "1", "2", "3", "rest"]
+    assert z[2, 4] == names.index("L1H10")
+    assert z[4, 5] == names.index("L3 mlp")
+    assert z[0].isfinite().tolist() == [False] * 6 + [True]
+    assert z.isfinite().sum() == len(names)
+    assert figure.layout.height < 500
+    assert figure.data[0].hovertext[2][4].endswith("<br>L1H10")
+
+
+def test_few_parts_and_parts_of_no_heads_are_bars() -> None:
+    for names in (["L0H0", "L0H1"], [f"L{i} mlp" for i in range(30)], ["L0H1"] * 30):
+        assert parts(torch.ones(len(names)), labels=names).data[0].type == "bar"
+
+
+def a_circuit(k: int = 80) -> go.Figure:
+    scores = torch.tensor([[0.5, -2.0, 0.0], [0.0, float("nan"), 1.0], [0.0, 0.0, -0.1]])
+    sources, destinations = ["embeddings", "L0H1", "L1 mlp"], ["L0H1.q", "L1 mlp", "logits"]
+    return circuit(scores, sources=sources, destinations=destinations, k=k, value_name="<b>", title="a < b")
+
+
+def test_a_circuit_is_a_graph_of_its_largest_edges() -> None:
+    *edges, nodes, _, _ = a_circuit().data
+    assert [edge.text for edge in edges] == [
+        "embeddings → L1 mlp<br>&lt;b&gt;: -2",
+        "L0H1 → logits<br>&lt;b&gt;: 1",
+        "embeddings → L0H1.q<br>&lt;b&gt;: 0.5",
+        "L1 mlp → logits<br>&lt;b&gt;: -0.1",
+    ]
+    assert [edge.line.color for edge in edges] == [SIGNED[0], SIGNED[1], SIGNED[1], SIGNED[0]]
+    widths = [edge.line.width for edge in edges]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 4
+    assert list(nodes.text) == ["embeddings", "H1", "mlp", "logits"]
+    at = dict(zip(nodes.text, zip(nodes.x, nodes.y, strict=True), strict=True))
+    assert at["embeddings"][1] < at["H1"][1] < at["mlp"][1] < at["logits"][1]
+    for edge, (start, end) in zip(
+        edges, (("embeddings", "mlp"), ("H1", "logits"), ("embeddings", "H1"), ("mlp", "logits")), strict=True
+    ):
+        assert (edge.x[0], edge.y[0]) == pytest.approx(at[start])
+        assert (edge.x[-1], edge.y[-1]) == pytest.approx(at[end])
+    assert nodes.hovertext[1].split("<br>") == ["L0H1", "→ logits: 1", "← embeddings.q: 0.5"]
+
+
+def test_a_circuit_is_filtered_by_the_number_of_edges() -> None:
+    assert len(a_circuit(k=2).data) == 2 + 3
+    scores = torch.rand(12, 12).triu(1)
+    names = [f"L{i}H0" for i in range(12)]
+    figure = circuit(scores, sources=names, destinations=names)
+    steps = figure.layout.sliders[0].steps
+    assert [step.value for step in steps] == ["5", "10", "20", "40", "66"]
+    assert list(steps[1].args[0]["visible"]) == [True] * 10 + [False] * 56
+    assert list(steps[1].args[1]) == list(range(66))
+    tenth = scores.flatten().sort(descending=True).values[9]
+    assert steps[1].label == f"10 (≥ {float(tenth):.2g})"
+
+
+def test_no_edge_is_no_error() -> None:
+    assert circuit(torch.zeros(1, 1), sources=["a"], destinations=["b"]).layout.sliders == ()
 
 
 def test_a_long_title_is_folded() -> None:
@@ -176,6 +307,12 @@ def test_a_long_title_is_folded() -> None:
             lambda: curves([0, 1], {"a": [1]}),
             "The curve 'a' has 1 values for 2 places on the axis.",
         ),
+        (
+            lambda: circuit(VALUES, sources=["a"], destinations=["b"]),
+            "scores are (2, 4), with names for 1 sources and 1 destinations: give one name each.",
+        ),
+        (lambda: a_circuit(k=0), "k=0: give the number of edges to draw, at least 1."),
+        (lambda: parts(VALUES[0], labels=["a"]), "4 values with 1 labels: give one label each."),
         (
             lambda: attention(VALUES[None], tokens=["a"]),
             "The patterns are over 2 queries and 4 keys; there are 1 tokens.",

@@ -13,13 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from architectures import build
+from encoder_decoders import build as encoder_decoder
 from remote_server import Process, served
+from transformers import LlamaForCausalLM
 
 from nnatomy import StandardizedTransformer
 from nnatomy.cli import main
 from nnatomy.errors import ConnectionLostError, InputError, LoadError, NotRemoteError, RemoteError
+from nnatomy.serve.app import Server
 
 PROMPT = "The capital of France is"
 
@@ -138,6 +143,10 @@ def test_an_error_at_the_server_says_whose_line_it_was(remote: Any) -> None:
 def test_what_is_not_to_be_had(remote: Any) -> None:
     with pytest.raises(NotRemoteError, match="read what you need by its name"):
         remote(PROMPT, output_hidden_states=True)
+    remote.config.output_hidden_states = True
+    with pytest.raises(NotRemoteError, match=r"output_hidden_states=True .* such as model.layers_output\[:\]"):
+        remote(PROMPT)
+    remote.config.output_hidden_states = False
     with pytest.raises(NotRemoteError, match="they are everybody's"):
         remote.hf_model.lm_head.weight.requires_grad_(False)
     with pytest.raises(NotRemoteError, match="register_hook"):
@@ -149,6 +158,29 @@ def test_what_is_not_to_be_had(remote: Any) -> None:
     with pytest.raises(NotRemoteError, match="x.local"):
         with remote.trace(PROMPT):
             remote.layers_output[1].unsqueeze_(0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_models_that_are_not_served() -> None:
+    """Who would serve one is told what to do instead; nothing of it is served under another name."""
+
+    class OfItsOwn(LlamaForCausalLM):
+        pass
+
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    for model, text in (
+        (
+            encoder_decoder("T5ForConditionalGeneration"),
+            r"is an encoder-decoder: it cannot be served\. Run it where it is loaded",
+        ),
+        (
+            peft.get_peft_model(build("llama"), adapters),
+            r"wraps the model: it cannot be served\. Merge it \(merge_and_unload\)",
+        ),
+        (OfItsOwn(build("llama").config), r"OfItsOwn is no class of Transformers, .* Run it where it is loaded"),
+    ):
+        with pytest.raises(InputError, match=text):
+            Server({"x": StandardizedTransformer(model.eval(), validate=False)})
 
 
 def test_two_clients_at_once_see_their_own(server: Process, remote: Any) -> None:
@@ -172,5 +204,12 @@ def test_what_is_dead_is_dropped(remote: Any) -> None:
     for _ in range(3):
         with torch.no_grad(), remote.trace(PROMPT):
             remote.layers_output[2].norm()
+    for _ in range(3):  # what a pass returns, and its cache
+        with torch.no_grad(), remote.trace(PROMPT) as tracer:
+            result = tracer.result
+        assert remote._connection.ask("sync")[0]["objects"] == 2
+        del result, tracer
+    remote.generate_text(PROMPT, max_new_tokens=3, do_sample=False)
     held = remote._connection.ask("sync")[0]
     assert held["tensors"] < 10
+    assert held["objects"] == 0

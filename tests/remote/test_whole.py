@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ from nnatomy import StandardizedTransformer
 from nnatomy.cli import main
 from nnatomy.errors import ConnectionLostError, InputError, LayerIndexError, NotRemoteError, RemoteError
 from nnatomy.methods import (
+    TargetPrompt,
     activation_patching,
     attribution_patching,
     causal_tracing,
@@ -37,10 +39,13 @@ from nnatomy.methods import (
     log_probability,
     logit_difference,
     logit_lens,
+    patchscope_generate,
+    patchscope_lens,
     path_patching,
     probability,
 )
 from nnatomy.remote import methods as client
+from nnatomy.remote.catalog import WHOLE, WITHOUT_GRADIENTS, method_of
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.methods import Server
 
@@ -147,6 +152,39 @@ def test_by_its_name_and_json(local: Any, remote: Any) -> None:
     other = Server(remote.server.address, remote._connection.key)  # no model here
     assert torch.equal(other.run("activation_patching", **arguments).effect, wanted.effect)
     assert other.status()["models"][0]["name"] == remote.server_status()["models"][0]["name"] == "demo:gpt2"
+
+
+def test_those_that_run_without_gradients_are_so_by_their_own_code() -> None:
+    ends = {name: inspect.getsource(method_of(name)).partition("\ndef ")[0] for name in WHOLE}
+    assert {name for name, decorators in ends.items() if "@torch.no_grad()" in decorators} == WITHOUT_GRADIENTS
+
+
+def test_a_tensor_that_needs_a_gradient_goes_to_those(local: Any, remote: Any) -> None:
+    """Its method gives none, here or there."""
+    latents = torch.randn(6, 2, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target = TargetPrompt(B, -1)
+    wanted = patchscope_lens(local, None, target, latents=latents)
+    with remote.trace(A):
+        size = remote.layers_output[0].std() * 0 + 1
+    before = remote._connection.trips
+    for given in (latents, latents * size):
+        found = patchscope_lens(remote, None, target, latents=given)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, wanted)
+        assert not found.requires_grad
+    assert remote._connection.trips <= before + 3  # one more, for the elements of what is there
+
+
+def test_beams_run_whole(local: Any, remote: Any) -> None:
+    """A cache that is reordered here could not be sent."""
+    target, options = TargetPrompt(B, -1), {"num_beams": 3, "do_sample": False}
+    before = remote._connection.trips
+    found = patchscope_generate(remote, [A], target, 3, **options)
+    assert remote._connection.trips == before + 1
+    wanted = patchscope_generate(local, [A], target, 3, **options)
+    assert {layer: each.tolist() for layer, each in found.items()} == {
+        layer: each.tolist() for layer, each in wanted.items()
+    }
 
 
 def test_what_cannot_be_sent_runs_from_here(local: Any, remote: Any) -> None:

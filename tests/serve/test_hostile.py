@@ -114,8 +114,16 @@ COMMANDS: dict[str, tuple[list[Any], Any]] = {
     ),
     "large products": (
         [
+            op("new_zeros.default", [t(2), [8000, 1]], [62]),
+            op("expand.default", [t(62), [8000, 20_000]], [64]),
+            op("t.default", [t(64)], [66]),
+            op("mm.default", [t(64), t(66)]),
+        ],
+        SYNC,
+    ),
+    "a large decomposition": (
+        [
             op("new_zeros.default", [t(2), [8000, 8000]], [60]),
-            op("mm.default", [t(60), t(60)]),
             op("linalg_qr.default", [t(60)], [50, 52]),
         ],
         SYNC,
@@ -513,6 +521,17 @@ def test_what_another_holds_is_not_to_be_had(server: Process, other: Raw) -> Non
         for number in (900, 901, 1, 3, 60):
             assert attacker.ask(["fetch", [number]])["error"]["type"] == "Refused"
         assert attacker.ask(["go", 8, []])["error"]["type"] == "Refused"
+
+
+def test_a_frame_of_many_long_commands_holds_up_nobody(server: Process, other: Raw) -> None:
+    large = op("new_ones.default", [t(2), [1000, 1000]], [60])
+    commands = [large, *[op("mm.default", [t(60), t(60)], [62])] * 60]
+    with Raw(server.address) as attacker:
+        attacker.socket.send(pack({"n": 1, "c": commands, "q": SYNC}))
+        assert "ok" in other.ask(SYNC)
+        with pytest.raises(TimeoutError):  # it is still at it
+            attacker.socket.recv(timeout=0)
+        attacker.socket.recv(timeout=300)
 
 
 def test_a_page_of_a_browser_may_not_come(server: Process) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
 import time
 import warnings
+from base64 import b64encode
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -18,7 +21,8 @@ from nnatomy.remote.values import NotSendableError, Receiver, Sender
 from nnatomy.remote.wire import FrameError, pack, to_bytes, unpack
 from nnatomy.serve.hello import weights_hash
 from nnatomy.serve.job import Job
-from nnatomy.serve.jobs import Jobs
+from nnatomy.serve.jobs import Jobs, Later
+from nnatomy.serve.keys import Keys
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.meter import Meter, Stopped
 from nnatomy.serve.policy import Refused
@@ -81,6 +85,25 @@ CAPS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {
     ),
     "a number": ({}, "integrated_gradients", {**PAIR, "steps": 10**9}, "the number 1,000,000,000"),
     "a text": ({"tokens": 10}, "logit_lens", {"prompts": "a" * 161}, "a text of 161 characters; 160 are"),
+    "a text within an object": (
+        {"tokens": 10},
+        "patchscope_lens",
+        {"source_prompts": A, "target_patch_prompts": TargetPrompt("a" * 161, -1)},
+        "a text of 161 characters; 160 are",
+    ),
+    "a text of a metric": (
+        {"tokens": 10},
+        "activation_patching",
+        {**PAIR, "metric": {"logit_difference": ["a" * 161, 3]}},
+        "a text of 161 characters; 160 are",
+    ),
+    "texts in all": ({"tokens": 10}, "logit_lens", {"prompts": ["a" * 100] * 7}, "of 700 characters in all; 640 are"),
+    "pairs of senders and receivers": (
+        {},
+        "path_patching",
+        {**PAIR, "sender": ["mlps_contribution[0]"] * 2000, "receivers": ["mlps_contribution[5]"] * 2000},
+        "sender and receivers: 4,000,000 pairs; 1,000,000 are allowed",
+    ),
 }
 
 
@@ -96,7 +119,7 @@ def test_what_the_model_would_hold_is_known_before(server: Served) -> None:
 @pytest.mark.parametrize("what", CAPS)
 def test_caps_hold_within_a_method(server: Served, what: str) -> None:
     limits, name, given, text = CAPS[what]
-    if what not in ("rows asked for", "a number", "a text"):
+    if not what.startswith(("rows", "a number", "a text", "texts", "pairs")):
         assert "error" not in ended(job(server, name, **given))
     kind, told = ended(job(server, name, limits=limits, **given))["error"]
     assert kind == "Refused"
@@ -293,7 +316,7 @@ def asked(one: Session, *question: Any, blobs: Any = ()) -> dict[str, Any]:
     answer = one.handle(pack({"n": 1, "c": [], "q": list(question)}, blobs))
     if isinstance(answer, bytes):
         return unpack(answer)[0]
-    assert answer is not None
+    assert isinstance(answer, Later)
     while not answer.job.ended:
         answer.job.go_on(lambda: False)
     return {"ok": answer.answer[0]}
@@ -340,6 +363,132 @@ def test_the_bytes_that_are_kept_are_bounded(server: Served) -> None:
         assert jobs.told()["bytes"] <= 4 * size
     assert jobs.told()["kept"] == 3 + 1
     assert "ok" in asked(other, "look", "f" * 32)  # another's stay
+
+
+def test_the_arguments_that_wait_are_bounded(server: Served) -> None:
+    jobs = Jobs(Limits(kept_bytes=5000), nothing, lambda: False)
+    mine, other = session(server, jobs, "a"), session(server, jobs, "b")
+    given, blobs = {"dict": [["prompts", {"t": [0, "int64", [300], [0]]}]]}, [bytes(2400)]
+
+    def begin(one: Session, i: int) -> Any:
+        return one.handle(pack({"n": 1, "c": [], "q": ["begin", f"{i:032x}", "logit_lens", given]}, blobs))
+
+    assert not isinstance(begin(mine, 0), bytes)
+    assert not isinstance(begin(mine, 1), bytes)
+    assert b"the arguments of your runs have more than 5,000 bytes" in begin(mine, 2)
+    assert not isinstance(begin(other, 2), bytes)
+    jobs.forget("a", f"{0:032x}")
+    assert not isinstance(begin(mine, 2), bytes)
+    with pytest.raises(Refused, match="has used up its"):
+        session(server, Jobs(Limits(compute_seconds=-1.0), nothing, lambda: False), "a").handle(
+            pack({"n": 1, "c": [], "q": ["begin", "0" * 32, "logit_lens", given]}, blobs)
+        )
+    assert not jobs.told()["kept"]
+
+
+def test_who_has_the_same_key_is_the_same_whatever_he_calls_himself() -> None:
+    """Else the caps of one key would be those of each name that a client thinks of."""
+    keys = Keys({sha256(b"one").hexdigest(): "use", sha256(b"two").hexdigest(): "use"})
+
+    def owner(kind: str, key: str) -> str:
+        client = keys.client(f"{kind} {key}")
+        assert client is not None
+        return client.owner
+
+    names = [owner("Basic", b64encode(f"{name}:one".encode()).decode()) for name in ("a", "b", "")]
+    assert {*names, owner("Bearer", "one"), owner("bearer", " one ")} == {sha256(b"one").hexdigest()}
+    assert owner("Bearer", "two") not in names
+    nobody = Keys().client("Bearer three")
+    assert nobody is not None
+    assert nobody.owner == ""
+
+
+def test_what_is_dropped_is_let_go_at_once(server: Served) -> None:
+    """Results that nobody can fetch any more take no memory, though the time for which they are kept is not over."""
+
+    async def run() -> None:
+        async def compute(function: Any, *given: Any) -> Any:
+            return function(*given)
+
+        async def send(header: dict[str, Any], blobs: list[bytes]) -> None:
+            sent.append(header)
+
+        jobs = Jobs(Limits(), compute, lambda: False)
+        mine, sent = session(server, jobs, "a"), list[Any]()
+        later: Any = mine.handle(
+            pack({"n": 1, "c": [], "q": ["run", "0" * 32, "logit_lens", {"dict": [["prompts", A]]}, 9]})
+        )
+        jobs.answer(later, mine, send)
+        while not sent or "ok" not in sent[-1]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert jobs.told()["kept"] == 1
+        assert not jobs._tasks  # each of which would have the job
+        mine.handle(pack({"n": 2, "c": [["forget", "0" * 32]], "q": None}))
+        assert not jobs._held
+
+    asyncio.run(run())
+
+
+def test_answers_that_are_not_read_are_bounded(server: Served) -> None:
+    """One after the other has its bytes in memory, and there are so many that wait."""
+
+    async def run() -> None:
+        async def send(header: dict[str, Any], blobs: list[bytes]) -> None:
+            sending.append(header)
+            await asyncio.sleep(3600)
+
+        jobs, sending = Jobs(Limits(), nothing, lambda: False), list[Any]()
+        mine = session(server, jobs, "a")
+        assert "ok" in asked(mine, "run", "0" * 32, "logit_lens", {"dict": [["prompts", A]]}, 9)
+        told: list[Any] = []
+        for _ in range(80):
+            answer: Any = mine.handle(pack({"n": 1, "c": [], "q": ["wait", "0" * 32, 0, 1 << 20]}))
+            if isinstance(answer, bytes):
+                told.append(unpack(answer)[0]["error"]["text"])
+            else:
+                jobs.answer(answer, mine, send)
+        await asyncio.sleep(0.05)
+        assert len(sending) == 1
+        assert told == ["64 answers of this session are still to be given"] * 16
+        for task in jobs._tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_backward_pass_is_ended_too(server: Served) -> None:
+    """Between two gradients, when it is cancelled or the session's time is over."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise Stopped(Refused("enough"))
+
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        y = x = torch.rand(8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in range(100):
+            y = y.exp().log1p()
+        return x, y.sum()
+
+    ends: list[Any] = [
+        lambda x, y: y.backward(),
+        lambda x, y: torch.autograd.grad(y, x),
+        lambda x, y: torch.autograd.grad([y], [x]),
+    ]
+    for end in ends:
+        calls = 0
+        with pytest.raises(Stopped, match="enough"), Meter(Limits(), server._weights, lambda: None, stop=check):
+            end(*made())
+        assert calls == 21
+    x, y = made()
+    with Meter(Limits(), server._weights, lambda: None, stop=lambda: None):
+        (found,) = torch.autograd.grad(y, x)
+    x, y = made()
+    y.backward()
+    assert torch.equal(found, x.grad)  # type: ignore[arg-type]
 
 
 def test_tensors_of_arguments_and_warnings_of_a_job(server: Served) -> None:

@@ -22,7 +22,8 @@ from nnatomy.serve.app import Server
 from nnatomy.serve.keys import Client
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
-from nnatomy.serve.session import Session
+from nnatomy.serve.session import More, Session
+from nnatomy.serve.tensors import _inside
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,23 @@ def test_of_a_cache(opened: Open) -> None:
     assert "would hold more than 80,000 bytes" in ask(session, [["end", 8], again])["error"]["text"]
 
 
+def test_what_passes_have_returned_takes_no_memory_that_is_not_counted(opened: Open) -> None:
+    """Neither a client that drops the tensors and nothing else, nor one that drops nothing, has more than it may."""
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
+    session = opened()
+    ask(session, [["grad", False], ONES, ids], blobs=BYTES)
+    for k in range(3):
+        told = ask(session, [["open", k, {"input_ids": {"t": 60}, "use_cache": False}]], ["go", k, []])["ok"]["result"]
+        (number,) = [one["t"][0] for _, one in told["output"][2]]
+        assert session.held_bytes == 20 * 4 * session._model.vocab_size + 64 + 160
+        ask(session, [["drop", [number]]])
+    assert session._tensors.objects == 3
+    assert session.held_bytes == 64 + 160
+    assert not any(
+        list(_inside(one, 8)) for one in session._tensors._held.values() if not isinstance(one, torch.Tensor)
+    )
+
+
 def test_what_is_passed_by_is_bounded(opened: Open) -> None:
     session = opened(held_bytes=20_000)
     ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
@@ -190,6 +208,43 @@ def test_one_clients_long_prompt_does_not_show_in_anothers_values() -> None:
     before = logits(20)
     assert logits(60) != before
     assert logits(20) == before
+
+
+def test_of_the_time_of_a_command(opened: Open) -> None:
+    """A forward pass ends before the next layer, and a backward pass before the next gradient; the session goes on."""
+    session = opened(command_seconds=0.0)
+    ids = ["op", "aten.new_zeros.default", [{"t": 2}, [1, 20]], {"dtype": {"dtype": "int64"}}, [60]]
+    assert "ok" in ask(session, [ONES, ids, ["needs", 2, True]], blobs=BYTES)
+    text = "a command that computes for more than 0 seconds"
+    answer = ask(session, [["open", 8, {"input_ids": {"t": 60}}]], ["go", 8, []])
+    assert answer["error"]["text"] == text
+    steps = [["op", "aten.exp.default", [{"t": 2 if k == 0 else 50}], {}, [50]] for k in range(5)]
+    assert "ok" in ask(session, [*steps, ["op", "aten.sum.default", [{"t": 50}], {}, [52]]])
+    for command in (["backward", 52, None, True, False, [2]], ["grads", [52], [2], None, True, False, [54]]):
+        assert ask(session, [command])["error"]["text"] == text
+    assert ask(session, [], ["gradient", 2])["ok"] is None
+    assert "ok" in ask(session, [])
+
+
+def test_a_long_frame_stands_aside_where_others_wait(opened: Open) -> None:
+    """Between two commands; what it gives is the same, with the bytes of tensors that come in it."""
+    one, other = opened(), opened()
+    size, x = 800, torch.rand(800, 800, generator=torch.Generator().manual_seed(0))
+    put: Any = [["put", 60, "float32", [size, size], [0, 1]], ["put", 62, "float32", [size, size], [0, 1]]]
+    steps = [["op", "aten.mm.default", [{"t": 60 if k == 0 else 50}, {"t": 60}], {}, [50]] for k in range(30)]
+    last = ["op", "aten.mm.default", [{"t": 50}, {"t": 62}], {}, [52]]
+    frame = pack({"n": 1, "c": [put[0], *steps, put[1], last], "q": ["fetch", [52]]}, [to_bytes(x / 400)] * 2)
+    answer, turns = one.handle(frame, lambda: True), 0
+    while isinstance(answer, More):
+        turns += 1
+        assert "ok" in ask(other, [])
+        answer = one.go_on(lambda: True)
+    assert turns >= 2
+    wanted = x / 400
+    for _ in range(30):
+        wanted = wanted @ (x / 400)
+    assert bytes(unpack(answer)[1][0]) == to_bytes(wanted @ (x / 400))
+    assert isinstance(other.handle(frame), bytes)  # nobody waits
 
 
 def test_of_time_and_commands(opened: Open) -> None:

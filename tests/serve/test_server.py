@@ -256,8 +256,8 @@ def test_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     one, other = (sha256(key.encode()).hexdigest() for key in ("one", "other"))
     old = f"# mine\n{one}\n\n{other.upper()} # hers\n"
-    assert client(old, "Bearer one") == ("use", one[:8])  # a file of before there were roles
-    assert client(old, "bearer other") == ("use", other[:8])
+    assert client(old, "Bearer one") == ("use", one[:8], one)  # a file of before there were roles
+    assert client(old, "bearer other") == ("use", other[:8], other)
     assert client(f"{one} admin # mine\n{other} use\n", "Bearer one").is_admin
     basic = base64.b64encode(b":one").decode()
     assert client(f"{one} admin", f"Basic {basic}").is_admin
@@ -273,7 +273,7 @@ def test_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Bearer \udcff",
     ):
         assert client(old, wrong) is None
-    assert Keys().client(None) == ("admin", "")
+    assert Keys().client(None) == ("admin", "", "")
     for text in ("", "# none\n", "key\n", f"{one} root\n", f"{one} use admin\n", f"{one}\nkey\n"):
         with pytest.raises(InputError, match="has to hold the SHA-256 of each key"):
             client(text, None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Calls, settles
 
-from nnatomy.core import openmp
+from nnatomy.core import worker
 from nnatomy.tracing import Traceable
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no helpers here")
@@ -22,7 +22,7 @@ def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
-    openmp.release_helpers()
+    worker.release_helpers()
     torch.set_num_threads(before)
 
 
@@ -37,7 +37,7 @@ def compute() -> torch.Tensor:
 def test_helpers_end_and_come_back() -> None:
     compute()
     with_helpers = threads()
-    openmp.release_helpers()
+    worker.release_helpers()
     assert threads() == with_helpers - (torch.get_num_threads() - 1)
     assert compute()[0, 0] == 400
     assert threads() == with_helpers
@@ -45,7 +45,7 @@ def test_helpers_end_and_come_back() -> None:
 
 def test_a_trace_leaves_helpers_to_the_thread_that_computes() -> None:
     view = Traceable(Calls(lambda self, x: compute() + x))
-    openmp.release_helpers()
+    worker.release_helpers()
     without = threads()
     helpers = torch.get_num_threads() - 1
     compute()
@@ -59,4 +59,4 @@ def test_a_trace_leaves_helpers_to_the_thread_that_computes() -> None:
 
 def test_where_there_is_no_such_library_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    assert openmp._pause_function()(1) is None
+    assert worker._pause_function()(1) is None

@@ -1,0 +1,3 @@
+"""`nnsight.intervention.envoy`."""
+
+from nnatomy.compat.nnsight.envoy import Envoy as Envoy

@@ -1,0 +1,3 @@
+"""`nnsight.intervention.tracing`."""
+
+from nnatomy.compat.nnsight.intervention.tracing import util as util

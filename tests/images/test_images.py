@@ -1,0 +1,355 @@
+"""Prompts with images, on thirteen families with their own processors: against the model's own call, plain hooks, and what a changed
+image changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_families import FAMILIES
+from PIL import Image
+from reference import hooked
+from torch import Tensor, nn
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError
+from nnatomy.images.media import image_token
+
+# Of numpy, about the processors' own code.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+#: Where the vision encoder's layers and the projector are. None: no module's output is what enters the stream.
+PARTS = {
+    "llava": ("model.vision_tower.encoder.layers", "model.multi_modal_projector"),
+    "vipllava": ("model.vision_tower.encoder.layers", "model.multi_modal_projector"),
+    "llava_next": ("model.vision_tower.encoder.layers", None),  # a token that ends each row comes between
+    "paligemma": ("model.vision_tower.encoder.layers", "model.multi_modal_projector"),
+    "gemma3": ("model.vision_tower.encoder.layers", "model.multi_modal_projector"),
+    "qwen2_vl": ("model.visual.blocks", "model.visual.merger"),
+    "qwen2_5_vl": ("model.visual.blocks", "model.visual.merger"),
+    "qwen3_vl": ("model.visual.blocks", "model.visual.merger"),
+    "idefics3": ("model.vision_model.encoder.layers", "model.connector"),
+    "internvl": ("model.vision_tower.encoder.layer", "model.multi_modal_projector"),
+    "aya_vision": ("model.vision_tower.encoder.layers", "model.multi_modal_projector"),
+    "glm4v": ("model.visual.blocks", "model.visual.merger"),
+    "deepseek_vl": ("model.vision_model.encoder.layers", "model.aligner"),
+}
+#: Those that take no padding.
+ALONE = frozenset(("paligemma",))
+#: Those whose image is one picture, so that its tokens are a grid of patches.
+GRIDS = {
+    "llava": (4, 4),
+    "vipllava": (4, 4),
+    "paligemma": (4, 4),
+    "gemma3": (2, 2),
+    "qwen2_vl": (2, 3),
+    "qwen2_5_vl": (2, 3),
+    "qwen3_vl": (2, 3),
+    "glm4v": (2, 3),
+    "deepseek_vl": (4, 4),
+}
+
+
+def picture(seed: int = 0) -> Any:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def loaded(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Any, StandardizedTransformer]:
+    hf, processor = FAMILIES[request.param]()
+    return request.param, hf, processor, StandardizedTransformer(hf, processor=processor)
+
+
+def processed(processor: Any, texts: list[str], images: list[Any]) -> dict[str, Any]:
+    made = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="left")
+    return {name: value for name, value in made.items() if name != "labels"}
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    _, hf, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    inputs = processed(processor, [prompt], [picture()])
+    path, projector = PARTS[loaded[0]]
+    layers = hf.get_submodule(path)
+    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
+    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
+    if projector:
+        points["projector"] = (hf.get_submodule(projector), "output")
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        other = hf(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
+        seen = hooked(hf, lambda: hf(**inputs), points)
+        with model.trace(prompt, images=picture()) as tracer:
+            vision = model.vision_layers_output[:]
+            if projector:
+                given = model.projector_output
+            entered = model.image_embeddings
+            stream = model.layers_input[0]
+            last = model.layers_output[-1]
+            logits = model.logits
+            tracer.result
+    assert not torch.allclose(plain, other, atol=1e-3), "the image does not matter"
+    assert torch.equal(logits, plain)
+    assert torch.equal(stream, seen["stream"])
+    assert torch.equal(last, seen["last"])
+    assert len(vision) == len(layers)
+    assert all(torch.equal(value, seen[i]) for i, value in enumerate(vision))
+    (tokens,) = model.image_tokens(prompt, images=picture())
+    assert len(entered) == len(tokens.positions)
+    if projector:
+        assert torch.equal(given, seen["projector"])
+        assert torch.equal(given.reshape(entered.shape), entered)
+    else:
+        with (
+            pytest.raises(NotInThisModelError, match="no module gives what stands in the stream"),
+            model.trace(**inputs),
+        ):
+            model.projector_output
+
+
+def test_whose_positions_they_are(loaded: Any) -> None:
+    """What one image changes of what enters the stream is at its positions alone, in every prompt of the batch."""
+    _, _, processor, model = loaded
+    token = image_token(processor)
+    prompts = [f"{token} what is this ?", f"the {token} left {token} right of this a user"]
+    images = [picture(1), picture(2), picture(3)]
+    if loaded[0] in ALONE:
+        with pytest.raises(InputError, match="On this model padding is no way to one length"):
+            model.trace(prompts, images=images)
+        prompts[0] = prompts[0] + " a" * 19
+    places = model.image_tokens(prompts, images=images)
+    assert [(one.prompt, one.image) for one in places] == [(0, 0), (1, 0), (1, 1)]
+
+    def entering(images: list[Any]) -> Tensor:
+        with torch.no_grad(), model.trace(prompts, images=images):
+            stream = model.layers_input[0]
+        return stream
+
+    before = entering(images)
+    for index, place in enumerate(places):
+        changed = [picture(9) if i == index else one for i, one in enumerate(images)]
+        moved = (entering(changed) - before).abs().amax(-1) > 0
+        elsewhere = moved.clone()
+        elsewhere[place.prompt, place.positions] = False
+        assert (
+            moved[place.prompt, place.positions].float().mean() > 0.7
+        )  # some end a row, and are the same for all images
+        assert not elsewhere.any()
+
+
+def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
+    name, _, processor, model = loaded
+    if name in ALONE:
+        return
+    token = image_token(processor)
+    prompts, images = [f"{token} what ?", f"the left {token} right of this a user"], [picture(1), picture(2)]
+    with torch.no_grad():
+        with model.trace(prompts, images=images):
+            together = model.logits[:, -1]
+        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+            with model.trace(prompt, images=image):
+                alone = model.logits[0, -1]
+            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_and_columns(loaded: Any, request: pytest.FixtureRequest) -> None:
+    """Where the vision encoder's attentions give nothing, a token is made of the pixels of its own patch alone."""
+    name, hf, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    (place,) = model.image_tokens(prompt, images=picture())
+    if name not in GRIDS:
+        with pytest.raises(NotInThisModelError, match="patch_grid of image 0 of prompt 0: .*(tiles|tell)"):
+            place.patch_grid
+        return
+    rows, columns = place.patch_grid
+    assert (rows, columns) == GRIDS[name]
+    linears = [
+        one
+        for path, one in hf.get_submodule(PARTS[name][0]).named_modules()
+        if "attn" in path and isinstance(one, nn.Linear)
+    ]
+    assert linears
+
+    def entering(pixels: np.ndarray) -> Tensor:
+        inputs = processed(processor, [prompt], [Image.fromarray(pixels)])
+        return hooked(hf, lambda: hf(**inputs), {"stream": (model.layers[0].module, "input")})["stream"]
+
+    # A picture that the processor neither scales nor crops.
+    size = (rows * 32, columns * 32) if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v") else (16, 16)
+    plain = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    kept = [one.weight.clone() for one in linears]
+    request.addfinalizer(lambda: [one.weight.data.copy_(weight) for one, weight in zip(linears, kept, strict=True)])
+    for one in linears:
+        one.weight.data.zero_()
+    before = entering(plain)
+    for row, column in {(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1)}:
+        high, wide = size[0] // rows, size[1] // columns
+        changed = plain.copy()
+        changed[row * high : (row + 1) * high, column * wide : (column + 1) * wide] = (
+            255 - changed[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+        )
+        moved = (entering(changed) - before).abs().amax(-1)[0]
+        assert int(moved.argmax()) == place.position_of(row, column)
+        moved[place.position_of(row, column)] = 0
+        assert moved.max() < 1e-4
+    with pytest.raises(IndexError, match=rf"{rows} rows and {columns} columns .* no \({rows}, 0\)"):
+        place.position_of(rows, 0)
+
+
+def test_what_is_assigned_goes_on(loaded: Any) -> None:
+    name, hf, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    inputs = processed(processor, [prompt], [picture()])
+    path, projector = PARTS[name]
+
+    def zeroed(module: nn.Module) -> Tensor:
+        """The logits where that module's own forward gives zeros (a hook would come behind what the encoder records of a layer)."""
+
+        def zero(*args: Any, **kwargs: Any) -> Any:
+            output = type(module).forward(module, *args, **kwargs)
+            return 0 * output if isinstance(output, Tensor) else (0 * output[0], *output[1:])
+
+        module.forward = zero
+        try:
+            with torch.no_grad():
+                return hf(**inputs).logits
+        finally:
+            del module.forward
+
+    with torch.no_grad():
+        for i, layer in enumerate(hf.get_submodule(path)):
+            with model.trace(prompt, images=picture()):
+                model.vision_layers_output[i] = 0 * model.vision_layers_output[i]
+                logits = model.logits
+            assert torch.equal(logits, zeroed(layer))
+        if projector:
+            with model.trace(prompt, images=picture()):
+                model.projector_output = 0 * model.projector_output
+                logits = model.logits
+            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
+        (place,) = model.image_tokens(prompt, images=picture())
+        with model.trace(prompt, images=picture()):
+            new = torch.randn_like(model.image_embeddings)
+            model.image_embeddings = new
+            stream = model.layers_input[0][0, place.positions]
+            logits = model.logits
+        with model.trace(prompt, images=picture()):
+            before = model.image_embeddings
+            plain_stream = model.layers_input[0][0, place.positions]
+            plain = model.logits
+        scale = plain_stream / before  # what some families multiply all embeddings by
+        torch.testing.assert_close(stream, new * scale, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(logits, plain, atol=1e-3)
+        with (
+            pytest.raises(AssignmentError, match="image_embeddings is of shape"),
+            model.trace(prompt, images=picture()),
+        ):
+            model.image_embeddings = new[:, :-1]
+
+
+def test_generating(loaded: Any) -> None:
+    _, hf, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    inputs = processed(processor, [prompt], [picture()])
+    with torch.no_grad():
+        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
+        with model.generate(prompt, images=picture(), max_new_tokens=3, do_sample=False) as tracer:
+            counts = [len(model.image_embeddings) for _ in tracer.iter[:]]
+            tokens = tracer.result
+    assert torch.equal(tokens, plain)
+    (place,) = model.image_tokens(prompt, images=picture())
+    assert counts == [len(place.positions), 0, 0]
+
+
+# What does not go.
+
+
+@pytest.fixture(scope="module")
+def llava() -> StandardizedTransformer:
+    hf, processor = FAMILIES["llava"]()
+    return StandardizedTransformer(hf, processor=processor)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ' : ' }}{% for p in m['content'] %}"
+    "{{ '<image> ' if p['type'] == 'image' else p['text'] + ' ' }}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what is this ?"}]}
+    ]
+    with pytest.raises(InputError, match="LlavaProcessor has no chat template"):
+        llava.trace(chat)
+    llava.processor.chat_template = CHAT
+    try:
+        with torch.no_grad(), llava.trace(chat):
+            logits = llava.logits
+        with torch.no_grad(), llava.trace("user : <image> what is this ? ", images=picture()):
+            assert torch.equal(llava.logits, logits)
+        with pytest.raises(InputError, match="The chat has its images in it"):
+            llava.trace(chat, images=picture())
+    finally:
+        llava.processor.chat_template = None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "says"),
+    [
+        ("what is this ?", lambda: picture(), "There are 1 images, and 0 places .* '<image>' says in a text where"),
+        ("<image> what", lambda: [picture(), picture()], "There are 2 images, and 1 places"),
+        ("<image> what", lambda: None, "There are 0 images, and 1 places"),
+        (
+            "<image> what",
+            lambda: picture().convert("RGBA"),
+            r"Image 0 is of mode 'RGBA', .* give image.convert\('RGB'\)",
+        ),
+        ("<image> what", lambda: "nowhere.png", "Image 0: there is no file 'nowhere.png'"),
+        (
+            "<image> what",
+            lambda: torch.zeros(16, 16),
+            r"Image 0 is a tensor of shape \(16, 16\): give one of \(channel",
+        ),
+        ([[5, 6]], lambda: picture(), "Images go with texts and chats, .* pixel_values=..."),
+    ],
+)
+def test_what_is_wrong_is_said(llava: StandardizedTransformer, prompt: Any, images: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        llava.trace(prompt, images=images())
+
+
+def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
+    model = StandardizedTransformer(llava.hf_model, llava.tokenizer)
+    with pytest.raises(
+        InputError, match=r"there is no processor to read them. Give one: StandardizedTransformer\(model, processor="
+    ):
+        model.trace("<image> what", images=picture())
+    text = StandardizedTransformer("demo:gpt2")
+    with pytest.raises(InputError, match="The processor of 'demo:gpt2', to read images, could not be loaded"):
+        text.trace("what", images=picture())
+    with pytest.raises(NotInThisModelError, match="GPT2LMHeadModel has no token that stands for a patch"):
+        text.image_tokens("what", images=picture())
+    with (
+        pytest.raises(NotInThisModelError, match="vision_layers_output: the model has no vision encoder"),
+        text.trace("what"),
+    ):
+        text.vision_layers_output[0]
+
+
+def test_blocks_with_an_image_each(llava: StandardizedTransformer) -> None:
+    prompts, images = ["<image> what ?", "the left <image> right of this a user"], [picture(1), picture(2)]
+    alone = []
+    with torch.no_grad():
+        for prompt, image in zip(prompts, images, strict=True):
+            with llava.trace(prompt, images=image):
+                alone.append(llava.layers_output[2][0, -1])
+        with llava.trace() as tracer:
+            with tracer.invoke(prompts[0], images=images[0]):
+                first = llava.layers_output[2][0, -1]
+            with tracer.invoke(prompts[1], images=images[1]):
+                second = llava.layers_output[2][0, -1]
+    torch.testing.assert_close(torch.stack([first, second]), torch.stack(alone), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,154 @@
+"""Pictures of every plot, viewer and page in Chromium, to be looked at: `make look` writes them to out/look.
+
+Each at the widths of a phone, two laptops and a large screen, light and dark.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnatomy import StandardizedTransformer
+from nnatomy.methods import edge_attribution, logit_difference
+from nnatomy.methods.prompts import token_texts
+from nnatomy.plots import attention, attention_view, bars, circuit, curves, heat_map, parts, save, token_view
+
+WIDTHS = (390, 600, 1000, 1400, 2000)
+PROMPT = "The capital of France is"
+LONG = " ".join(["The capital of Italy is Rome and the capital of France is Paris."] * 5)
+
+
+def main(folder: Path, browser: str, names: Sequence[str]) -> None:
+    """Write the pages and their pictures; `names` are those of the pages wanted, all if there are none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in {**plots(), **pages()}.items():
+        if names and name not in names:
+            continue
+        page = folder / f"{name}.html"
+        drawn = draw()
+        page.write_text(drawn, encoding="utf-8") if isinstance(drawn, str) else save(drawn, page)
+        for width in WIDTHS:
+            for mode in ("light", "dark"):
+                picture(browser, page, folder / f"{name}-{width}-{mode}.png", width, dark=mode == "dark")
+
+
+def picture(browser: str, page: Path, path: Path, width: int, *, dark: bool) -> None:
+    """What the browser shows of a page. Raises CalledProcessError if it shows nothing."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            "--virtual-time-budget=4000",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+            f"--user-data-dir={profile}",
+            f"--window-size={width},1100",
+            f"--screenshot={path}",
+            page.resolve().as_uri(),
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
+def plots() -> dict[str, Callable[[], Any]]:
+    """Each function, on the small model where that shows more than random values."""
+    model = StandardizedTransformer("demo:gpt2")
+
+    def read(prompt: str) -> tuple[list[str], Any, Any]:
+        with torch.no_grad(), model.trace(prompt):
+            tokens = model.input_ids[0]
+            patterns = [model.attention_probabilities[i][0] for i in range(model.num_layers)]
+        with torch.no_grad(), model.trace(prompt):
+            hidden = torch.stack([h[0] for h in model.layers_output[:]])
+        return token_texts(model, tokens), torch.stack(patterns), hidden
+
+    def lens(prompt: str) -> Any:
+        tokens, _, hidden = read(prompt)
+        best, at = model.project_on_vocab(hidden).softmax(-1).max(-1)
+        return heat_map(
+            best,
+            rows=[str(i) for i in range(len(best))],
+            columns=tokens,
+            texts=[token_texts(model, row) for row in at],
+            title=f"Logit lens: {prompt}",
+            value_name="probability",
+        )
+
+    def heads(prompt: str, draw: Callable[..., Any], layer: int | None) -> Any:
+        tokens, patterns, _ = read(prompt)
+        return draw(
+            patterns if layer is None else patterns[layer], tokens=tokens, layer=layer, title=f"Attention: {prompt}"
+        )
+
+    def edges() -> Any:
+        metric = logit_difference(" Paris", " Rome", model)
+        found = edge_attribution(model, PROMPT, "The capital of Italy is", metric)
+        return circuit(
+            found.scores.mean(0),
+            sources=found.sources,
+            destinations=found.destinations,
+            title=f"Edge attribution: {PROMPT} / The capital of Italy is",
+            value_name="logit( Paris) - logit( Rome)",
+        )
+
+    def tokens() -> Any:
+        texts, patterns, hidden = read(LONG)
+        values = {
+            "norm after the last layer": hidden[-1].norm(dim=-1),
+            "change of norm": hidden[-1].norm(dim=-1) - hidden[0].norm(dim=-1),
+            **{f"attention from the last token, L2H{i}": head[-1] for i, head in enumerate(patterns[2])},
+        }
+        return token_view(texts, values, title=f"Values by token: {LONG}")
+
+    names = [
+        "embeddings",
+        *(f"L{i}{part}" for i in range(12) for part in [*(f"H{h}" for h in range(12)), " mlp"]),
+        "rest",
+    ]
+    return {
+        "lens": lambda: lens(PROMPT),
+        "lens-long": lambda: lens(LONG),
+        "attention": lambda: heads(PROMPT, attention, 3),
+        "attention-layers": lambda: heads(PROMPT, attention, None),
+        "attention-long": lambda: heads(LONG, attention, 3),
+        "attention-one": lambda: attention(read(PROMPT)[1][2, :1], tokens=read(PROMPT)[0], layer=2, title="One head"),
+        "attention-view": lambda: heads(PROMPT, attention_view, None),
+        "attention-view-long": lambda: heads(LONG, attention_view, 3),
+        "token-view": tokens,
+        "circuit": edges,
+        "bars": lambda: bars(torch.randn(9), labels=[f"L{i} mlp" for i in range(9)], value_name="logit", title="Bars"),
+        "parts": lambda: parts(
+            torch.randn(len(names)), labels=names, value_name="logit", title="Direct logit attribution"
+        ),
+        "curves": lambda: curves(
+            range(8), {" Paris": torch.rand(8).tolist(), " Rome": torch.rand(8).tolist()}, title="Curves"
+        ),
+    }
+
+
+def pages() -> dict[str, Callable[[], str]]:
+    """The demo's page."""
+
+    def demo() -> str:
+        from nnatomy.demo.analysis import analyse
+        from nnatomy.demo.page import page
+
+        return page([analyse("gpt2"), analyse("llama")])
+
+    return {"demo": demo}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
