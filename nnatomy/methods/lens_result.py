@@ -164,7 +164,7 @@ class LogitLens(Result, Tensor):
             value_name=_QUANTITIES[self.output],
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if not hasattr(self, "output"):  # of a copy that torch made
             return repr(self._numbers())
         axes = ", ".join(f"{axis.name} {len(axis.labels)}" for axis in self.axes)

@@ -698,7 +698,7 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
     expected = (crossing * head_direction(model, last)).sum(-1)
     torch.testing.assert_close(found.effect[:, found.parts.index("L2 cross-attention")], expected, **CLOSE)
     heads = direct_logit_attribution(model, prompts, 30, by="head")
-    torch.testing.assert_close(heads.values.sum(-1), logits[:, -1, 30], **CLOSE)
+    torch.testing.assert_close(heads.effect.sum(-1), logits[:, -1, 30], **CLOSE)
 
 
 def head_direction(model: StandardizedTransformer, last: Tensor) -> Tensor:
