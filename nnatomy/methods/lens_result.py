@@ -55,6 +55,20 @@ class LogitLens(Result, Tensor):
     def _numbers(self) -> Tensor:
         return self.detach().as_subclass(Tensor)
 
+    def _with(self, values: Tensor) -> LogitLens:
+        more = {"by_prompt": self.by_prompt, "names": self.names, "tokenizer": self.tokenizer}
+        return self.of(values, self.output, self.prompts, self.tokens, **more)
+
+    def __copy__(self) -> LogitLens:
+        return self._with(self._numbers())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogitLens:  # type: ignore[override]
+        memo[id(self)] = self._with(self._numbers().clone())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a pickle has the texts of a file, and no tokenizer
+        return LogitLens._of_state, (self._state(),)
+
     @property
     def _has_positions(self) -> bool:
         return self.ndim == 3 + self.by_prompt
@@ -124,7 +138,7 @@ class LogitLens(Result, Tensor):
         try:
             import pandas
         except ImportError:
-            raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
+            raise MissingPackageError('Tables are made with pandas: pip install "nnatomy[tables]".') from None
         best = self._numbers().float().topk(min(k, self.shape[-1]))
         axes = self.axes[:-1]
         rows = []

@@ -102,7 +102,7 @@ class Result:
         try:
             import pandas
         except ImportError:
-            raise MissingPackageError("Tables are made with pandas: pip install pandas.") from None
+            raise MissingPackageError('Tables are made with pandas: pip install "nnatomy[tables]".') from None
         columns: dict[str, list[Any]] = {}
         places = list(product(*[range(len(axis.labels)) for axis in self.axes]))
         for number, axis in enumerate(self.axes):
@@ -117,7 +117,7 @@ class Result:
         try:
             import xarray
         except ImportError:
-            raise MissingPackageError("Named axes are made with xarray: pip install xarray.") from None
+            raise MissingPackageError('Named axes are made with xarray: pip install "nnatomy[tables]".') from None
         values = self._numbers().detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
         coordinates = {axis.name: list(axis.labels) for axis in self.axes}

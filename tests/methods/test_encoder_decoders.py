@@ -72,6 +72,7 @@ ELSEWHERE = {
         "Activations",
         "HeadAblation",
         "HeadMap",
+        "LogitLens",
     ),
 }
 
