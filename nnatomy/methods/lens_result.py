@@ -62,7 +62,7 @@ class LogitLens(Result, Tensor):
     def __copy__(self) -> LogitLens:
         return self._with(self._numbers())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LogitLens:  # type: ignore[override]
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogitLens:
         memo[id(self)] = self._with(self._numbers().clone())
         return memo[id(self)]
 
