@@ -92,7 +92,7 @@ def main() -> None:
     for name, pairs in known.items():
         metric = log_probability([f" {answer}" for _, answer in pairs[:6]], model)
         found = attribution_patching(model, prompts(pairs), prompts(pairs, shuffled=True), metric, point="heads_output")
-        effects[name] = found.effects[:, :, -1].mean(0)  # at the last token: (layer, head)
+        effects[name] = found.effect[:, :, -1].mean(0)  # at the last token: (layer, head)
     common = best(torch.stack(list(effects.values())).mean(0))
     chosen = {name: best(effect) for name, effect in effects.items()}
     shared = [head for head in common if sum(head in heads for heads in chosen.values()) >= 3]

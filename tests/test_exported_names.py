@@ -51,6 +51,7 @@ def test_methods() -> None:
         "HeadAblation",
         "HeadMap",
         "LensStatistics",
+        "LogitLens",
         "Patching",
         "PathPatching",
         "Prompt",

@@ -21,7 +21,7 @@ def attribute(options: argparse.Namespace) -> Report:
         "prompt": options.prompt,
         "metric": metric,
         "logit": float(found.logits[0]),
-        "parts": dict(zip(found.parts, plain_numbers(found.values[0]), strict=True)),
+        "parts": dict(zip(found.parts, plain_numbers(found.effect[0]), strict=True)),
     }
 
     def table(room: int) -> Any:

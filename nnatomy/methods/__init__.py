@@ -12,6 +12,7 @@ from nnatomy.methods.direct_logit_attribution import direct_logit_attribution
 from nnatomy.methods.edge_attribution import edge_attribution
 from nnatomy.methods.heads import HeadAblation, HeadMap, head_ablation, head_scores
 from nnatomy.methods.integrated_gradients import integrated_gradients
+from nnatomy.methods.lens_result import LogitLens
 from nnatomy.methods.lens_statistics import LensStatistics, lens_statistics
 from nnatomy.methods.logit_lens import logit_lens
 from nnatomy.methods.metrics import kl_divergence, log_probability, logit_difference, probability
@@ -39,6 +40,7 @@ __all__ = [
     "HeadAblation",
     "HeadMap",
     "LensStatistics",
+    "LogitLens",
     "Patching",
     "PathPatching",
     "Prompt",

@@ -17,6 +17,7 @@ from nnatomy.methods.pairs import Pairs, Positions, check_pair, gap
 from nnatomy.methods.patched_runs import Cells, PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import Axis, Result, name_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.positions import numbers
@@ -29,8 +30,8 @@ TOKENS = 4096
 _ENDS = 16
 
 
-@dataclass(frozen=True)
-class Patching:
+@dataclass(frozen=True, repr=False)
+class Patching(Result):
     """What patching one activation at a time does to a metric.
 
     Attributes:
@@ -43,6 +44,9 @@ class Patching:
         tokens: by pair and position: the token, or "clean|corrupted" where the two prompts differ.
         shortcut: whether every pass started at its patched layer. If not, this model's layers need more of the
             earlier ones than the residual stream, and all of them were run.
+        prompts: the first clean and corrupted prompt, and so on, as texts.
+        metric: its name.
+        mode: which run was patched: the corrupted one by "denoising", the clean one by "noising".
     """
 
     point: str
@@ -54,6 +58,30 @@ class Patching:
     positions: tuple[int, ...] | None
     tokens: tuple[tuple[str, ...], ...]
     shortcut: bool
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+    mode: str = "denoising"
+
+    quantity = "change of the metric"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """`pair` (of lists), layer, head, position."""
+        alike = len(set(self.tokens)) == 1
+        pairs = (Axis("pair", range(len(self.clean))),) if self.clean.ndim else ()
+        heads = () if self.heads is None else (Axis("head", self.heads),)
+        texts = [self.tokens[0][at] for at in self.positions or ()] if alike else None
+        positions = () if self.positions is None else (Axis("position", self.positions, texts),)
+        return (*pairs, Axis("layer", self.layers), *heads, *positions)
+
+    @property
+    def title(self) -> str:
+        """What was patched, and what it was measured by."""
+        return f"Patching {self.point} ({self.mode}), {self.metric}"
+
+    def _ranked(self) -> Tensor:
+        base = self.corrupted if self.mode == "denoising" else self.clean
+        return self.effect - base.reshape(*base.shape, *[1] * (self.effect.ndim - base.ndim))
 
     @property
     def normalized(self) -> Float[Tensor, ...]:
@@ -81,7 +109,7 @@ class Patching:
         name = "normalized effect" if normalized else "metric"
         rows, row_title = [str(layer) for layer in self.layers], "layer"
         if self.heads is not None and self.positions is not None:
-            rows, row_title = [f"{layer}.{head}" for layer in rows for head in self.heads], "layer.head"
+            rows, row_title = [f"L{layer}H{head}" for layer in rows for head in self.heads], "head"
             values = values.flatten(0, 1)
         title = f"Patching {self.point}"
         if values.ndim == 1:
@@ -111,9 +139,9 @@ class Patching:
 @torch.no_grad()
 def activation_patching(
     model: StandardizedTransformer,
-    *,
     clean: Any,
     corrupted: Any,
+    *,
     metric: Metric,
     point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
@@ -193,6 +221,9 @@ def activation_patching(
         grid.positions,
         pairs.texts(model),
         runs.shortcut,
+        pairs.prompts,
+        name_of(metric),
+        mode,
     )
 
 

@@ -22,6 +22,7 @@ from nnatomy.methods.gradients import (
 )
 from nnatomy.methods.points import accessor_of, layers_of, streams_of
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import name_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 
@@ -78,7 +79,7 @@ def attribution_patching(
         ...     "The capital of Italy is",
         ...     lambda logits: logits[:, paris] - logits[:, rome],
         ... )
-        >>> found.effects.shape, found.tokens[int(found.effects[0, 0].argmax())]
+        >>> found.effect.shape, found.tokens[int(found.effect[0, 0].argmax())]
         (torch.Size([1, 8, 5]), ' Italy')
     """
     accessor = accessor_of(model, point)
@@ -117,7 +118,16 @@ def attribution_patching(
         of_stream = accessor in streams_of(model, accessor)
         others = len(accessor) if of_stream else max(1, len(accessor) - 1)
         effects = effects.abs().sum(0, keepdim=True) / others
-    return AttributionMap(point, chosen, effects[0], clean_value.cpu(), corrupted_value.cpu(), pairs.tokens)
+    return AttributionMap(
+        point,
+        chosen,
+        effects[0],
+        clean_value.cpu(),
+        corrupted_value.cpu(),
+        pairs.tokens,
+        pairs.prompts,
+        name_of(metric),
+    )
 
 
 @torch.no_grad()

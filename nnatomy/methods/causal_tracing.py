@@ -17,6 +17,7 @@ from nnatomy.methods.pairs import Pairs, Positions
 from nnatomy.methods.patched_runs import PatchedRuns
 from nnatomy.methods.points import accessor_of, layers_of, layers_with
 from nnatomy.methods.prompts import plain
+from nnatomy.methods.result import name_of
 from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
@@ -116,6 +117,8 @@ def causal_tracing(
         grid.positions,
         (marked,),
         runs.shortcut,
+        pairs.prompts,
+        name_of(metric),
     )
 
 

@@ -18,30 +18,46 @@ from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.methods.gradients import Metric, Pairs, measured
 from nnatomy.methods.pairs import gap
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import Axis, Result, name_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
 
-@dataclass(frozen=True)
-class Faithfulness:
+@dataclass(frozen=True, repr=False)
+class Faithfulness(Result):
     """The metric of circuits of growing size.
 
     Attributes:
         sizes: how many edges are kept.
-        metrics: what the metric is then.
+        effect: what the metric is then.
         clean, corrupted: the metric in the two runs.
+        prompts, metric: as of `EdgeAttribution`.
     """
 
     sizes: tuple[int, ...]
-    metrics: Float[Tensor, "prompt size"]
+    effect: Float[Tensor, "prompt size"]
     clean: Float[Tensor, " prompt"]
     corrupted: Float[Tensor, " prompt"]
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+
+    quantity = "metric by edges kept"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """prompt, size."""
+        return (Axis("prompt", range(len(self.clean))), Axis("size", self.sizes))
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"Faithfulness, {self.metric}"
 
     @property
     def recovered(self) -> Float[Tensor, " size"]:
         """The share of what lies between the corrupted runs (0) and the clean ones (1), on average over the prompts."""
         base = self.corrupted.mean()
-        return (self.metrics.mean(0) - base) / gap(self.clean.mean(), base)
+        return (self.effect.mean(0) - base) / gap(self.clean.mean(), base)
 
     def plot(self, title: str = "Faithfulness") -> Any:
         """The share recovered, by the number of edges."""
@@ -114,6 +130,8 @@ def circuit_faithfulness(
         torch.stack(metrics, 1),
         measured(metric, one.logits).cpu(),
         measured(metric, other.logits).cpu(),
+        pairs.prompts,
+        name_of(metric),
     )
 
 

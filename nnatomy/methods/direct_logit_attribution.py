@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,37 +16,49 @@ from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.methods.metrics import Answer, Answers
 from nnatomy.methods.points import has
 from nnatomy.methods.prompts import plain
+from nnatomy.methods.result import Axis, Result, texts_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.activation_cache import ActivationCache
 from nnatomy.standardized.positions import own_positions
 from nnatomy.words import By
 
 
-@dataclass(frozen=True)
-class LogitAttribution:
+@dataclass(frozen=True, repr=False)
+class LogitAttribution(Result):
     """A logit, or a difference of two, as a sum.
 
     Attributes:
         parts: the name of each part: "embeddings", "L3", "L3 attention", "L3H1", "L3 mlp", ..., and last "rest".
-        values: what each adds; their sum over the parts is `logits`.
+        effect: what each adds; their sum over the parts is `logits`.
         logits: the logit, or the difference.
+        prompts: as texts.
     """
 
     parts: tuple[str, ...]
-    values: Float[Tensor, "prompt part"]
+    effect: Float[Tensor, "prompt part"]
     logits: Float[Tensor, " prompt"]
+    prompts: tuple[str, ...] = ()
 
-    def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The `k` parts that add most on average, in either direction."""
-        means = self.values.mean(0)
-        order = means.abs().argsort(descending=True)[:k]
-        return [(self.parts[i], float(means[i])) for i in order]
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """prompt, part."""
+        return (Axis("prompt", range(len(self.logits))), Axis("part", self.parts))
+
+    @property
+    def title(self) -> str:
+        """What it is."""
+        return "Direct logit attribution"
+
+    @property
+    def unit(self) -> str:
+        """Of `effect`."""
+        return "logits"
 
     def plot(self, title: str = "Direct logit attribution") -> Any:
         """Bars, the mean over the prompts."""
         from nnatomy.plots import bars
 
-        return bars(self.values.mean(0), labels=self.parts, title=title, value_name="logit")
+        return bars(self.effect.mean(0), labels=self.parts, title=title, value_name="logit")
 
 
 @method
@@ -90,7 +102,7 @@ def direct_logit_attribution(
         >>> from nnatomy.methods import direct_logit_attribution
         >>> model = StandardizedTransformer("demo:llama")
         >>> found = direct_logit_attribution(model, "The capital of France is", " Paris", " Rome", by="layer")
-        >>> found.parts[:2], found.values.shape, bool(torch.isclose(found.values.sum(), found.logits[0]))
+        >>> found.parts[:2], found.effect.shape, bool(torch.isclose(found.effect.sum(), found.logits[0]))
         (('embeddings', 'L0'), torch.Size([1, 10]), True)
     """
     _check_by(by)
@@ -103,7 +115,8 @@ def direct_logit_attribution(
         columns, _ = own.columns(torch.full_like(rows, position), rows)
         parts = _parts(model, model, by)
         hidden = model.layers_output[-1]
-    return _attributed(model, parts, hidden, columns, answer, wrong)
+    found = _attributed(model, parts, hidden, columns, answer, wrong)
+    return replace(found, prompts=texts_of(model, prompts))
 
 
 @method

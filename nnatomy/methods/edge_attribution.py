@@ -13,31 +13,47 @@ from nnatomy.methods.arguments import method, whole
 from nnatomy.methods.edges import INSIDE, Graph, graph_of, run
 from nnatomy.methods.gradients import Metric, Pairs, measured
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import Axis, Result, name_of
 from nnatomy.standardized import StandardizedTransformer
 
 
-@dataclass(frozen=True)
-class EdgeAttribution:
+@dataclass(frozen=True, repr=False)
+class EdgeAttribution(Result):
     """A score for each edge, from what writes to the stream to what reads it.
 
     Attributes:
         sources: "embeddings", "L0H2", "L0 mlp", ...
         destinations: "L1H0.q", "L1H0.k", "L1H0.v" ("L1H0-1.k" where query heads share keys), "L1 mlp", ..., "logits".
-        scores: zero where there is no edge.
+        effect: zero where there is no edge.
         edges: whether there is one.
         clean, corrupted: the metric in the two runs.
+        prompts: a clean one and its corrupted one in turn, as texts.
+        metric: its name.
     """
 
     sources: tuple[str, ...]
     destinations: tuple[str, ...]
-    scores: Float[Tensor, "prompt source destination"]
+    effect: Float[Tensor, "prompt source destination"]
     edges: Bool[Tensor, "source destination"]
     clean: Float[Tensor, " prompt"]
     corrupted: Float[Tensor, " prompt"]
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """prompt, source, destination."""
+        prompts = Axis("prompt", range(len(self.clean)))
+        return (prompts, Axis("source", self.sources), Axis("destination", self.destinations))
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"Edge attribution, {self.metric}"
 
     def top(self, k: int = 10) -> list[tuple[str, str, float]]:
         """The `k` edges with the largest mean scores, in either direction."""
-        means = self.scores.mean(0)
+        means = self.effect.mean(0)
         best = self.kept(k).nonzero().tolist()
         found = [(self.sources[s], self.destinations[d], float(means[s, d])) for s, d in best]
         return sorted(found, key=lambda one: -abs(one[2]))
@@ -45,7 +61,7 @@ class EdgeAttribution:
     def kept(self, k: int) -> Bool[Tensor, "source destination"]:
         """Which edges the first `k` are. Raises InputError for a `k` that is no number of edges."""
         whole(0)("k", k)
-        size = torch.where(self.edges, self.scores.mean(0).abs(), -1.0).flatten()
+        size = torch.where(self.edges, self.effect.mean(0).abs(), -1.0).flatten()
         keep = torch.zeros_like(size, dtype=torch.bool)
         keep[size.argsort(descending=True, stable=True)[: min(k, int(self.edges.sum()))]] = True
         return keep.view_as(self.edges)
@@ -61,7 +77,7 @@ class EdgeAttribution:
         kept = self.edges if k is None else self.kept(k)
         sources, destinations = kept.any(1).nonzero().flatten(), kept.any(0).nonzero().flatten()
         return heat_map(
-            self.scores.mean(0)[sources][:, destinations],
+            self.effect.mean(0)[sources][:, destinations],
             rows=[self.sources[i] for i in sources],
             columns=[self.destinations[i] for i in destinations],
             title=title,
@@ -111,7 +127,7 @@ def edge_attribution(
         ...     lambda logits: logits[:, paris] - logits[:, rome],
         ...     steps=5,
         ... )
-        >>> found.scores.shape, [edge[:2] for edge in found.top(2)]
+        >>> found.effect.shape, [edge[:2] for edge in found.top(2)]
         (torch.Size([1, 43, 115]), [('embeddings', 'L0 mlp'), ('L0 mlp', 'L2H0.v')])
     """
     pairs = Pairs.of(model, clean, corrupted)
@@ -137,6 +153,8 @@ def edge_attribution(
         graph.edges,
         measured(metric, one.logits).cpu(),
         measured(metric, other.logits).cpu(),
+        pairs.prompts,
+        name_of(metric),
     )
 
 

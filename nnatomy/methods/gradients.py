@@ -15,6 +15,7 @@ from nnatomy.errors import InputError
 from nnatomy.methods.pairs import gap, refuse_same
 from nnatomy.methods.points import accessor_of, attends_to_encoder, axes_of, streams_of
 from nnatomy.methods.prompts import prepared, token_texts
+from nnatomy.methods.result import Axis, Result, texts_of
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import ids_of, mask_of
@@ -23,50 +24,71 @@ from nnatomy.standardized.positions import ids_of, mask_of
 Metric = Callable[[Float[Tensor, "prompt vocab"]], Float[Tensor, " prompt"]]
 
 
-@dataclass(frozen=True)
-class AttributionMap:
+@dataclass(frozen=True, repr=False)
+class AttributionMap(Result):
     """How much each activation at a point accounts for what the metric is in the clean run and not in the corrupted one.
 
     Attributes:
         point: the accessor.
         layers: which layers.
-        effects: (prompt, layer, position) for a point of the stream's width; (prompt, layer, position, head) for
+        effect: (prompt, layer, position) for a point of the stream's width; (prompt, layer, position, head) for
             queries, keys, values and `heads_output`; (prompt, layer, head, query, key) for scores and patterns.
             Zero on padding. In units of the metric.
         clean, corrupted: the metric in the two runs.
         tokens: the first corrupted prompt's tokens.
+        prompts: a clean one and its corrupted one in turn, as texts.
+        metric: its name.
     """
 
     point: str
     layers: tuple[int, ...]
-    effects: Float[Tensor, "prompt layer *axes"]
+    effect: Float[Tensor, "prompt layer *axes"]
     clean: Float[Tensor, " prompt"]
     corrupted: Float[Tensor, " prompt"]
     tokens: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """prompt, layer, and those of the point."""
+        more = {3: ("position",), 4: ("position", "head"), 5: ("head", "query", "key")}[self.effect.ndim]
+        sizes = self.effect.shape[2:]
+        texts = self.tokens if len(self.clean) == 1 and len(self.tokens) == sizes[0] else None
+        each = [
+            Axis(name, range(size), texts if name == "position" else None)
+            for name, size in zip(more, sizes, strict=True)
+        ]
+        return (Axis("prompt", range(len(self.clean))), Axis("layer", self.layers), *each)
+
+    @property
+    def title(self) -> str:
+        """What it is of."""
+        return f"Attribution of {self.point}, {self.metric}"
 
     @property
     def heads(self) -> Float[Tensor, "prompt layer head"]:
         """Of each head, summed over positions. Raises InputError where the point is not by heads."""
-        if self.effects.ndim == 3:
+        if self.effect.ndim == 3:
             raise InputError(f"{self.point} is not by heads: take heads_output, queries, keys or values.")
-        return self.effects.sum(2) if self.effects.ndim == 4 else self.effects.sum((3, 4))
+        return self.effect.sum(2) if self.effect.ndim == 4 else self.effect.sum((3, 4))
 
     @property
     def normalized(self) -> Float[Tensor, "prompt layer *axes"]:
         """As a share of what lies between the corrupted run (0) and the clean run (1)."""
         whole = gap(self.clean, self.corrupted)
-        return self.effects / whole.reshape(-1, *[1] * (self.effects.ndim - 1))
+        return self.effect / whole.reshape(-1, *[1] * (self.effect.ndim - 1))
 
     def plot(self, title: str = "") -> Any:
         """A heat map, the mean over the prompts: layer by position, or by head."""
         from nnatomy.plots import heat_map
 
-        by_position = self.effects.ndim == 3
-        values = (self.effects if by_position else self.heads).mean(0)
+        by_position = self.effect.ndim == 3
+        values = (self.effect if by_position else self.heads).mean(0)
         return heat_map(
             values,
             rows=[str(layer) for layer in self.layers],
-            columns=self.tokens if by_position else [f"H{h}" for h in range(values.shape[-1])],
+            columns=self.tokens if by_position else [str(h) for h in range(values.shape[-1])],
             title=title or f"Attribution of {self.point}",
             column_title="position" if by_position else "head",
             diverging=True,
@@ -82,6 +104,7 @@ class Pairs:
     corrupted: dict[str, Any]
     tokens: tuple[str, ...]
     of_encoder: bool
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output") -> Pairs:
@@ -101,7 +124,9 @@ class Pairs:
             raise InputError("Attribution takes prompts as texts or token ids, not as embeddings.")
         refuse_same(enumerate(zip(_tokens(one), _tokens(other), strict=True)))
         read = ids_of(other, of_encoder)
-        return cls(one, other, tuple(token_texts(model, () if read is None else read[0])), of_encoder)
+        texts = zip(texts_of(model, clean), texts_of(model, corrupted), strict=False)
+        prompts = tuple(dict.fromkeys(text for pair in texts for text in pair))
+        return cls(one, other, tuple(token_texts(model, () if read is None else read[0])), of_encoder, prompts)
 
     @property
     def mask(self) -> Int[Tensor, "prompt seq"]:
@@ -192,7 +217,7 @@ def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
 def by_node(
     point: str, changes: Sequence[Tensor], slopes: Sequence[Tensor], mask: Int[Tensor, "prompt seq"]
 ) -> Float[Tensor, "prompt layer *axes"]:
-    """change * slope of each layer, summed over the entries of a node: `AttributionMap.effects`."""
+    """change * slope of each layer, summed over the entries of a node: `AttributionMap.effect`."""
     each, row = [], row_of(point)
     for change, slope in zip(changes, slopes, strict=True):
         product, mine = (change * slope).detach().float(), mask.to(change.device)

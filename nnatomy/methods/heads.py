@@ -18,6 +18,7 @@ from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs
 from nnatomy.methods.patched_runs import PatchedRuns
 from nnatomy.methods.points import layers_of
+from nnatomy.methods.result import Axis, Result, name_of, texts_of
 from nnatomy.methods.tokens import refuse_encoder_decoder
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.words import Each, Instead
@@ -30,45 +31,46 @@ KINDS: tuple[Kind, ...] = ("previous_token", "duplicate_token", "induction")
 _SEQUENCES, _HALF = 4, 32
 
 
-@dataclass(frozen=True)
-class HeadMap:
+@dataclass(frozen=True, repr=False)
+class HeadMap(Result):
     """A number for each head.
 
     Attributes:
-        values: NaN for a head that a layer does not have.
+        effect: NaN for a head that a layer does not have.
         layers: those of the rows.
         name: what the numbers are.
+        prompts: as texts.
     """
 
-    values: Float[Tensor, "layer head"]
+    effect: Float[Tensor, "layer head"]
     layers: tuple[int, ...]
     name: str
+    prompts: tuple[str, ...] = ()
 
-    def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The heads with the largest numbers, by absolute value: [("L5H1", 0.97), ...]."""
-        flat = self.values.flatten()
-        order = flat.abs().nan_to_num(-1.0).argsort(descending=True, stable=True)[:k].tolist()
-        heads = self.values.shape[1]
-        return [(f"L{self.layers[i // heads]}H{i % heads}", float(flat[i])) for i in order if not flat[i].isnan()]
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """layer, head."""
+        return (Axis("layer", self.layers), Axis("head", range(self.effect.shape[1])))
+
+    @property
+    def title(self) -> str:
+        """What the numbers are."""
+        return self.name[0].upper() + self.name[1:]
 
     def plot(self, title: str | None = None) -> Any:
         """A heat map of layer by head, as a plotly figure."""
         from nnatomy.plots import heat_map
 
         return heat_map(
-            self.values,
+            self.effect,
             rows=[str(layer) for layer in self.layers],
-            columns=[str(head) for head in range(self.values.shape[1])],
-            title=self.name[0].upper() + self.name[1:] if title is None else title,
+            columns=[str(head) for head in range(self.effect.shape[1])],
+            title=self.title if title is None else title,
             row_title="layer",
             column_title="head",
-            diverging=bool((self.values < 0).any()),
+            diverging=bool((self.effect < 0).any()),
             value_name=self.name,
         )
-
-    def __repr__(self) -> str:
-        best = ", ".join(f"{head} {value:.2f}" for head, value in self.top(3))
-        return f"<{self.name} of {len(self.layers)} layers x {self.values.shape[1]} heads: {best}, ...>"
 
 
 @method
@@ -108,7 +110,7 @@ def head_scores(
         >>> from nnatomy import StandardizedTransformer
         >>> from nnatomy.methods import head_scores
         >>> scores = head_scores(StandardizedTransformer("demo:gpt2"))
-        >>> scores["previous_token"].values.shape
+        >>> scores["previous_token"].effect.shape
         torch.Size([6, 6])
     """
     refuse_encoder_decoder(model, "head_scores reads causal patterns, and {} has an encoder and a decoder.")
@@ -136,6 +138,7 @@ def head_scores(
             torch.stack([_wide(one, heads) for one in sums[kind]]) / (counts[kind] or torch.nan),
             tuple(layers),
             f"attention to {kind.replace('_', ' ')}",
+            () if prompts is None else texts_of(model, prompts),
         )
         for kind in KINDS
     }
@@ -167,8 +170,8 @@ def _wide(values: Float[Tensor, " head"], heads: int) -> Float[Tensor, " head"]:
     return torch.cat([values, values.new_full((heads - len(values),), torch.nan)])
 
 
-@dataclass(frozen=True)
-class HeadAblation:
+@dataclass(frozen=True, repr=False)
+class HeadAblation(Result):
     """What the model says without each head.
 
     Attributes:
@@ -176,6 +179,8 @@ class HeadAblation:
         base: the metric of the whole model: a number, or (prompt).
         layers, heads: what the axes of `effect` are.
         how: what was put in the place of what a head gives.
+        prompts: as texts.
+        metric: its name.
     """
 
     effect: Float[Tensor, "*prompt layer head"]
@@ -183,6 +188,24 @@ class HeadAblation:
     layers: tuple[int, ...]
     heads: tuple[int, ...]
     how: str
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+
+    quantity = "change of the metric"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """`prompt` (of a list), layer, head."""
+        prompts = (Axis("prompt", range(len(self.base))),) if self.base.ndim else ()
+        return (*prompts, Axis("layer", self.layers), Axis("head", self.heads))
+
+    @property
+    def title(self) -> str:
+        """How heads were taken out, and what it was measured by."""
+        return f"Ablation of heads ({self.how}), {self.metric}"
+
+    def _ranked(self) -> Tensor:
+        return self.effect - self.base[..., None, None]
 
     @property
     def change(self) -> HeadMap:
@@ -191,7 +214,7 @@ class HeadAblation:
         values = change.mean(0) if change.ndim == 3 else change
         columns = values.new_full((len(self.layers), max(self.heads) + 1), torch.nan)
         columns[:, list(self.heads)] = values
-        return HeadMap(columns, self.layers, f"change of the metric without the head ({self.how})")
+        return HeadMap(columns, self.layers, f"change of the metric without the head ({self.how})", self.prompts)
 
     def plot(self) -> Any:
         """A heat map of `change`, as a plotly figure."""
@@ -257,4 +280,4 @@ def head_ablation(
     base = measured(metric, runs.logits(runs.base_end))
     if pairs.single:
         effect, base = effect[0], base[0]
-    return HeadAblation(effect, base, tuple(where), grid.heads, how)
+    return HeadAblation(effect, base, tuple(where), grid.heads, how, pairs.prompts, name_of(metric))

@@ -19,6 +19,7 @@ from nnatomy.methods.gradients import (
 )
 from nnatomy.methods.points import accessor_of, layers_of
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import name_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 
@@ -85,4 +86,6 @@ def integrated_gradients(
         changes.append(change)
         slopes.append(total / steps)
     effects = by_node(point, changes, slopes, pairs.mask)
-    return AttributionMap(point, chosen, effects, clean_value.cpu(), corrupted_value.cpu(), pairs.tokens)
+    return AttributionMap(
+        point, chosen, effects, clean_value.cpu(), corrupted_value.cpu(), pairs.tokens, pairs.prompts, name_of(metric)
+    )

@@ -15,14 +15,15 @@ from nnatomy.methods.arguments import method
 from nnatomy.methods.logit_lens import Lens
 from nnatomy.methods.metrics import Spelling, token_ids
 from nnatomy.methods.prompts import get_first_tokens, plain, token_texts
+from nnatomy.methods.result import Axis, Result
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import ids_of, positions_from_end
 
 _PLOTTED = ("probability", "kl", "entropy", "target_probability", "target_rank")
 
 
-@dataclass(frozen=True)
-class LensStatistics:
+@dataclass(frozen=True, repr=False)
+class LensStatistics(Result):
     """By prompt, layer and position; the last position is each prompt's last token. On the CPU.
 
     Where a shorter prompt has no token, numbers are NaN, and ranks and token ids -1.
@@ -48,6 +49,30 @@ class LensStatistics:
     top_probabilities: Float[Tensor, "prompt layer position k"]
     tokens: list[list[str]]
     texts: dict[int, str]
+
+    quantity = "target probability"
+
+    @property
+    def effect(self) -> Float[Tensor, "prompt layer position"]:
+        """`target_probability`."""
+        return self.target_probability
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """prompt, layer, position."""
+        prompts, layers, positions = map(range, self.target_probability.shape)
+        texts = self.tokens[0] if len(self.tokens) == 1 and len(self.tokens[0]) == len(positions) else None
+        return (Axis("prompt", prompts), Axis("layer", layers), Axis("position", positions, texts))
+
+    @property
+    def title(self) -> str:
+        """What it is."""
+        return "Lens statistics"
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Their tokens, joined."""
+        return tuple("".join(one) for one in self.tokens)
 
     def plot(
         self,

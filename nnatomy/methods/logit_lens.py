@@ -14,13 +14,15 @@ from torch import Tensor
 from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method
 from nnatomy.methods.by_length import Part, by_length
+from nnatomy.methods.lens_result import LogitLens
 from nnatomy.methods.packed_rows import NotPackedError, packed
 from nnatomy.methods.patched_runs import NOT_THERE, is_close
-from nnatomy.methods.prompts import plain
+from nnatomy.methods.prompts import plain, token_texts
+from nnatomy.methods.result import texts_of
 from nnatomy.names import Name
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
-from nnatomy.standardized.positions import positions_from_end
+from nnatomy.standardized.positions import ids_of, positions_from_end
 
 Lens = Callable[[Float[Tensor, "*rows layer hidden"]], Float[Tensor, "*rows layer hidden"]]
 Values = Float[Tensor, "prompt layer *position vocab"] | list[Float[Tensor, "layer position vocab"]]
@@ -70,7 +72,8 @@ def logit_lens(
 
     Returns:
         (prompt, layer, vocab) for one position, (prompt, layer, position, vocab) for several, and for "all" a list with
-        (layer, position, vocab) for each prompt, without padding; on the CPU. With `return_inv_logits` two of these.
+        (layer, position, vocab) for each prompt, without padding; on the CPU. With `return_inv_logits` two of these. Each is
+        a `LogitLens`: a tensor, with `plot`, `top`, `to_dataframe`, `save` and a text that shows the best tokens of each layer.
 
     Raises:
         InputError: if a prompt has no such position.
@@ -94,8 +97,26 @@ def logit_lens(
     if return_inv_logits:
         heads.append(partial(inverse_logits, model))
     found = [_through(lens, head, convert, hidden, _LOGITS // model.vocab_size) for head in heads]
-    first, *second = (_by_prompt(values, positions, list(map(len, where))) for values in found)
+    ids, texts = ids_of(inputs), texts_of(model, prompts)
+    tokens = [token_texts(model, [] if ids is None else ids[i, at]) for i, at in enumerate(where)]
+    texts = texts if len(texts) == len(where) else tuple("".join(one) for one in tokens)
+    first, *second = (
+        _of_prompts(_by_prompt(values, positions, list(map(len, where))), output, texts, tokens, model.tokenizer)
+        for values in found
+    )
     return (first, second[0]) if second else first
+
+
+def _of_prompts(
+    values: Any, output: str, prompts: tuple[str, ...], tokens: list[list[str]], tokenizer: Any
+) -> Any:  # (lists: of unlike lengths)
+    """Results that know what they are of."""
+    if isinstance(values, Tensor):
+        return LogitLens.of(values, output, prompts, tuple(map(tuple, tokens)), tokenizer=tokenizer)
+    return [
+        LogitLens.of(one, output, (prompt,), (tuple(of),), tokenizer=tokenizer, by_prompt=False)
+        for one, prompt, of in zip(values, prompts, tokens, strict=True)
+    ]
 
 
 def _states(

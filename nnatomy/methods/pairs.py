@@ -13,6 +13,7 @@ from torch import Tensor
 from nnatomy.errors import InputError
 from nnatomy.methods.points import accessor_of, attends_to_encoder
 from nnatomy.methods.prompts import Prompt, token_texts
+from nnatomy.methods.result import texts_of
 from nnatomy.methods.tokens import Tokens, tokens_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
@@ -27,11 +28,13 @@ class Pairs:
 
     Attributes:
         single: whether they were given as one prompt each, and not as lists.
+        prompts: as texts, a clean one and its corrupted one in turn; each once.
     """
 
     clean: list[Tokens]
     corrupted: list[Tokens]
     single: bool
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: StandardizedTransformer, clean: Any, corrupted: Any, point: str = "layers_output") -> Pairs:
@@ -54,7 +57,9 @@ class Pairs:
                         f"{len(other)} tokens:\n  clean:     {token_texts(model, one)}\n"
                         f"  corrupted: {token_texts(model, other)}"
                     )
-        found = cls(ids, others, is_single(clean) and is_single(corrupted))
+        both = zip(texts_of(model, clean), texts_of(model, corrupted), strict=False)
+        texts = tuple(dict.fromkeys(text for pair in both for text in pair))
+        found = cls(ids, others, is_single(clean) and is_single(corrupted), texts)
         if of_encoder and len(set(found.lengths)) > 1:
             raise InputError(
                 f"The pairs have {found.lengths} tokens in the encoder, which reads them padded on the right, so that positions "

@@ -24,6 +24,7 @@ from nnatomy.methods.pairs import Pairs, check_pair, gap
 from nnatomy.methods.patched_runs import is_close, repeated
 from nnatomy.methods.points import axes_of, layers_with, refuse_crossing
 from nnatomy.methods.progress import shown
+from nnatomy.methods.result import Axis, Result, name_of
 from nnatomy.methods.tokens import Tokens, arguments_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.words import Mode
@@ -40,14 +41,15 @@ class Part(NamedTuple):
     head: int | None
 
 
-@dataclass(frozen=True)
-class PathPatching:
+@dataclass(frozen=True, repr=False)
+class PathPatching(Result):
     """What a metric becomes where the receivers hear another sender.
 
     Attributes:
         senders, receivers: as they were given.
         effect: the metric with each sender's paths patched: (sender), or (pair, sender) where pairs were given as lists.
         clean, corrupted: the metric of the unpatched runs: a number, or (pair).
+        prompts, metric, mode: as of `Patching`.
     """
 
     senders: tuple[str, ...]
@@ -55,6 +57,25 @@ class PathPatching:
     effect: Float[Tensor, "*pair sender"]
     clean: Float[Tensor, "*pair"]
     corrupted: Float[Tensor, "*pair"]
+    prompts: tuple[str, ...] = ()
+    metric: str = "metric"
+    mode: str = "denoising"
+
+    quantity = "change of the metric"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """`pair` (of lists), sender."""
+        pairs = (Axis("pair", range(len(self.clean))),) if self.clean.ndim else ()
+        return (*pairs, Axis("sender", self.senders))
+
+    @property
+    def title(self) -> str:
+        """Where the paths end, and what they were measured by."""
+        return f"Paths to {', '.join(self.receivers)} ({self.mode}), {self.metric}"
+
+    def _ranked(self) -> Tensor:
+        return self.effect - (self.corrupted if self.mode == "denoising" else self.clean)[..., None]
 
     @property
     def normalized(self) -> Float[Tensor, "*pair sender"]:
@@ -78,9 +99,9 @@ class PathPatching:
 @torch.no_grad()
 def path_patching(
     model: StandardizedTransformer,
-    *,
     clean: Any,
     corrupted: Any,
+    *,
     sender: str | Sequence[str],
     receivers: str | Sequence[str],
     metric: Metric,
@@ -153,7 +174,7 @@ def path_patching(
     of_clean, of_corrupted = of_both if mode == "denoising" else of_both[::-1]
     if pairs.single:
         effect, of_clean, of_corrupted = effect[0], of_clean[0], of_corrupted[0]
-    return PathPatching(names, to, effect, of_clean, of_corrupted)
+    return PathPatching(names, to, effect, of_clean, of_corrupted, pairs.prompts, name_of(metric), mode)
 
 
 def _part(model: StandardizedTransformer, name: str, points: Sequence[str]) -> Part:

@@ -18,6 +18,7 @@ from nnatomy.methods.direct_logit_attribution import LogitAttribution
 from nnatomy.methods.edge_attribution import EdgeAttribution
 from nnatomy.methods.gradients import AttributionMap
 from nnatomy.methods.metrics import METRICS, NamedMetric
+from nnatomy.methods.result import Result
 from nnatomy.remote.tensor import RemoteTensor
 from nnatomy.remote.wire import NAMES, FrameError, decode, encode, from_bytes, to_bytes
 
@@ -29,6 +30,7 @@ _FOUND = (
     methods.HeadAblation,
     methods.HeadMap,
     methods.LensStatistics,
+    methods.LogitLens,
     AttributionMap,
     Faithfulness,
     LogitAttribution,
@@ -63,6 +65,8 @@ class Sender:
         return encode(value, self._tensor, self._other)
 
     def _tensor(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, Result):
+            return self._other(tensor)
         tensor = _here(tensor, self._detached)
         order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         if not tensor.permute(order).is_contiguous():
@@ -78,9 +82,12 @@ class Sender:
             return {"metric": [value.name, self.send(value.data())]}
         if CLASSES.get(type(value).__name__) is not type(value):
             raise NotSendableError(f"a {type(value).__name__}")
-        return {
-            "class": [type(value).__name__, [[one.name, self.send(getattr(value, one.name))] for one in fields(value)]]
-        }
+        state = (
+            value._state()
+            if isinstance(value, Result)
+            else {one.name: getattr(value, one.name) for one in fields(value)}
+        )
+        return {"class": [type(value).__name__, [[name, self.send(one)] for name, one in state.items()]]}
 
 
 class Receiver:
@@ -119,6 +126,8 @@ class Receiver:
             return self.metrics[-1]
         if kind == "class" and len(of) == 2 and of[0] in CLASSES:
             cls, given = CLASSES[of[0]], {key: self.receive(one) for key, one in of[1]}
+            if issubclass(cls, Result):
+                return cls._of_state(given)
             if given.keys() == {one.name for one in fields(cls)}:
                 return cls(**given)
         raise FrameError(f"a value of no kind: {kind:.40} {of!r:.80}")

@@ -85,7 +85,13 @@ class _Attention:
         seconds = value[:ROWS, :, 1]  # where the same code is written in all rows
         if not torch.equal(seconds[:1].expand_as(seconds), seconds):
             raise RefusedError("positions are mixed behind the projection (by a convolution, say)")
-        if given is None or not is_same(probe.seen.given, given[0]):
+        if given is None:
+            why = self.model.attentions_input.refusals()
+            raise RefusedError(
+                f"{probe.path} gives them, but of what it reads there is no attentions_input: "
+                + next((one for one, layers in why.items() if self.i in layers), "the attention takes several values")
+            )
+        if not is_same(probe.seen.given, given[0]):
             normed = any(is_same(one.gave, probe.seen.given) for one in self.norms)
             what = "a norm" if normed else "another matrix (low-rank, latent) or the like"
             raise RefusedError(

@@ -39,7 +39,7 @@ def test_the_map_of_the_stream(model_type: str) -> None:
     found = attribution_patching(model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric)
     expected = torch.stack([product.sum(-1) for product in products], 1)
     assert found.layers == tuple(range(model.num_layers))
-    assert torch.allclose(found.effects, expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(found.effect, expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(found.clean, clean, atol=1e-4)
     assert torch.allclose(found.corrupted, corrupted, atol=1e-4)
     whole = (clean - corrupted)[:, None, None]
@@ -57,7 +57,7 @@ def test_the_map_of_the_heads(model_type: str) -> None:
     found = attribution_patching(
         model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric, point="heads_output"
     )
-    assert torch.allclose(found.effects, expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(found.effect, expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(found.heads, expected.sum(2), rtol=1e-3, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_dropping_gradients_through_each_layer(model_type: str) -> None:
         point="heads_output",
         grad_drop=True,
     )
-    assert torch.allclose(found.effects, total / (len(layers) - 1), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(found.effect, total / (len(layers) - 1), rtol=1e-3, atol=1e-5)
 
 
 def linear_at_the_end(model_type: str) -> StandardizedTransformer:
@@ -137,7 +137,7 @@ def test_it_is_exact_where_the_metric_is_linear(model_type: str, point: str, qk_
     last = model.num_layers - 1
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     found = attribution_patching(model, clean, corrupted, metric, point=point, layers=last, qk_fix=qk_fix)
-    effects, by_head = found.effects[:, 0], point in ("queries", "keys", "values")
+    effects, by_head = found.effect[:, 0], point in ("queries", "keys", "values")
     for position in (2, 7, 8):
         for head in range(effects.shape[-1]) if effects.ndim == 3 else [slice(None)]:
             where = (slice(None), head, position) if by_head else (slice(None), position, head)
@@ -152,7 +152,7 @@ def test_without_the_fix_queries_and_keys_are_not_exact(point: str) -> None:
     model = linear_at_the_end("cohere")
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     plain, fixed = (
-        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=fix).effects for fix in (False, True)
+        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=fix).effect for fix in (False, True)
     )
     assert plain.shape == fixed.shape
     assert not torch.allclose(plain, fixed, rtol=0.1, atol=1e-2)
@@ -174,14 +174,14 @@ def test_the_fix_is_the_gradient_of_the_pattern_times_its_change(model_type: str
         found = attribution_patching(model, clean, corrupted, metric, point=point, layers=layer, qk_fix=True)
         with torch.no_grad(), model.trace(clean):
             new = getattr(model, point)[layer]
-        for head in range(found.effects.shape[-1]):
+        for head in range(found.effect.shape[-1]):
             with torch.no_grad(), model.trace(corrupted):
                 value = getattr(model, point)[layer].clone()
                 value[:, head, 3] = new[:, head, 3]
                 getattr(model, point)[layer] = value
                 other = model.attention_probabilities[layer]
             expected = ((other - pattern) * pattern.grad).sum((1, 2, 3)).detach()
-            assert torch.allclose(found.effects[:, 0, 3, head], expected, rtol=1e-3, atol=1e-6)
+            assert torch.allclose(found.effect[:, 0, 3, head], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_dropping_gradients_with_the_fix() -> None:
@@ -216,7 +216,7 @@ def test_dropping_gradients_with_the_fix() -> None:
         (gradient,) = torch.autograd.grad(value, pattern, allow_unused=True)
         if gradient is not None:
             total += ((patterns[1] - patterns[0]) * gradient).sum((2, 3)).unflatten(1, (2, 2)).sum(-1).abs()
-    assert torch.allclose(found.effects[:, 0, 4], total / 2, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(found.effect[:, 0, 4], total / 2, rtol=1e-3, atol=1e-6)
 
 
 def test_patterns_and_scores_by_query_and_key() -> None:
@@ -224,10 +224,10 @@ def test_patterns_and_scores_by_query_and_key() -> None:
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     for point in ("attention_probabilities", "attention_scores"):
         found = attribution_patching(model, clean, corrupted, metric, point=point)
-        assert found.effects.shape == (2, 3, 4, 9, 9)
-        assert torch.equal(found.effects, found.effects.tril())
-        assert float(found.effects.abs().max()) > 1e-3
-        assert torch.equal(found.heads, found.effects.sum((3, 4)))
+        assert found.effect.shape == (2, 3, 4, 9, 9)
+        assert torch.equal(found.effect, found.effect.tril())
+        assert float(found.effect.abs().max()) > 1e-3
+        assert torch.equal(found.heads, found.effect.sum((3, 4)))
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_padding_does_not_show(model_type: str, point: str) -> None:
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed).tolist() for seed in (CLEAN, CORRUPTED))
     short = attribution_patching(model, [clean[0][:6]], [corrupted[0][:6]], metric, point=point)
     both = attribution_patching(model, [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]], metric, point=point)
-    assert torch.allclose(both.effects[:1, :, 3:], short.effects, rtol=1e-3, atol=1e-4)
-    assert not both.effects[0, :, :3].any()
+    assert torch.allclose(both.effect[:1, :, 3:], short.effect, rtol=1e-3, atol=1e-4)
+    assert not both.effect[0, :, :3].any()
 
 
 def test_weights_without_gradients_do_as_well() -> None:
@@ -249,7 +249,7 @@ def test_weights_without_gradients_do_as_well() -> None:
     hf.requires_grad_(False)
     with torch.no_grad():
         found = attribution_patching(model, clean, corrupted, metric)
-    assert torch.equal(found.effects, expected.effects)
+    assert torch.equal(found.effect, expected.effect)
     assert all(parameter.grad is None for parameter in hf.parameters())
 
 
@@ -259,9 +259,9 @@ def test_the_lasting_edits_of_a_model_are_in_it() -> None:
     assert edited_model is not None
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     found = attribution_patching(edited_model, clean, corrupted, metric)
-    assert torch.allclose(found.effects[:, 0], found.effects[:, 1])
+    assert torch.allclose(found.effect[:, 0], found.effect[:, 1])
     plain = attribution_patching(model, clean, corrupted, metric)
-    assert not torch.allclose(plain.effects[:, 0], plain.effects[:, 1])
+    assert not torch.allclose(plain.effect[:, 0], plain.effect[:, 1])
 
 
 def test_layers_of_a_hybrid() -> None:
@@ -279,7 +279,7 @@ def test_layers_of_another_number_of_heads_are_chosen() -> None:
     with pytest.raises(InputError, match=r"heads_output is not as large in each layer: \{0: \(9, 4\), 1: \(9, 2\)"):
         attribution_patching(model, clean, corrupted, metric, point="heads_output")
     found = attribution_patching(model, clean, corrupted, metric, point="heads_output", layers=[0])
-    assert found.effects.shape == (2, 1, 9, 4)
+    assert found.effect.shape == (2, 1, 9, 4)
 
 
 @pytest.mark.parametrize("point", ["keys", "queries"])
@@ -288,14 +288,14 @@ def test_keys_that_are_no_positions_have_effects_too(point: str) -> None:
     model = StandardizedTransformer(zoo.shared("deepseek_v4"), validate=False)  # which refuses them
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (CLEAN, CORRUPTED))
     found = attribution_patching(model, clean, corrupted, metric, point=point, layers=1, qk_fix=True)
-    assert found.effects.shape[2] == (11 if point == "keys" else 9)
+    assert found.effect.shape[2] == (11 if point == "keys" else 9)
     refused = {
         "keys": (InputError, "is not as large in each layer"),
         "queries": (NotInThisModelError, r"\[2\]: .* in pieces: what comes first has 8 positions"),
     }
     with pytest.raises(refused[point][0], match=refused[point][1]):
         attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=True)
-    assert bool(found.effects.abs().sum((0, 1, 3)).bool().any())
+    assert bool(found.effect.abs().sum((0, 1, 3)).bool().any())
 
 
 def test_what_cannot_be_is_said() -> None:
@@ -338,10 +338,10 @@ def test_it_is_like_patching_itself_and_finds_where_the_country_is(name: str) ->
 
             logits = edited(lambda: hf(corrupted), layer, "output", patch).logits[0, -1]
             real[i, t] = logits[right] - logits[wrong] - found.corrupted[0]
-    correlation = torch.corrcoef(torch.stack([found.effects[0].flatten(), real.flatten()]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([found.effect[0].flatten(), real.flatten()]))[0, 1]
     assert float(correlation) > 0.95
-    assert int(real[0].argmax()) == int(found.effects[0, 0].argmax()) == 3
-    assert int(real[-1].argmax()) == int(found.effects[0, -1].argmax()) == 4
+    assert int(real[0].argmax()) == int(found.effect[0, 0].argmax()) == 3
+    assert int(real[-1].argmax()) == int(found.effect[0, -1].argmax()) == 4
 
 
 def test_the_fix_is_nearer_to_patching_itself() -> None:
@@ -356,7 +356,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
     plain, fixed = (
         attribution_patching(model, clean, corrupted, measure, point="keys", qk_fix=fix) for fix in (False, True)
     )
-    real = torch.zeros_like(plain.effects[0])
+    real = torch.zeros_like(plain.effect[0])
     with torch.no_grad():
         with model.trace(clean):
             new = [model.keys[i] for i in range(model.num_layers)]
@@ -367,7 +367,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
                 model.keys[layer] = keys
                 real[layer, position, head] = measure(model.logits[:, -1]) - plain.corrupted
     near, far = (
-        float(torch.corrcoef(torch.stack([found.effects.flatten(), real.flatten()]))[0, 1]) for found in (fixed, plain)
+        float(torch.corrcoef(torch.stack([found.effect.flatten(), real.flatten()]))[0, 1]) for found in (fixed, plain)
     )
     assert near > 0.9
     assert far < 0.7
@@ -378,7 +378,7 @@ def test_the_plot_shows_the_mean(point: str) -> None:
     model = StandardizedTransformer(shared("llama"))
     found = attribution_patching(model, ids("llama", CLEAN), ids("llama", CORRUPTED), metric, point=point)
     shown = torch.tensor(found.plot().data[0].z).float()
-    expected = found.effects if point == "layers_output" else found.heads
+    expected = found.effect if point == "layers_output" else found.heads
     assert torch.allclose(shown, expected.mean(0), atol=1e-6)
 
 
@@ -402,6 +402,6 @@ def test_an_input_that_other_modules_are_given_too(model_type: str, point: str) 
 
     there, here = run(prompt=clean)[0], run()[0]
     up, down = (run(here + sign * 1e-2 * (there - here))[1] for sign in (1, -1))
-    effects = attribution_patching(model, clean, corrupted, metric, point=point, layers=1).effects
+    effects = attribution_patching(model, clean, corrupted, metric, point=point, layers=1).effect
     expected = (up - down) / 2e-2  # norms are computed in float32
     assert torch.allclose(effects.sum((1, 2)).double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

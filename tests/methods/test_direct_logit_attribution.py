@@ -70,13 +70,13 @@ def test_each_part_adds_what_the_models_own_algebra_says(model_type: str) -> Non
     token_ids = ids(model_type)
     found = direct_logit_attribution(StandardizedTransformer(shared(model_type)), token_ids, ANSWER, WRONG, by="head")
     reference = naive(model_type, token_ids)
-    values = dict(zip(found.parts, found.values.mT, strict=True))
+    values = dict(zip(found.parts, found.effect.mT, strict=True))
     assert set(reference) <= set(values)
     for name, value in values.items():
         if name != "rest":
             expected = reference.get(name, torch.zeros(len(token_ids)))
             assert torch.allclose(value, expected, rtol=1e-3, atol=2e-4), name
-    assert torch.allclose(found.values.sum(-1), logit_difference(model_type, token_ids), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.effect.sum(-1), logit_difference(model_type, token_ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -85,7 +85,7 @@ def test_components_and_layers_are_sums_of_the_finer_parts(model_type: str) -> N
     tables = {}
     for by in ("layer", "component", "head"):
         found = direct_logit_attribution(model, token_ids, ANSWER, WRONG, by=by)
-        tables[by] = dict(zip(found.parts, found.values.mT, strict=True))
+        tables[by] = dict(zip(found.parts, found.effect.mT, strict=True))
     for i in range(model.num_layers):
         for finer in ("component", "head"):
             mine = [value for name, value in tables[finer].items() if name.startswith((f"L{i} ", f"L{i}H"))]
@@ -100,7 +100,7 @@ def test_the_rest_is_the_bias_of_the_final_norm(model_type: str, rest: float | N
         rest = float((hf.transformer.ln_f.bias @ hf.lm_head.weight[ANSWER]).detach())
         assert abs(rest) > 0.1
     assert found.parts[-1] == "rest"
-    assert torch.allclose(found.values[:, -1], torch.full((2,), rest), atol=1e-4)
+    assert torch.allclose(found.effect[:, -1], torch.full((2,), rest), atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "qwen3_next"])
@@ -112,7 +112,7 @@ def test_padding_does_not_show(model_type: str) -> None:
     both = direct_logit_attribution(model, [short, long], [ANSWER, WRONG], WRONG + 1, by="head")
     alone = direct_logit_attribution(model, [short], ANSWER, WRONG + 1, by="head")
     assert both.parts == alone.parts
-    assert torch.allclose(both.values[:1], alone.values, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(both.effect[:1], alone.effect, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -123,8 +123,8 @@ def test_weights_without_gradients_and_no_grad_do_as_well(grad: bool) -> None:
     hf.requires_grad_(False)
     with torch.set_grad_enabled(grad):
         found = direct_logit_attribution(model, zoo.ids(hf), ANSWER, by="head")
-    assert torch.equal(found.values, expected.values)
-    assert not found.values.requires_grad
+    assert torch.equal(found.effect, expected.effect)
+    assert not found.effect.requires_grad
 
 
 def test_a_layer_of_a_hybrid_is_named_for_what_mixes_its_tokens() -> None:
@@ -141,7 +141,7 @@ def test_where_the_stream_is_no_sum_by_layer_alone_is_there() -> None:
     found = direct_logit_attribution(model, token_ids, ANSWER, by="layer")
     with torch.no_grad():
         logits = model.hf_model(token_ids).logits[:, -1, ANSWER]
-    assert torch.allclose(found.values.sum(-1), logits, atol=1e-5)
+    assert torch.allclose(found.effect.sum(-1), logits, atol=1e-5)
 
 
 def test_a_model_that_is_not_validated() -> None:
@@ -151,7 +151,7 @@ def test_a_model_that_is_not_validated() -> None:
         for check in (True, False)
     )
     assert one.parts == other.parts
-    assert torch.allclose(one.values, other.values, atol=1e-5)
+    assert torch.allclose(one.effect, other.effect, atol=1e-5)
 
 
 def test_what_cannot_be_is_said() -> None:
@@ -196,5 +196,5 @@ def test_without_the_part_that_adds_most_the_answer_is_lost(name: str) -> None:
 
 def test_the_plot_shows_the_mean() -> None:
     found = direct_logit_attribution(StandardizedTransformer(shared("llama")), ids("llama"), ANSWER)
-    assert torch.allclose(torch.tensor(found.plot().data[0].x).float(), found.values.mean(0), atol=1e-6)
-    assert found.top(1)[0][1] == pytest.approx(float(found.values.mean(0)[found.parts.index(found.top(1)[0][0])]))
+    assert torch.allclose(torch.tensor(found.plot().data[0].x).float(), found.effect.mean(0), atol=1e-6)
+    assert found.top(1)[0][1] == pytest.approx(float(found.effect.mean(0)[found.parts.index(found.top(1)[0][0])]))

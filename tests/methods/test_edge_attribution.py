@@ -52,7 +52,7 @@ def test_the_edges_of_a_source_add_up_to_its_gradient(model_type: str) -> None:
     hf, found = shared(model_type), attributed(model_type)
     clean, gradients, value = with_gradients(hf, ids(model_type, CLEAN), points_of(model_type))
     corrupted, _, other = with_gradients(hf, ids(model_type, CORRUPTED), points_of(model_type))
-    totals = dict(zip(found.sources, found.scores.sum(-1).mT, strict=True))
+    totals = dict(zip(found.sources, found.effect.sum(-1).mT, strict=True))
     assert torch.allclose(found.clean, value, atol=1e-4)
     assert torch.allclose(found.corrupted, other, atol=1e-4)
     checked = 0
@@ -103,7 +103,7 @@ def test_edges_into_queries_keys_and_values(model_type: str) -> None:
     for handle in handles:
         handle.remove()
     change = seen[0].detach() - corrupted["embeddings"]
-    scores = dict(zip(found.destinations, found.scores[:, 0].mT, strict=True))
+    scores = dict(zip(found.destinations, found.effect[:, 0].mT, strict=True))
     for (i, kinds), output in [(name, x) for name, x in seen.items() if not isinstance(name, int)]:
         (whole,) = torch.autograd.grad(value.sum(), output, retain_graph=True)
         for n, kind in enumerate(kinds):
@@ -135,7 +135,7 @@ def test_edges_of_heads_into_the_logits(model_type: str) -> None:
                     for part, (_, gave) in zip((clean, corrupted), runs, strict=True)
                 )
             change = (clean - corrupted) * place.attention_scale(hf.config)
-            score = found.scores[:, found.sources.index(f"L{i}H{h}"), -1]
+            score = found.effect[:, found.sources.index(f"L{i}H{h}"), -1]
             assert torch.allclose(score, (change * slopes["last"]).sum((1, 2)), rtol=1e-3, atol=1e-4), (i, h)
 
 
@@ -156,8 +156,8 @@ def test_more_steps_are_the_mean_over_embeddings_on_the_way(model_type: str) -> 
             put=lambda name, x, at=at: at.clone() + 0 * x if name == "tokens" else x,  # type: ignore[misc]
         )
         total = total + (gradients["embeddings"] * (clean["embeddings"] - corrupted["embeddings"])).sum((1, 2)) / 3
-    assert torch.allclose(found.scores[:, 0].sum(-1), total, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(attributed(model_type).scores[:, 0].sum(-1), total, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(found.effect[:, 0].sum(-1), total, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(attributed(model_type).effect[:, 0].sum(-1), total, rtol=1e-2, atol=1e-2)
 
 
 def names(found: EdgeAttribution) -> set[tuple[str, str]]:
@@ -172,7 +172,7 @@ def test_an_edge_goes_forward_and_not_within_a_parallel_block() -> None:
         assert {("embeddings", "L0H0.q"), ("L0 mlp", "L1H0-1.k"), ("L2 mlp", "logits")} <= edges
         assert not {("L1H0", "L1H1.q"), ("L1 mlp", "L1H1.q"), ("L1 mlp", "L1 mlp"), ("L2H0", "L1 mlp")} & edges
     found = attributed("llama")
-    assert not found.scores[:, ~found.edges].any()
+    assert not found.effect[:, ~found.edges].any()
     assert len(sequential) == int(found.edges.sum())
 
 
@@ -202,7 +202,7 @@ def test_what_is_not_by_heads_is_one_node(model_type: str, sources: list[str]) -
         expected = (gradients["stream"] * (values["stream"] - others["stream"])).sum((1, 2))
         before = [s for s, name in enumerate(found.sources) if name == "embeddings" or int(name[1]) < i]
         behind = [d for d, name in enumerate(found.destinations) if name == "logits" or int(name[1]) >= i]
-        mine = found.scores[:, before][:, :, behind].sum((1, 2))
+        mine = found.effect[:, before][:, :, behind].sum((1, 2))
         assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -214,7 +214,7 @@ def test_a_model_that_is_not_validated() -> None:
         for check in (True, False)
     )
     assert one.destinations == other.destinations
-    assert torch.allclose(one.scores, other.scores, atol=1e-5)
+    assert torch.allclose(one.effect, other.effect, atol=1e-5)
 
 
 def test_padding_does_not_show() -> None:
@@ -223,8 +223,8 @@ def test_padding_does_not_show() -> None:
     short = [clean[0][:6]], [corrupted[0][:6]]
     both = [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]]
     alone, found = edge_attribution(model, *short, metric), edge_attribution(model, *both, metric)
-    assert torch.allclose(found.scores[:1], alone.scores, rtol=1e-3, atol=1e-4)
-    kept = [circuit_faithfulness(model, *given, metric, alone, [40]).metrics[0] for given in (short, both)]
+    assert torch.allclose(found.effect[:1], alone.effect, rtol=1e-3, atol=1e-4)
+    kept = [circuit_faithfulness(model, *given, metric, alone, [40]).effect[0] for given in (short, both)]
     assert torch.allclose(*kept, rtol=1e-3, atol=1e-4)
 
 
@@ -241,8 +241,8 @@ def of_edges(
 ) -> Tensor:
     """The metric of a circuit of given edges: those that have a score are the largest."""
     keep = keep & found.edges
-    given = dataclasses.replace(found, scores=keep.float().expand_as(found.scores))
-    return circuit_faithfulness(model, clean, corrupted, measure, given, [int(keep.sum())]).metrics[:, 0]
+    given = dataclasses.replace(found, effect=keep.float().expand_as(found.effect))
+    return circuit_faithfulness(model, clean, corrupted, measure, given, [int(keep.sum())]).effect[:, 0]
 
 
 @pytest.mark.parametrize("model_type", [*TYPES, "jamba", "qwen3_next", "mpt", "nanochat"])
@@ -256,7 +256,7 @@ def test_all_edges_are_the_clean_run_and_none_the_corrupted_one(model_type: str)
     found = circuit_faithfulness(model, clean, corrupted, metric, edges, [0, int(edges.edges.sum())])
     with torch.no_grad():
         expected = torch.stack([metric(hf(x).logits[:, -1]) for x in (corrupted, clean)], 1)
-    assert torch.allclose(found.metrics, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.effect, expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.recovered, torch.tensor([0.0, 1.0]), atol=1e-3)
 
 
@@ -328,7 +328,7 @@ def test_of_edges_into_the_logits_alone_only_the_embeddings_count(model_type: st
 
 def test_the_largest_are_kept_and_shown() -> None:
     found = attributed("llama")
-    sizes = found.scores.mean(0).abs()
+    sizes = found.effect.mean(0).abs()
     kept = found.kept(10)
     assert int(kept.sum()) == 10
     assert float(sizes[kept].min()) >= float(sizes[~kept].max())
@@ -361,7 +361,7 @@ def test_what_cannot_be_is_said() -> None:
 def test_the_plots_show_the_means() -> None:
     found = attributed("llama")
     figure = found.plot(k=None)
-    assert torch.allclose(torch.tensor(figure.data[0].z).float(), found.scores.mean(0), atol=1e-6)
+    assert torch.allclose(torch.tensor(figure.data[0].z).float(), found.effect.mean(0), atol=1e-6)
     assert figure.layout.xaxis.ticktext[-1] == "logits"
     few, edges = found.plot(k=3), found.top(3)
     rows, columns = few.layout.yaxis.ticktext, few.layout.xaxis.ticktext

@@ -72,6 +72,7 @@ ELSEWHERE = {
         "Activations",
         "HeadAblation",
         "HeadMap",
+        "LogitLens",
     ),
 }
 
@@ -534,9 +535,9 @@ def test_attributions_are_gradients_through_hooks(model: StandardizedTransformer
     found = attribution_patching(model, clean, corrupted, metric, point=point, layers=[1, 3])
     mask = other["attention_mask"] if point.startswith("encoder_") else torch.ones(2, 3)
     for i, expected in enumerate(by_gradient(model, point, [1, 3], one, other)):
-        torch.testing.assert_close(found.effects[:, i], expected * mask, **CLOSE)
+        torch.testing.assert_close(found.effect[:, i], expected * mask, **CLOSE)
         assert expected.abs().max() > 1e-3
-    assert found.effects.shape[2] == len(found.tokens) == mask.shape[1]
+    assert found.effect.shape[2] == len(found.tokens) == mask.shape[1]
     read = other["input_ids"] if point.startswith("encoder_") else other["decoder_input_ids"]
     assert found.tokens == tuple(model.tokenizer.decode([token]) for token in read[0])
     with torch.no_grad():
@@ -544,7 +545,7 @@ def test_attributions_are_gradients_through_hooks(model: StandardizedTransformer
     dropped = attribution_patching(model, clean, corrupted, metric, point=point, layers=[1], grad_drop=True)
     each = torch.stack([by_gradient(model, point, [1], one, other, drop)[0] for drop in range(4)])
     count = 4 if point.endswith("layers_output") else 3
-    torch.testing.assert_close(dropped.effects[:, 0], each.abs().sum(0) / count * mask, **CLOSE)
+    torch.testing.assert_close(dropped.effect[:, 0], each.abs().sum(0) / count * mask, **CLOSE)
 
 
 @pytest.mark.parametrize("point", ["layers_output", "encoder_layers_output"])
@@ -567,7 +568,7 @@ def test_integrated_gradients_are_those_on_the_way(model: StandardizedTransforme
         gradients.append(gradient)
     expected = (change * (gradients[0] + gradients[1]) / 2).sum(-1)
     expected *= other["attention_mask"] if point == "encoder_layers_output" else 1
-    torch.testing.assert_close(found.effects[:, 0], expected, **CLOSE)
+    torch.testing.assert_close(found.effect[:, 0], expected, **CLOSE)
     assert expected.abs().max() > 1e-2
 
 
@@ -580,7 +581,7 @@ def test_attributions_refuse_what_does_not_fit(model: StandardizedTransformer) -
         )
     found = attribution_patching(model, LONG, SHORT, metric, point="layers_output", layers=2)
     (expected,) = by_gradient(model, "layers_output", [2], arguments(model, [LONG]), arguments(model, [SHORT]))
-    torch.testing.assert_close(found.effects[:, 0], expected, **CLOSE)
+    torch.testing.assert_close(found.effect[:, 0], expected, **CLOSE)
 
 
 # The head.
@@ -683,7 +684,7 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
             # Linear once the norm's scale is held fixed.
             along = head_direction(model, last)
             torch.testing.assert_close(
-                found.values[:, found.parts.index(f"L{layer}")], (added[:, position] * along).sum(-1), **CLOSE
+                found.effect[:, found.parts.index(f"L{layer}")], (added[:, position] * along).sum(-1), **CLOSE
             )
     if hasattr(model.hf_model, "model"):
         refused(
@@ -696,9 +697,9 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
     crossing = seen(model, "cross_attentions_output", 2, **inputs)[:, -1]
     last = seen(model, "layers_output", 3, **inputs)[:, -1]
     expected = (crossing * head_direction(model, last)).sum(-1)
-    torch.testing.assert_close(found.values[:, found.parts.index("L2 cross-attention")], expected, **CLOSE)
+    torch.testing.assert_close(found.effect[:, found.parts.index("L2 cross-attention")], expected, **CLOSE)
     heads = direct_logit_attribution(model, prompts, 30, by="head")
-    torch.testing.assert_close(heads.values.sum(-1), logits[:, -1, 30], **CLOSE)
+    torch.testing.assert_close(heads.effect.sum(-1), logits[:, -1, 30], **CLOSE)
 
 
 def head_direction(model: StandardizedTransformer, last: Tensor) -> Tensor:

@@ -53,20 +53,20 @@ def test_scores_are_the_means_of_the_patterns(model_type: str, batch_size: int) 
         hf.set_attn_implementation(implementation)
         found = head_scores(StandardizedTransformer(hf), PROMPTS, batch_size=batch_size)
         for kind, scores in found.items():
-            assert torch.allclose(scores.values, naive(patterns, PROMPTS, kind), atol=1e-5)
-            assert scores.values.std() > 0
+            assert torch.allclose(scores.effect, naive(patterns, PROMPTS, kind), atol=1e-5)
+            assert scores.effect.std() > 0
 
 
 def test_without_a_target_there_is_no_score() -> None:
     found = head_scores(StandardizedTransformer(shared("llama")), [[5, 6, 7]])
-    assert found["duplicate_token"].values.isnan().all()
+    assert found["duplicate_token"].effect.isnan().all()
     assert found["duplicate_token"].top() == []
-    assert not found["previous_token"].values.isnan().any()
+    assert not found["previous_token"].effect.isnan().any()
 
 
 def test_random_tokens_come_twice() -> None:
     model = StandardizedTransformer("demo:llama")
-    first, again, other = (head_scores(model, seed=seed)["induction"].values for seed in (0, 0, 1))
+    first, again, other = (head_scores(model, seed=seed)["induction"].effect for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -74,12 +74,12 @@ def test_random_tokens_come_twice() -> None:
 def test_a_head_map_names_heads() -> None:
     scores = head_scores(StandardizedTransformer(shared("llama")), PROMPTS)["previous_token"]
     (name, value), *_ = scores.top(3)
-    layer, head = divmod(int(scores.values.argmax()), scores.values.shape[1])
-    assert (name, value) == (f"L{layer}H{head}", float(scores.values.max()))
+    layer, head = divmod(int(scores.effect.argmax()), scores.effect.shape[1])
+    assert (name, value) == (f"L{layer}H{head}", float(scores.effect.max()))
     assert name in repr(scores)
-    assert "attention to previous token" in repr(scores)
+    assert "Attention to previous token" in repr(scores)
     figure = scores.plot()
-    assert figure.data[0].z.shape == scores.values.shape
+    assert figure.data[0].z.shape == scores.effect.shape
     assert figure.layout.title.text == "Attention to previous token"
 
 
@@ -115,7 +115,7 @@ def test_ablation_is_a_pass_without_the_head(model_type: str, how: Any) -> None:
     assert torch.allclose(found.base, base, atol=1e-4)
     assert (found.effect - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (expected - base[:, None, None]).abs().max() > 1e-2 * expected.abs().max()
-    assert torch.allclose(found.change.values, (expected - base[:, None, None]).mean(0), atol=1e-3)
+    assert torch.allclose(found.change.effect, (expected - base[:, None, None]).mean(0), atol=1e-3)
 
 
 def test_prompts_of_other_lengths_have_the_mean_of_their_own_tokens() -> None:
@@ -143,7 +143,7 @@ def test_prompts_of_other_lengths_have_the_mean_of_their_own_tokens() -> None:
         expected = [float(ONE(hf(torch.tensor([one])).logits[:, -1])) for one in PROMPTS]
     handle.remove()
     assert found.effect.flatten().tolist() == pytest.approx(expected, abs=1e-3)
-    assert found.change.values[:, :2].isnan().all()
+    assert found.change.effect[:, :2].isnan().all()
     assert found.change.top()[0][0] == "L1H2"
     assert math.isnan(found.plot().data[0].z[0, 0])
 

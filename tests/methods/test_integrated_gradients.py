@@ -52,7 +52,7 @@ def test_each_is_the_mean_gradient_on_the_way(model_type: str, point: str) -> No
         layers=[0, 1],
         steps=steps,
     )
-    assert torch.allclose(found.effects, torch.stack(expected, 1), rtol=2e-3, atol=2e-5)
+    assert torch.allclose(found.effect, torch.stack(expected, 1), rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("point", ["layers_output", "mlps_output"])
@@ -70,7 +70,7 @@ def test_the_effects_add_up_to_what_patching_the_whole_layer_does(point: str) ->
         change = metric(patched.logits[:, -1]) - few.corrupted
         if point == "layers_output":
             assert torch.allclose(change, few.clean - few.corrupted, atol=1e-4)
-        errors = [float((found.effects[:, i].sum(-1) - change).abs().max()) for found in (few, many)]
+        errors = [float((found.effect[:, i].sum(-1) - change).abs().max()) for found in (few, many)]
         assert errors[1] < 1e-3
         assert errors[1] < errors[0] / 5
 
@@ -89,16 +89,16 @@ def test_for_a_metric_that_is_linear_one_step_is_attribution_patching() -> None:
     one = integrated_gradients(model, clean, corrupted, first_entry, layers=last, steps=1)
     other = attribution_patching(model, clean, corrupted, first_entry, layers=last)
     handle.remove()
-    assert torch.allclose(one.effects, other.effects, atol=1e-6)
-    assert torch.allclose(one.effects.sum((1, 2)), one.clean - one.corrupted, atol=1e-5)
+    assert torch.allclose(one.effect, other.effect, atol=1e-6)
+    assert torch.allclose(one.effect.sum((1, 2)), one.clean - one.corrupted, atol=1e-5)
 
 
 def test_scores_that_are_masked() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     found = integrated_gradients(model, clean, corrupted, metric, point="attention_scores", layers=1, steps=2)
-    assert bool(found.effects.isfinite().all())
-    assert float(found.effects.abs().max()) > 1e-3
+    assert bool(found.effect.isfinite().all())
+    assert float(found.effect.abs().max()) > 1e-3
 
 
 def test_no_steps_are_refused() -> None:

@@ -82,9 +82,9 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
     "get_token_activations": lambda m, p: get_token_activations(m, p).transpose(0, 1),
     "get_token_activations at 0": lambda m, p: get_token_activations(m, p, idx=0).transpose(0, 1),
     "get_token_activations at -3": lambda m, p: get_token_activations(m, p, [2, 0], idx=-3).transpose(0, 1),
-    "direct_logit_attribution": lambda m, p: direct_logit_attribution(m, p, 3, 9).values,
-    "direct_logit_attribution at 0": lambda m, p: direct_logit_attribution(m, p, 3, by="layer", position=0).values,
-    "direct_logit_attribution by head": lambda m, p: direct_logit_attribution(m, p, 3, by="head", position=-2).values,
+    "direct_logit_attribution": lambda m, p: direct_logit_attribution(m, p, 3, 9).effect,
+    "direct_logit_attribution at 0": lambda m, p: direct_logit_attribution(m, p, 3, by="layer", position=0).effect,
+    "direct_logit_attribution by head": lambda m, p: direct_logit_attribution(m, p, 3, by="head", position=-2).effect,
     "patchscope_lens": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], 1)),
     "patchscope_lens from 1": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], -1), source_position=1),
     "patch_object_attn_lens of targets": lambda m, p: patch_object_attn_lens(m, [4, 5, 6, 7], p, 1),
@@ -95,9 +95,9 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
             m, clean=p, corrupted=_others(p), sender="mlps_contribution[0]", receivers="logits", metric=METRIC
         ).effect
     ),
-    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effects[..., -3:],
-    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effects[..., -3:],
-    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).scores,
+    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effect[..., -3:],
+    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effect[..., -3:],
+    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).effect,
     "circuit_faithfulness": lambda m, p: _faithful(m, p),
     "collect_activations": lambda m, p: torch.stack(
         list(collect_activations(m, _each(p), progress=False).tensors.values()), 1
@@ -128,7 +128,7 @@ def _patched(model: Model, given: Any, **kwargs: Any) -> Any:
 
 def _faithful(model: Model, given: Any) -> Tensor:
     scores = edge_attribution(model, [[4, 5, 6]], [[7, 8, 9]], METRIC)
-    return circuit_faithfulness(model, given, _others(given), METRIC, scores, [0, 20]).metrics
+    return circuit_faithfulness(model, given, _others(given), METRIC, scores, [0, 20]).effect
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -96,7 +96,7 @@ def plots() -> dict[str, Callable[[], Any]]:
         metric = logit_difference(" Paris", " Rome", model)
         found = edge_attribution(model, PROMPT, "The capital of Italy is", metric)
         return circuit(
-            found.scores.mean(0),
+            found.effect.mean(0),
             sources=found.sources,
             destinations=found.destinations,
             title=f"Edge attribution: {PROMPT} / The capital of Italy is",

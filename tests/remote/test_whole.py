@@ -312,7 +312,7 @@ def test_a_connection_that_breaks_while_it_runs(local: Any, remote: Any, server:
         with pytest.raises(RemoteError, match="there is no run of that name"):
             Server(server.address, key).fetch(wrong).result()
     found = Server(server.address, keys[1][0]).fetch(name).result()
-    assert torch.equal(found.effects, integrated_gradients(local, A, B, metric, steps=60).effects)
+    assert torch.equal(found.effect, integrated_gradients(local, A, B, metric, steps=60).effect)
 
 
 def test_a_connection_that_breaks_while_a_result_is_fetched(

@@ -163,7 +163,7 @@ def test_two_by_turns_do_not_see_one_another(server: Served) -> None:
             one.go_on(lambda: True)
     for one in two:
         header, blobs = unpack(one.frame)
-        assert torch.equal(Receiver(blobs).receive(header["ok"]).effects, wanted.effects)
+        assert torch.equal(Receiver(blobs).receive(header["ok"]).effect, wanted.effect)
 
 
 def test_what_is_measured_is_let_go(server: Served) -> None:

@@ -201,9 +201,9 @@ def methods_and_modules_of_ones_own(model_type: str) -> None:
     one, other, ids = StandardizedTransformer(plain), StandardizedTransformer(sharded), prompt_ids()
     prompts = ids.tolist()
     expected, found = (direct_logit_attribution(model, prompts, 3) for model in (one, other))
-    near(found.values, expected.values)
+    near(found.effect, expected.effect)
     effects = [
-        attribution_patching(model, prompts[:1], prompts[1:], logit_difference(3, 4)).effects for model in (one, other)
+        attribution_patching(model, prompts[:1], prompts[1:], logit_difference(3, 4)).effect for model in (one, other)
     ]
     near(effects[1], effects[0])
     for name, call in {

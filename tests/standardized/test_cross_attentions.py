@@ -221,9 +221,9 @@ def test_the_parts_of_a_logit_are_all_there(by: str) -> None:
     prompt = zoo.ids(model.hf_model, seq=7)
     found = direct_logit_attribution(model, prompt, answer=5, wrong=9, by=by)
     assert {f"L{i} cross-attention" for i in range(4)} <= {*found.parts}
-    torch.testing.assert_close(found.values.sum(1), found.logits)
-    rest = dict(zip(found.parts, found.values[0].tolist(), strict=True))["rest"]
-    assert abs(rest) < 1e-4 * float(found.values.abs().max()), "T5's final norm and head have no bias"
+    torch.testing.assert_close(found.effect.sum(1), found.logits)
+    rest = dict(zip(found.parts, found.effect[0].tolist(), strict=True))["rest"]
+    assert abs(rest) < 1e-4 * float(found.effect.abs().max()), "T5's final norm and head have no bias"
 
 
 def test_methods_that_know_of_mixer_and_mlp_alone_refuse() -> None:

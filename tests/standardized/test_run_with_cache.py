@@ -510,7 +510,7 @@ def test_it_is_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     for by in ("layer", "head") if model_type == "mixtral" else ("layer", "component", "head"):
         one, other = (each.logit_attribution(20, 31, by=by) for each in (cache, loaded))
-        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.effect, other.effect)
     with pytest.raises(InputError, match=r"was loaded without its model: ActivationCache\.load\(path, model\)"):
         ActivationCache.load(path).logit_attribution(20)
     with pytest.raises(OSError, match="none"):
@@ -545,11 +545,11 @@ def test_a_logit_is_taken_apart_as_the_method_does(model_type: str, by: str) -> 
         found = cache.logit_attribution(20, 31, by=by, position=position)
         expected = direct_logit_attribution(model, PROMPTS, 20, 31, by=by, position=position)
         assert found.parts == expected.parts
-        assert torch.equal(found.values, expected.values)
+        assert torch.equal(found.effect, expected.effect)
         columns = [pad + position % length for pad, length in zip(PADDED, LENGTHS, strict=True)]
         logits = plain[range(3), columns]
         assert torch.allclose(found.logits, logits[:, 20] - logits[:, 31], atol=1e-4)
-        assert torch.allclose(found.values.sum(-1), found.logits, atol=1e-4)
+        assert torch.allclose(found.effect.sum(-1), found.logits, atol=1e-4)
 
 
 @torch.no_grad()
@@ -560,7 +560,7 @@ def test_it_is_taken_apart_where_positions_are_cut() -> None:
     for position in (0, -1):
         one, other = (each.logit_attribution(20, position=position) for each in (whole, cut))
         assert one.parts == other.parts
-        assert torch.allclose(one.values, other.values, atol=1e-6)
+        assert torch.allclose(one.effect, other.effect, atol=1e-6)
     with pytest.raises(InputError, match=r"position=1: of prompt 0 it is not in the cache\."):
         cut.logit_attribution(20, position=1)
     with model.trace(PROMPTS):

@@ -225,6 +225,30 @@ def test_neurons_are_the_activated_gate_times_the_rest(model_type: str) -> None:
     close(neurons @ w_out, output)
 
 
+def test_a_scale_behind_the_down_projection_is_not_in_its_weight() -> None:
+    model = zoo.loaded("inkling_text")
+    w_out, mlp = model.W_out[0], model._anatomy.mlps[0]
+    with torch.no_grad(), model.trace(torch.arange(3, 12)[None]):
+        neurons, output = model.neurons[0], model.mlps_output[0]
+    assert abs(float(mlp.global_scale.detach()) - 1) > 0.05
+    close(neurons @ w_out, mlp.down_proj(neurons))
+    close(neurons @ w_out * mlp.global_scale, output)
+
+
+def test_scales_and_a_norm_of_neurons_are_not_in_their_weights() -> None:
+    model = zoo.loaded("dory")
+    w_in, w_gate, mlp = model.W_in[0], model.W_gate[0], model._anatomy.mlps[0]
+    with torch.no_grad(), model.trace(torch.arange(3, 12)[None]):
+        x, neurons = model.mlps_input[0], model.neurons[0]
+    up, gate = x @ w_in + model.b_in[0], x @ w_gate + model.b_gate[0]
+    close(up, mlp.up_proj(x))
+    close(gate, mlp.gate_proj(x))
+    gate, up = gate * mlp.suv_gate * WIDTH**0.5, up * mlp.suv_up * WIDTH**0.5
+    product = mlp.act_fn(gate) * up
+    assert float((mlp.suv_gate - 1).detach().abs().max()) > 0.1
+    close(product / product.norm(dim=-1, keepdim=True), neurons, 1e-4)
+
+
 @pytest.mark.parametrize(
     "model_type", ["gpt2", "llama", "gemma2", "granite", "cohere", "gemma3_text", "bloom", "gpt_neox"]
 )
@@ -345,6 +369,18 @@ def test_latent_attention_is_refused_with_the_reason() -> None:
         model.QK(LAYER)
     with pytest.raises(NotInThisModelError, match="W_V"):
         model.OV(LAYER)
+
+
+@pytest.mark.parametrize("model_type", ["zamba"])
+def test_an_attention_that_reads_more_than_the_stream_is_refused_with_the_reason(model_type: str) -> None:
+    """It reads the stream beside the embeddings: twice as many entries as the axis `hidden` of the name has."""
+    model = zoo.loaded(model_type)
+    assert model._anatomy.attentions[1].q_proj.weight.shape[1] == 2 * model.hidden_size
+    for name in ("W_Q", "W_K", "W_V"):
+        with pytest.raises(
+            NotInThisModelError, match=r"there is no attentions_input: .* \(2, 6, 64\), not \(2, 6, 32\)"
+        ):
+            getattr(model, name)[1]
 
 
 def test_a_layer_without_attention_or_mlp_is_refused_with_the_reason() -> None:
