@@ -82,8 +82,8 @@ class Attachment(Collector):
                 error = x - self.module(x)
         try:
             result = self.module(x)
-        except RuntimeError as error:
-            error.add_note(f"That is in {self}, which was given a tensor {described(x)}.")
+        except RuntimeError as failure:
+            failure.add_note(f"That is in {self}, which was given a tensor {described(x)}.")
             raise
         if self.how == "read":
             return

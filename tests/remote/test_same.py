@@ -135,7 +135,7 @@ def test_a_block_is_stepped_through_in_pdb(pair: tuple[Any, Any]) -> None:
     def other() -> None:
         second: Any = StandardizedTransformer(remote._connection.model, server=remote._connection.server)
         with second.trace("Japan is in"):
-            others.append(second.logits[0, -1])
+            others.append(torch.tensor(second.logits[0, -1].tolist()))
         second.close()
 
     (wanted, logits), (shown, found) = steps(local, lambda: None), steps(remote, other)
