@@ -20,13 +20,13 @@ class PromptPatching:
     """How far a picture moves to another prompt's, by the step and layer at which a value is put in.
 
     Attributes:
-        values: 0 where nothing changes, 1 for what the metric says of the other prompt's picture.
+        effect: 0 where nothing changes, 1 for what the metric says of the other prompt's picture.
         name: of what is put in.
         prompt, other: whose picture is changed, and whose values are put in.
         own, of_other: the metric of the two pictures; None for the default one.
     """
 
-    values: Float[Tensor, "step layer"]
+    effect: Float[Tensor, "step layer"]
     steps: tuple[int, ...]
     layers: tuple[int, ...]
     name: str
@@ -40,13 +40,13 @@ class PromptPatching:
         from nnatomy.plots import heat_map
 
         return heat_map(
-            self.values,
+            self.effect,
             rows=[str(step) for step in self.steps],
             columns=[str(layer) for layer in self.layers],
             title=f"{self.name} of “{self.other}” in “{self.prompt}”" if title is None else title,
             row_title="step",
             column_title="layer",
-            diverging=bool((self.values < 0).any()),
+            diverging=bool((self.effect < 0).any()),
             value_name="moved",
         )
 

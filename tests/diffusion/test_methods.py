@@ -132,7 +132,7 @@ def test_patching_between_prompts_is_that_of_hooks() -> None:
             handle.remove()
             way = (theirs - ours).flatten()
             expected = float((patched - ours).flatten() @ way / (way @ way))
-            assert float(found.values[step, column]) == pytest.approx(expected, abs=1e-5)
+            assert float(found.effect[step, column]) == pytest.approx(expected, abs=1e-5)
     assert len(found.plot().data) == 1
 
 
@@ -141,7 +141,7 @@ def test_everything_of_the_last_block_put_in_in_one_step_is_all_of_that_prompt()
     model = loaded("pixart")
     given = {**SMALL, "num_inference_steps": 1, "guidance_scale": 1.0, **PLAIN}
     found = prompt_patching(model, "a photo of a cat", "two birds", layers=[1], **given)
-    assert float(found.values) == pytest.approx(1.0, abs=1e-4)
+    assert float(found.effect) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_patching_is_refused_where_it_means_nothing() -> None:
@@ -198,7 +198,7 @@ def test_a_head_taken_out_is_zeros_before_the_projection(name: str) -> None:
     block = model.layers[1].module
     attention = block.attn1 if name == "heads_output" else block.attn2
     width = attention.to_out[0].in_features // attention.heads
-    assert found.values.shape == (1, attention.heads)
+    assert found.effect.shape == (1, attention.heads)
     for head in range(attention.heads):
         calls: list[int] = []
 
@@ -212,14 +212,14 @@ def test_a_head_taken_out_is_zeros_before_the_projection(name: str) -> None:
         without = latents(model, "a cat")
         handle.remove()
         expected = float((without - whole).norm() / whole.norm())
-        assert float(found.values[0, head]) == pytest.approx(expected, rel=1e-4)
-    assert float(found.values.min()) > 0
+        assert float(found.effect[0, head]) == pytest.approx(expected, rel=1e-4)
+    assert float(found.effect.min()) > 0
 
 
 def test_methods_on_classes() -> None:
     model = loaded("dit")
     found = prompt_patching(model, [3], [7], layers=[1], num_inference_steps=2)
-    assert found.values.shape == (2, 1)
-    assert head_ablation(model, [3], layers=[0], num_inference_steps=1).values.shape == (1, 4)
+    assert found.effect.shape == (2, 1)
+    assert head_ablation(model, [3], layers=[0], num_inference_steps=1).effect.shape == (1, 4)
     with pytest.raises((InputError, NotInThisModelError), match="word_maps"):
         word_maps(model, [3])
