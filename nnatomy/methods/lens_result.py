@@ -46,7 +46,8 @@ class LogitLens(Result, Tensor):
         cls, values: Tensor, output: str, prompts: tuple[str, ...], tokens: tuple[tuple[str, ...], ...], **more: Any
     ) -> LogitLens:
         """Of a tensor with those axes."""
-        found = values.as_subclass(cls)
+        local = getattr(values, "local", None)  # a tensor that is at a server is fetched
+        found = (values if local is None else local()).as_subclass(cls)
         found.output, found.prompts, found.tokens = output, prompts, tokens
         found.by_prompt, found.names = more.get("by_prompt", True), more.get("names", {})
         found.tokenizer = more.get("tokenizer")

@@ -61,6 +61,7 @@ def run(server: Server, host: str, port: int) -> None:
         server.application,
         host=host,
         port=port,
+        http="h11",  # which bounds what a header may be; where httptools is there, uvicorn would take that, which does not
         log_level="warning",
         ws=type("_Connection", (_Connection,), {"send_seconds": seconds}),
         ws_max_size=server.limits.frame_bytes,

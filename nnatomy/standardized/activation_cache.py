@@ -178,7 +178,7 @@ class ActivationCache:
             answer, wrong, by, position: as in `nnatomy.methods.direct_logit_attribution`.
 
         Returns:
-            A LogitAttribution: parts, `values` of (prompt, part), `logits` of (prompt).
+            A LogitAttribution: parts, `effect` of (prompt, part), `logits` of (prompt).
 
         Raises:
             CacheError: if the cache has not the values that it takes; the text names them.

@@ -41,4 +41,4 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, f"<diffusion.md, block {number}>", "exec"), names)
     assert (tmp_path / "car.png").exists()
     assert names["pixels"].shape == (1, 3, 16, 16)
-    assert names["patched"].values.shape == (4, 1)
+    assert names["patched"].effect.shape == (4, 1)

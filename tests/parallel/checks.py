@@ -32,7 +32,7 @@ from nnatomy.errors import InputError, NnatomyError, NotInThisModelError
 from nnatomy.methods import activation_patching, direct_logit_attribution, logit_difference, logit_lens
 from nnatomy.parallel import tp_plan
 
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 #: What of the configs is other than in `architectures`: sizes that ranks divide unevenly, or that have to be replicated.
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 47},

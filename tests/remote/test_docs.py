@@ -19,6 +19,8 @@ from nnatomy import StandardizedTransformer
 DOCS = Path(__file__).parents[2] / "docs"
 #: Pages that a server's models cannot have, with the reason.
 LOCAL = {
+    "diffusion": "pipelines are not served",
+    "from_nnterp": "its class is one of a compat room",
     "extending": "arch_config=...: the server has loaded the model, and found its names",
     "from_transformer_lens": "it has the weights by standard names, see below",
     "plans": "it prints plans, and a recording on a remote model has `h[:, -1] *= 0.5` as two lines, of which one changes nothing",

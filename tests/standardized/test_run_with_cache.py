@@ -565,7 +565,7 @@ def test_it_is_taken_apart_where_positions_are_cut() -> None:
         cut.logit_attribution(20, position=1)
     with model.trace(PROMPTS):
         read = model.read("layers_input", "layers_output")
-    assert torch.equal(read.logit_attribution(20, by="layer").values, whole.logit_attribution(20, by="layer").values)
+    assert torch.equal(read.logit_attribution(20, by="layer").effect, whole.logit_attribution(20, by="layer").effect)
     with pytest.raises(
         CacheError, match="'mixers_contribution' is not in the cache, which has layers_input, layers_output: name it"
     ):
@@ -587,7 +587,7 @@ def test_of_an_edited_view_and_an_encoder_decoder() -> None:
             _, cache = one.run_with_cache(prompts)
         for by in ("layer", "component", "head"):
             expected = direct_logit_attribution(one, prompts, 20, by=by)
-            assert torch.equal(cache.logit_attribution(20, by=by).values, expected.values)
+            assert torch.equal(cache.logit_attribution(20, by=by).effect, expected.effect)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v4", "roberta"])
@@ -605,7 +605,7 @@ def test_where_the_stream_is_no_sum_the_method_says_why(model_type: str, by: str
         assert str(found.value) == str(error)
     else:
         assert (model_type, by) == ("roberta", "layer")
-        assert torch.equal(cache.logit_attribution(5, by=by).values, expected.values)
+        assert torch.equal(cache.logit_attribution(5, by=by).effect, expected.effect)
 
 
 def test_a_model_of_which_no_layer_has_a_name_says_why() -> None:

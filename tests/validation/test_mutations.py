@@ -113,8 +113,8 @@ def shows(
         mode: Any = shown.ShowMode if kind in SUMS else attention.AttentionMode
         init = mode.__init__
 
-        def wrong(self: Any, one: Any, other: Any, report: Any) -> None:
-            init(self, one, other, Mutant(report, kind, there, back))
+        def wrong(self: Any, one: Any, other: Any, report: Any, *split: Any, **more: Any) -> None:
+            init(self, one, other, Mutant(report, kind, there, back), *split, **more)
 
         patch.setattr(mode, "__init__", wrong)
         show = contributions._Layer._show
