@@ -81,7 +81,7 @@ def token_view(
         >>> import torch
         >>> from nnatomy.plots import token_view
         >>> view = token_view(["The", " end"], {"loss": torch.tensor([3.1, 0.2]), "gap": torch.tensor([-1.0, 2.0])})
-        >>> "·end" in view.page
+        >>> "end" in view.page
         True
     """
     named = dict(values) if isinstance(values, Mapping) else {value_name: values}
