@@ -21,49 +21,36 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent
 LARGEST = 300_000  # bytes of a notebook
 
-# Warnings are errors, progress bars are off, and a figure shows itself as a picture, drawn as `save` draws it.
+# Warnings are errors, progress bars are off, and a figure hands itself over whole, to be drawn here.
 # (Transformers imports tqdm.auto, which says that without ipywidgets there are no bars of widgets.)
-BEFORE = """
-import warnings
+FIGURE = "application/vnd.plotly.v1+json"
+BEFORE = f"""
+import json, warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="IProgress not found")
 from transformers.utils import logging
 logging.disable_progress_bar()
-"""
-AS_PICTURES = """
-def _picture(figure, **_):
-    import base64, kaleido
-    layout = figure.layout
-    size = {"width": layout.width or 720, "height": layout.height or 500, "scale": 1}
-    picture = kaleido.calc_fig_sync(figure.to_dict(), opts={"format": "png", **size}, kopts={"mathjax": False})
-    return {"image/png": base64.b64encode(picture).decode()}
-"""
-AS_MARKS = """
-def _picture(figure, **_):
-    return {"image/png": "mark"}
-"""
-SHOWN = """
 from plotly.basedatatypes import BaseFigure
-BaseFigure._repr_mimebundle_ = _picture
+BaseFigure._repr_mimebundle_ = lambda figure, **_: {{"{FIGURE}": json.loads(figure.to_json())}}
 if hasattr(BaseFigure, "_ipython_display_"):
     del BaseFigure._ipython_display_
 """
 
 
-def run(notebook: nbformat.NotebookNode, *, pictures: bool = True) -> nbformat.NotebookNode:
-    """The notebook with its outputs, where `pictures` is false with a mark in the place of each picture.
+def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook with its outputs; figures are plotly's, not drawn yet.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell raises or warns.
     """
-    before = nbformat.v4.new_code_cell(BEFORE + (AS_PICTURES if pictures else AS_MARKS) + SHOWN)
-    whole = nbformat.v4.new_notebook(metadata=notebook.metadata, cells=[before, *notebook.cells])
+    before = nbformat.v4.new_code_cell(BEFORE)
+    whole = nbformat.v4.new_notebook(cells=[before, *notebook.cells])
     NotebookClient(whole, timeout=300, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [_kept(output) for output in cell.outputs]
+            cell.outputs = _joined([_kept(output) for output in cell.outputs])
     return notebook
 
 
@@ -72,11 +59,22 @@ def texts(notebook: nbformat.NotebookNode) -> list[list[str]]:
     return [[_text(output) for output in cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def _joined(outputs: Sequence[Any]) -> list[Any]:
+    """What is printed in pieces, whose number is chance, as one."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == "stream" == joined[-1].output_type and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def _kept(output: Any) -> Any:
-    """A picture alone where there is one, otherwise text (and a page of HTML, where a result has one)."""
+    """A figure alone where there is one, otherwise text (and a page of HTML, where a result has one)."""
     if output.output_type in ("execute_result", "display_data"):
         data = output.data
-        kept = ("image/png",) if "image/png" in data else ("text/plain", "text/html")
+        kept = (FIGURE,) if FIGURE in data else ("text/plain", "text/html")
         shown = {kind: data[kind] for kind in kept if kind in data}
         return nbformat.v4.new_output("display_data", shown)
     return output
@@ -87,15 +85,19 @@ def _text(output: Any) -> str:
         return f"{output.name}: {output.text}"
     if output.output_type == "error":
         return f"{output.ename}: {output.evalue}"
-    return "picture" if "image/png" in output.data else str(output.data.get("text/plain"))
+    return "picture" if {FIGURE, "image/png"} & set(output.data) else str(output.data.get("text/plain"))
 
 
-def _smaller(picture: str) -> str:
-    """A PNG with 128 colors, a third of its size."""
+def _picture(figure: dict[str, Any]) -> str:
+    """A PNG with 128 colors, a third of the size that it has with all."""
+    import kaleido
     from PIL import Image
 
+    layout = figure["layout"]
+    size = {"width": layout.get("width") or 720, "height": layout.get("height") or 500, "scale": 1}
+    drawn = kaleido.calc_fig_sync(figure, opts={"format": "png", **size}, kopts={"mathjax": False})
     written = io.BytesIO()
-    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    image = Image.open(io.BytesIO(drawn)).convert("RGB")
     image.quantize(128, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
     return base64.b64encode(written.getvalue()).decode()
 
@@ -108,8 +110,8 @@ def main(names: Sequence[str]) -> None:
         notebook = run(nbformat.read(path, as_version=4))
         for cell in notebook.cells:
             for output in cell.get("outputs", ()):
-                if "image/png" in output.get("data", ()):
-                    output.data["image/png"] = _smaller(output.data["image/png"])
+                if FIGURE in output.get("data", ()):
+                    output.data = {"image/png": _picture(output.data[FIGURE])}
         stored = nbformat.writes(notebook, version=4) + "\n"
         if len(stored.encode()) > LARGEST:
             raise SystemExit(f"{path.name} would be {len(stored.encode()):,} bytes, more than {LARGEST:,}.")
