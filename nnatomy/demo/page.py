@@ -60,7 +60,8 @@ def page(all_results: Sequence[Results]) -> str:
         "Spaces in tokens are shown as · .</p>",
         _pair(f"<h3>demo:{html.escape(r.name)}</h3><p>{html.escape(r.summary)}</p>" for r in all_results),
         "<h2>Logit lens: what each layer would say next</h2>",
-        "<p>Each cell is the most probable next token, were its layer the last one; darker is more probable. "
+        "<p>Each cell is the most probable next token, were its layer the last one; "
+        "the more its color stands out from the page, the more probable it is. "
         "Read a column upwards: the answer forms over the layers.</p>",
         _code(analysis.lens),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nnatomy.errors import InputError
 from nnatomy.plots.labels import label
@@ -54,7 +55,17 @@ def curves(
             ],
             hoverinfo="text",
         )
-    figure.update_xaxes(title={"text": label(x_title) if x_title else ""})
+    figure.update_xaxes(title={"text": label(x_title) if x_title else ""}, **_whole(x))
     figure.update_yaxes(title={"text": label(y_title) if y_title else ""})
     figure.update_layout(showlegend=True)
     return laid_out(figure, title, height=400)
+
+
+def _whole(x: Sequence[float | int]) -> dict[str, Any]:
+    """Whole numbers alone on an axis of whole numbers (there is no layer 7.5), about ten of them."""
+    places = [float(place) for place in x]
+    if not places or not all(place.is_integer() for place in places):
+        return {}
+    least, span = min(places), max(places) - min(places)
+    steps = (factor * 10**power for power in range(16) for factor in (1, 2, 5))
+    return {"tick0": least, "dtick": next(step for step in steps if span <= 10 * step)}

@@ -1,6 +1,6 @@
 """Pictures of every plot, viewer and page in Chromium, to be looked at: `make look` writes them to out/look.
 
-Each at the widths of a phone, two laptops and a large screen, light and dark.
+Each at two widths, or at those given, light and dark: `make look PAGES="circuit 390 2000"` draws one page at two others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from nnatomy.methods import edge_attribution, logit_difference
 from nnatomy.methods.prompts import token_texts
 from nnatomy.plots import attention, attention_view, bars, circuit, curves, heat_map, parts, save, token_view
 
-WIDTHS = (390, 600, 1000, 1400, 2000)
+WIDTHS = (600, 1400)  # unless others are given
 PROMPT = "The capital of France is"
 LONG = " ".join(["The capital of Italy is Rome and the capital of France is Paris."] * 5)
 
 
 def main(folder: Path, browser: str, names: Sequence[str]) -> None:
-    """Write the pages and their pictures; `names` are those of the pages wanted, all if there are none."""
+    """Write the pages and their pictures; `names` are those of the pages wanted, all if there are none, and widths."""
+    widths = [int(name) for name in names if name.isdecimal()] or WIDTHS
+    names = [name for name in names if not name.isdecimal()]
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in {**plots(), **pages()}.items():
         if names and name not in names:
@@ -33,7 +35,7 @@ def main(folder: Path, browser: str, names: Sequence[str]) -> None:
         page = folder / f"{name}.html"
         drawn = draw()
         page.write_text(drawn, encoding="utf-8") if isinstance(drawn, str) else save(drawn, page)
-        for width in WIDTHS:
+        for width in widths:
             for mode in ("light", "dark"):
                 picture(browser, page, folder / f"{name}-{width}-{mode}.png", width, dark=mode == "dark")
 

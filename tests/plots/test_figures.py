@@ -110,6 +110,16 @@ def test_curves() -> None:
     assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("layer", "p")
 
 
+@pytest.mark.parametrize(
+    ("x", "step"),
+    [(range(8), 1), (range(16), 2), (range(101), 10), ([3, 4], 1), ([5], 1), ([0, 0.5, 1], None), ([], None)],
+)
+def test_an_axis_of_whole_numbers_names_whole_numbers(x: list[float], step: int | None) -> None:
+    axis = curves(list(x), {"a": list(x)}).layout.xaxis
+    assert axis.dtick == step
+    assert step is None or axis.tick0 == min(x)
+
+
 def test_attention_has_a_map_for_each_head_and_a_menu_for_one_alone() -> None:
     patterns = torch.rand(6, 4, 4)
     figure = attention(patterns, tokens=TOKENS)
