@@ -56,9 +56,9 @@ class LogitAttribution(Result):
 
     def plot(self, title: str = "Direct logit attribution") -> Any:
         """Bars, the mean over the prompts."""
-        from nnatomy.plots import bars
+        from nnatomy.plots import parts
 
-        return bars(self.effect.mean(0), labels=self.parts, title=title, value_name="logit")
+        return parts(self.effect.mean(0), labels=self.parts, title=title, value_name="logit")
 
 
 @method

@@ -67,23 +67,19 @@ class EdgeAttribution(Result):
         return keep.view_as(self.edges)
 
     def plot(self, title: str = "Edge attribution", k: int | None = 64) -> Any:
-        """A heat map, the mean over the prompts.
+        """The circuit as a graph, of the means over the prompts.
 
         Args:
-            k: show the nodes alone that have a part in the first `k` edges; all if None.
+            k: the edges with the largest scores, so many of them; all if None.
         """
-        from nnatomy.plots import heat_map
+        from nnatomy.plots import circuit
 
-        kept = self.edges if k is None else self.kept(k)
-        sources, destinations = kept.any(1).nonzero().flatten(), kept.any(0).nonzero().flatten()
-        return heat_map(
-            self.effect.mean(0)[sources][:, destinations],
-            rows=[self.sources[i] for i in sources],
-            columns=[self.destinations[i] for i in destinations],
+        return circuit(
+            self.effect.mean(0),
+            sources=self.sources,
+            destinations=self.destinations,
+            k=int(self.edges.sum()) if k is None else k,
             title=title,
-            row_title="source",
-            column_title="destination",
-            diverging=True,
             value_name="score",
         )
 

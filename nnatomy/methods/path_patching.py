@@ -84,7 +84,7 @@ class PathPatching(Result):
 
     def plot(self, pair: int | None = None, *, normalized: bool = True) -> Any:
         """A plotly figure with a bar for each sender. Arguments as `Patching.plot`."""
-        from nnatomy.plots import bars
+        from nnatomy.plots import parts
 
         values = self.normalized if normalized else self.effect
         check_pair(pair, self.clean)
@@ -92,7 +92,7 @@ class PathPatching(Result):
             values = values.mean(0) if pair is None else values[pair]
         title = f"Paths to {', '.join(self.receivers)}"
         name = "normalized effect" if normalized else "metric"
-        return bars(values, labels=self.senders, title=title, value_name=name)
+        return parts(values, labels=self.senders, title=title, value_name=name)
 
 
 @method

@@ -140,7 +140,13 @@ def laid_out(figure: Figure, title: str, *, height: int, width: int | None = Non
     figure.layout.height += _BAR_HEIGHT * bar
     figure.update_layout(
         margin={"t": above + 22 * len(shown)},
-        title={"yref": "paper", "y": 1, "yanchor": "bottom", "pad": {"b": 14 + _BAR_HEIGHT * bar}},
+        # (plotly puts the first line there, and not the last.)
+        title={
+            "yref": "paper",
+            "y": 1,
+            "yanchor": "bottom",
+            "pad": {"b": above - 16 - 24 * bar + 22 * max(len(shown) - 1, 0)},
+        },
     )
     return figure
 
