@@ -35,7 +35,7 @@ ROOMS = {
     "arch_configs": ("nnatomy.arch_configs.config",),
     "remote": ("nnatomy.remote.model", "nnatomy.remote.methods"),
     "serve": ("nnatomy.serve.app", "nnatomy.serve.limits", "nnatomy.serve.keys"),
-    "images": ("nnatomy.images",),
+    "images": ("nnatomy.standardized.image_tokens",),
     "diffusion": ("nnatomy.diffusion",),
     "parallel": ("nnatomy.parallel",),
     "compat": ("nnatomy.compat.nnsight", "nnatomy.compat.nnterp", "nnatomy.compat.transformer_lens"),

@@ -20,9 +20,9 @@ from torch import Tensor
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
-from nnatomy.images.media import MEDIA, holds_media, misses_images, read_media
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
+from nnatomy.standardized.media import MEDIA, holds_media, misses_images, read_media
 from nnatomy.standardized.text import text_ids
 
 #: Arguments of `prepare` that do not go to the model.

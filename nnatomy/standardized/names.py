@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 from torch.nn import Module
 
 from nnatomy.errors import UsageError
-from nnatomy.images.tokens import OF_IMAGES, vision_encoder
 from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
 from nnatomy.standardized.attention import AttentionMode
+from nnatomy.standardized.image_tokens import OF_IMAGES, vision_encoder
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.shown import Sums
 from nnatomy.tracing import ModuleView

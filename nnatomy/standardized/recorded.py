@@ -24,9 +24,9 @@ from nnatomy.blocks.rows import is_opaque
 from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError
-from nnatomy.images.media import MEDIA
-from nnatomy.images.tokens import vision_encoder
+from nnatomy.standardized.image_tokens import vision_encoder
 from nnatomy.standardized.keywords import PIXELS
+from nnatomy.standardized.media import MEDIA
 
 #: What configs may say of every call.
 _OF_CONFIGS = ("output_hidden_states", "output_attentions", "output_router_logits")

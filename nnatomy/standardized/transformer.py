@@ -34,7 +34,6 @@ from nnatomy.arch_configs import (
 from nnatomy.core.gates import is_compiled
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import AssignmentError, InputError, LoadError, NoSuchModuleError, UsageError
-from nnatomy.images.vision import Vision
 from nnatomy.names import ROWS
 from nnatomy.parallel import Split
 from nnatomy.parallel.ranks import ranks_of
@@ -54,6 +53,7 @@ from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.prompt_texts import PromptTexts
 from nnatomy.standardized.reading import Reading
 from nnatomy.standardized.values import Values
+from nnatomy.standardized.vision import Vision
 from nnatomy.standardized.weights import Weights
 from nnatomy.tracing import ModuleView, Trace, Traceable
 from nnatomy.tracing.attach import Attachment

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, InputError, NotInThisModelError
-from nnatomy.images.media import image_token
+from nnatomy.standardized.media import image_token
 
 # Of numpy, about the processors' own code.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

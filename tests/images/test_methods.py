@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
-from nnatomy.images.media import image_token
 from nnatomy.methods import activation_patching, collect_activations, logit_lens
+from nnatomy.standardized.media import image_token
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 

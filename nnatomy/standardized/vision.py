@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module, ModuleList
-from torch.utils import _pytree as pytree
 
 from nnatomy.core import Slot
 from nnatomy.errors import AssignmentError, InputError, LayerIndexError, NotInThisModelError
-from nnatomy.images.media import image_token, images_alone, load_processor
-from nnatomy.images.tokens import ImageTokens, image_token_id, places_of_images, vision_encoder
+from nnatomy.standardized.image_tokens import ImageTokens, image_token_id, places_of_images, vision_encoder
 from nnatomy.standardized.keywords import PIXELS
+from nnatomy.standardized.media import image_token, images_alone, load_processor
 from nnatomy.standardized.values import Values
 from nnatomy.standardized.watched import watcher
+from nnatomy.tracing.attach import first_tensor, with_first_tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class VisionLayers:
     def __getitem__(self, layer: int | slice) -> Any:
         if isinstance(layer, slice):
             return [self[i] for i in range(len(self))[layer]]
-        return _first(self._slot(layer).value)
+        return first_tensor(self._slot(layer).value)
 
     def __setitem__(self, layer: int, value: Tensor) -> None:
         slot = self._slot(layer)
@@ -137,7 +137,7 @@ class Vision(Values):
     @property
     def projector_output(self) -> Tensor:
         """The images' patches as the language model is given them, in the shape that the module gives; can be assigned."""
-        return _first(self._slot_of_projector().value)
+        return first_tensor(self._slot_of_projector().value)
 
     @projector_output.setter
     def projector_output(self, value: Tensor) -> None:
@@ -207,11 +207,13 @@ def _is_stream(modules: list[Module], calls: dict[Module, Any]) -> bool:
     if len(modules) < 2 or any(len(calls.get(one, ())) != 1 for one in modules):
         return False
     made = [calls[one][0] for one in modules]
-    return all(_same(_first(after.inputs), _first(before.output)) for before, after in itertools.pairwise(made))
+    return all(
+        _same(first_tensor(after.inputs), first_tensor(before.output)) for before, after in itertools.pairwise(made)
+    )
 
 
 def _is(value: Any, entered: Tensor) -> bool:
-    first = _first(value) if not isinstance(value, Module) else None
+    first = first_tensor(value) if not isinstance(value, Module) else None
     if not isinstance(first, Tensor) or first.numel() != entered.numel() or first.shape[-1] != entered.shape[-1]:
         return False
     return bool(torch.equal(first.reshape(entered.shape).to(entered.dtype), entered))
@@ -223,16 +225,9 @@ def _same(one: Any, other: Any) -> bool:
     )
 
 
-def _first(value: Any) -> Any:
-    return next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), None)
-
-
 def _with_first(name: str, value: Any, new: Tensor) -> Any:
-    leaves, structure = pytree.tree_flatten(value)
-    index = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    _check(name, leaves[index], new)
-    leaves[index] = new
-    return pytree.tree_unflatten(leaves, structure)
+    _check(name, first_tensor(value), new)
+    return with_first_tensor(value, new)
 
 
 def _check(name: str, old: Tensor, new: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from nnatomy.errors import InputError
+from nnatomy.standardized.chats import is_chat
 
 #: Arguments of a trace that the processor takes.
 MEDIA = ("images", "videos", "audio")
@@ -73,10 +74,10 @@ def texts_and_images(
 ) -> tuple[list[str], list[list[Any]]]:
     """The prompts as texts, and the images of each. Raises InputError."""
     texts, said = [], []
-    for one in [prompts] if isinstance(prompts, str) or _is_chat(prompts) else list(prompts):
+    for one in [prompts] if isinstance(prompts, str) or is_chat(prompts) else list(prompts):
         if isinstance(one, str):
             texts.append(one)
-        elif _is_chat(one):
+        elif is_chat(one):
             texts.append(_text_of_chat(processor, one, template))
             said += [part["image"] for message in one for part in _parts(message) if "image" in part]
         else:
@@ -167,14 +168,10 @@ def _text_of_chat(processor: Any, chat: Sequence[Mapping[str, Any]], template: M
     return str(processor.apply_chat_template(chat, tokenize=False, **options))
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
 def _chats(prompts: Any) -> Sequence[Any]:
-    if _is_chat(prompts):
+    if is_chat(prompts):
         return [prompts]
-    return [one for one in prompts if _is_chat(one)] if isinstance(prompts, (list, tuple)) else []
+    return [one for one in prompts if is_chat(one)] if isinstance(prompts, (list, tuple)) else []
 
 
 def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
