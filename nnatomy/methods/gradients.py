@@ -16,6 +16,7 @@ from nnatomy.methods.pairs import gap, refuse_same
 from nnatomy.methods.points import accessor_of, attends_to_encoder, axes_of, streams_of
 from nnatomy.methods.prompts import prepared, token_texts
 from nnatomy.methods.result import Axis, Result, texts_of
+from nnatomy.methods.tokens import fingerprint
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import ids_of, mask_of
@@ -138,9 +139,8 @@ def _tokens(inputs: Mapping[str, Any]) -> list[list[int]]:
     """All that sets the prompts apart: ids, an encoder's too, and where there is padding."""
     read = (inputs.get(name) for name in ("input_ids", "decoder_input_ids", "attention_mask"))
     found: list[list[int]] = torch.cat([one for one in read if one is not None], 1).tolist()
-    if any("pixel" in name for name in inputs):  # the same question of another image
-        found = [[*row, i, id(inputs)] for i, row in enumerate(found)]
-    return found
+    images = [fingerprint(one) for name, one in inputs.items() if "pixel" in name and isinstance(one, Tensor)]
+    return [[*row, *images] for row in found]
 
 
 @torch.no_grad()

@@ -43,8 +43,13 @@ class Tokens:
     @property
     def key(self) -> list[int]:
         """Other numbers for other tokens, or other images."""
-        images = [hash(one.cpu().numpy().tobytes()) for one in self.beside.values()]
+        images = [fingerprint(one) for one in self.beside.values()]
         return [*self.ids, *([] if self.decoder is None else [-1, *self.decoder]), *images]
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A number that tells a tensor's values from others, in any dtype."""
+    return hash(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def tokens_of(model: StandardizedTransformer, prompts: Any, of_encoder: bool = False) -> list[Tokens] | None:

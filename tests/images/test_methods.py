@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
-from nnatomy.methods import activation_patching, collect_activations, logit_lens
+from nnatomy.methods import activation_patching, attribution_patching, collect_activations, logit_lens
 from nnatomy.standardized.media import image_token
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -91,3 +91,11 @@ def test_activations_are_collected_with_the_image(pair: Any) -> None:
         with torch.no_grad():
             last = model.hf_model(**inputs, output_hidden_states=True).hidden_states[1][0, -1]
         torch.testing.assert_close(store["layers_output", 0][row], last, rtol=1e-4, atol=1e-4)
+
+
+def test_attribution_knows_another_image_from_the_same(pair: Any) -> None:
+    model, clean, corrupted = pair
+    found = attribution_patching(model, clean, corrupted, metric)
+    assert (found.effect.abs() > 0).any()
+    with pytest.raises(InputError, match="are the same, so that there is nothing to tell apart"):
+        attribution_patching(model, clean, {name: value.clone() for name, value in clean.items()}, metric)
