@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -131,12 +132,21 @@ def _places(processor: Any, texts: Sequence[str], images: int) -> list[int]:
     places = [text.count(token) if token else 0 for text in texts]
     if sum(places) == images:
         return places
-    if not any(places) and images == len(texts) and type(processor).__name__.startswith("PaliGemma"):
-        return [1] * images  # it puts them before the text by itself
+    if not any(places) and images == len(texts) and _puts_images(processor):
+        return [1] * images
     raise InputError(
         f"There are {images} images, and {sum(places)} places for one in the prompts: {token!r} says in a text where an image "
         f"goes, such as {token + texts[0]!r:.80}, and {{'type': 'image'}} in a chat."
     )
+
+
+def _puts_images(processor: Any) -> bool:
+    """Whether the processor puts an image before a text that has no place for one."""
+    try:
+        made = processor(text=["a"], images=[[np.zeros((32, 32, 3), dtype=np.uint8)]], return_tensors="pt")
+    except (ValueError, TypeError, IndexError, StopIteration, AttributeError):
+        return False  # it asks for a place
+    return len(made["input_ids"][0]) > len(processor.tokenizer("a")["input_ids"]) + 1
 
 
 def _rgb(image: Any, index: int) -> Any:

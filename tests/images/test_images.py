@@ -353,3 +353,12 @@ def test_blocks_with_an_image_each(llava: StandardizedTransformer) -> None:
             with tracer.invoke(prompts[1], images=images[1]):
                 second = llava.layers_output[2][0, -1]
     torch.testing.assert_close(torch.stack([first, second]), torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_processor_that_puts_the_image_before_the_text() -> None:
+    hf, processor = FAMILIES["paligemma"]()
+    model = StandardizedTransformer(hf, processor=processor)
+    plain = model.prepare("what is this ?", images=picture())
+    written = model.prepare("<image> what is this ?", images=picture())
+    assert torch.equal(plain["input_ids"], written["input_ids"])
+    assert torch.equal(plain["pixel_values"], written["pixel_values"])
