@@ -33,7 +33,14 @@ arrives as it was raised.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+
+def check_folder(path: Path) -> None:
+    """Raise FileNotFoundError if the folder is not there that a file is to be written into."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(path.parent)!r} to write {path.name!r} into: make it first.")
 
 
 class NnatomyError(Exception):

@@ -69,13 +69,7 @@ def _with_ids(hf: nn.Module, processor: Any, **of_config: str) -> tuple[nn.Modul
 def llava(class_name: str = "LlavaForConditionalGeneration", model_type: str = "llava") -> tuple[nn.Module, Any]:
     hf = zoo.build_class(class_name, model_type, **_SQUARE)
     images = _pil("clip", size={"shortest_edge": 16}, crop_size=16)
-    processor = transformers.LlavaProcessor(
-        images,
-        tokenizer(image_token="<image>"),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    processor = transformers.LlavaProcessor(images, tokenizer(image_token="<image>"), **_CLIP)
     return _with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
 
 
@@ -84,13 +78,7 @@ def llava_next() -> tuple[nn.Module, Any]:
         "LlavaNextForConditionalGeneration", "llava_next", **_SQUARE, image_grid_pinpoints=[[32, 16], [16, 32]]
     )
     images = _pil("llava_next", size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[32, 16], [16, 32]])
-    processor = transformers.LlavaNextProcessor(
-        images,
-        tokenizer(image_token="<image>"),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    processor = transformers.LlavaNextProcessor(images, tokenizer(image_token="<image>"), **_CLIP)
     return _with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
 
 

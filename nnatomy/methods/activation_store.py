@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nnatomy.arch_configs import plain_tensors
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, check_folder
 from nnatomy.methods.activations import Activations, Key, plot_norms
 from nnatomy.standardized import StandardizedTransformer
 
@@ -209,6 +209,7 @@ def write_whole(path: Path, data: bytes, ending: str = "part") -> None:
     Args:
         ending: of the file that is written before it is put there: one of its own where several may write.
     """
+    check_folder(path)
     part = path.with_name(f"{path.name}.{ending}")
     try:
         with part.open("wb") as file:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nnatomy.errors import CacheError, InputError, NoSuchModuleError
+from nnatomy.errors import CacheError, InputError, NoSuchModuleError, check_folder
 from nnatomy.names import row_of
 from nnatomy.standardized.asked_for import check_cuda
 from nnatomy.words import By
@@ -219,6 +219,7 @@ class ActivationCache:
                 tensors[name] = value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format)
         about = {"counts": self._counts, "same": same, "inputs": plain if again else None}
         path = Path(path)
+        check_folder(path)
         part = path.with_name(f"{path.name}.part")
         try:
             with part.open("wb"):  # an OSError, and not another library's, where it cannot be written

@@ -167,3 +167,10 @@ def test_a_lens_is_a_tensor(found: dict[str, Result]) -> None:
     assert torch.equal(torch.as_tensor(lens.plot().data[0].z).squeeze().float(), plain[0].max(-1).values)
     with pytest.raises(InputError, match="layer=99: there are"):
         lens.top(layer=99)
+
+
+def test_a_folder_that_is_not_there_is_said(found: dict[str, Result], tmp_path: Path) -> None:
+    _, cache = StandardizedTransformer("demo:gpt2").run_with_cache("Japan is in", ["layers_output"], layers=[1])
+    for one in (next(iter(found.values())), cache):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder '.*away' to write 'x' into: make it first\."):
+            one.save(tmp_path / "away" / "x")
