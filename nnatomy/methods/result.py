@@ -146,13 +146,21 @@ class Result:
             [f"  metric: {', '.join(f'{name} {float(one.mean()):.4g}' for name, one in ends.items())}"] if ends else []
         )
 
-    def _repr_html_(self) -> str:
-        text = f"<pre>{html.escape(repr(self))}</pre>"
+    def _figure(self) -> Any:
         try:
-            figure = self.plot()
+            return self.plot()
         except (MissingPackageError, InputError):  # without plotly; nothing is a share of nothing
-            return text
-        return text + str(figure._repr_html_())
+            return None
+
+    def _repr_html_(self) -> str:
+        text, figure = f"<pre>{html.escape(repr(self))}</pre>", self._figure()
+        return text if figure is None else text + str(figure._repr_html_())
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """What a notebook shows: the figure as plotly hands it to notebooks, which draw it where there is no network, too."""
+        figure = self._figure()
+        drawn = {} if figure is None else figure._repr_mimebundle_() or {}
+        return {"text/html": self._repr_html_(), **drawn, "text/plain": repr(self)}
 
     # Files.
 

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import plotly.io
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -68,12 +69,18 @@ def found() -> dict[str, Result]:
 
 
 @pytest.mark.parametrize("name", ASKS)
-def test_a_text_is_one_screen_and_html_has_the_plot(found: dict[str, Result], name: str) -> None:
+def test_a_text_is_one_screen_and_html_has_the_plot(
+    found: dict[str, Result], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = repr(found[name]).splitlines()
     assert 2 <= len(lines) <= 24
     assert max(map(len, lines)) < 120
     assert found[name].title in lines[0]
     assert "plotly" in found[name]._repr_html_()
+    monkeypatch.setattr(plotly.io.renderers, "_default_renderers", [plotly.io.renderers["plotly_mimetype"]])
+    bundle = found[name]._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(found[name])
+    assert bundle["application/vnd.plotly.v1+json"]["data"]
 
 
 @pytest.mark.parametrize("name", ["attribution_patching", "direct_logit_attribution", "head_scores"])
