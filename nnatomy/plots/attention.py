@@ -27,8 +27,8 @@ def attention(
 ) -> Figure:
     """What each position (row, from the top down) attends to (column), head by head.
 
-    Every map has its own labels, and its cells are square. The menu shows one head alone, as large as the page. What a
-    causal mask hides is left out. See `attention_view` for a page to explore patterns in.
+    Every map has its own labels, and its cells are square. The menu shows one head alone, as large as the page or as 90 pixels a
+    cell. What a causal mask hides is left out. See `attention_view` for a page to explore patterns in.
 
     Args:
         patterns: such as `model.attention_probabilities[4][0]`; or of several layers, stacked.
@@ -166,7 +166,7 @@ class _Plan:
 
     def alone(self) -> tuple[int, list[float], list[float]]:
         """The height of the plot with one map alone, and where the map lies in a plot as wide as before."""
-        cell = min((self.width - self.texts) / self.keys, 34.0)
+        cell = min((self.width - self.texts) / self.keys, 90.0)
         height = round(cell * self.queries + self.texts + 12)
         across = [self.texts / self.width, min(1.0, (self.texts + cell * self.keys) / self.width)]
         return height, across, [max(0.0, 1 - cell * self.queries / height), 1.0]

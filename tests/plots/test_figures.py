@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import plotly.graph_objects as go
 import pytest
@@ -131,10 +132,22 @@ def test_attention_has_a_map_for_each_head_and_a_menu_for_one_alone() -> None:
     everything, *single = figure.layout.updatemenus[0].buttons
     assert everything.args[0]["visible"] == [True] * 6
     assert single[2].args[0]["visible"] == [False, False, True, False, False, False]
+    assert figure.data[2].xaxis == "x3"
+
+    def sides(layout: Any) -> tuple[float, float]:
+        """How wide and high the third map is, in pixels."""
+        wide, high = layout.width - layout.margin.l - layout.margin.r, layout.height - layout.margin.t - layout.margin.b
+        return tuple(
+            (axis.domain[1] - axis.domain[0]) * size for axis, size in ((layout.xaxis3, wide), (layout.yaxis3, high))
+        )
+
+    small = sides(figure.layout)
     alone = figure.update_layout({key.replace(".", "_"): v for key, v in single[2].args[1].items() if "[" not in key})
-    small = figure.data[2].xaxis, alone.layout.xaxis3.domain
-    assert small[0] == "x3"
-    assert small[1][0] < 0.15
+    large = sides(alone.layout)
+    assert large[0] == pytest.approx(large[1], rel=0.02)
+    assert large[0] > 1.5 * small[0]
+    assert 0 <= alone.layout.xaxis3.domain[0] < alone.layout.xaxis3.domain[1] <= 1
+    assert 0 <= alone.layout.yaxis3.domain[0] < alone.layout.yaxis3.domain[1] <= 1
     assert alone.layout.xaxis3.visible
     assert not alone.layout.xaxis2.visible
     assert single[2].label == "H2"
