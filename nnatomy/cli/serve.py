@@ -38,7 +38,7 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("serve", help=what, description=f"{what[0].upper()}{what[1:]}.", parents=[loading])
     parser.add_argument("others", nargs="*", metavar="MODEL", help="more models, each under its own name")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1); others need keys")
-    parser.add_argument("--port", type=int, default=8765, help="(8765)")
+    parser.add_argument("--port", type=int, default=8765, help="(8765); 0 for any that is free")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="let in who has a key of this file")
     parser.add_argument(
         "--new-key",
@@ -78,10 +78,10 @@ def serve(options: argparse.Namespace) -> int:
     from nnatomy.serve.app import Server
     from nnatomy.serve.keys import Keys, check_address, new_key
     from nnatomy.serve.limits import Limits
-    from nnatomy.serve.run import run
+    from nnatomy.serve.run import bind, run
 
-    if not 0 < options.port < 65536:
-        raise InputError(f"--port {options.port}: ports are 1 to 65535.")
+    if not 0 <= options.port < 65536:
+        raise InputError(f"--port {options.port}: ports are 1 to 65535, or 0 for any that is free.")
     if options.new_key is not None:
         sys.stdout.write(f"{new_key(options.new_key, options.role)}\n")
         return 0
@@ -99,16 +99,17 @@ def serve(options: argparse.Namespace) -> int:
         from nnatomy.parallel.served import serve_split
 
         return serve_split(options, keys, limits)
-    models = {}
-    for name in (options.model, *options.others):
-        if name in models:
-            raise InputError(f"{name} is given twice: clients tell models by their names.")
-        one = copy(options)
-        one.model = name
-        models[name] = load(one)
-    server = Server(models, keys, limits)
-    sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{options.port}\n")
-    run(server, options.host, options.port)
+    with bind(options.host, options.port) as bound:
+        models = {}
+        for name in (options.model, *options.others):
+            if name in models:
+                raise InputError(f"{name} is given twice: clients tell models by their names.")
+            one = copy(options)
+            one.model = name
+            models[name] = load(one)
+        server = Server(models, keys, limits)
+        sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{bound.getsockname()[1]}\n")
+        run(server, options.host, options.port, bound)
     return 0
 
 
@@ -116,6 +117,8 @@ def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:
     from nnatomy.cluster.config import Cluster, as_yaml, serve_config
     from nnatomy.cluster.run import run
 
+    if not options.port:
+        raise InputError("--port 0: Ray Serve is given its port; say which.")
     load = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
     cluster = Cluster(
         models=(options.model, *options.others),

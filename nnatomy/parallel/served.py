@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from threading import Event, Thread
@@ -151,6 +151,8 @@ def _end_server(why: str) -> None:
 
 def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits) -> int:
     """`nnatomy serve MODEL --tp N`: what one of the ranks does, all of which this starts, if nobody has; the exit code."""
+    from nnatomy.serve.run import bind
+
     if options.others:
         raise InputError("--tp splits one model over the processes of a server: give one model.")
     if options.device not in (None, "cpu"):
@@ -158,12 +160,13 @@ def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits) -> int:
     sizes = int(os.environ.get("WORLD_SIZE", options.tp))
     if sizes != options.tp:
         raise InputError(f"--tp {options.tp}: it has been started as one of {sizes} processes.")
-    with _other_ranks(options.tp) as ended:
+    first = os.environ.get("RANK", "0") == "0"
+    with bind(options.host, options.port) if first else nullcontext() as bound, _other_ranks(options.tp) as ended:
         served = _loaded(options, limits)
-        if served.ranks.rank:
+        if bound is None:
             served.follow(limits)
             return int(bool(served.ranks.broken))
-        return _talk(served, options, keys, limits, ended)
+        return _talk(served, bound, options, keys, limits, ended)
 
 
 def _loaded(options: argparse.Namespace, limits: Limits) -> Any:
@@ -178,15 +181,19 @@ def _loaded(options: argparse.Namespace, limits: Limits) -> Any:
     return served_of(options.model, model, limits)
 
 
-def _talk(served: SplitServed, options: argparse.Namespace, keys: Keys, limits: Limits, ended: Event) -> int:
+def _talk(
+    served: SplitServed, bound: socket.socket, options: argparse.Namespace, keys: Keys, limits: Limits, ended: Event
+) -> int:
     from nnatomy.serve.app import Server
     from nnatomy.serve.run import run
 
     signal.signal(signal.SIGTERM, _leave)  # which uvicorn raises once more when it has ended
     server = Server({served.name: served}, keys, limits)
-    sys.stderr.write(f"nnatomy: {served.name} on {options.tp} ranks at http://{options.host}:{options.port}\n")
+    sys.stderr.write(
+        f"nnatomy: {served.name} on {options.tp} ranks at http://{options.host}:{bound.getsockname()[1]}\n"
+    )
     try:
-        run(server, options.host, options.port)
+        run(server, options.host, options.port, bound)
     except SystemExit:
         pass
     finally:
@@ -208,10 +215,9 @@ def _other_ranks(count: int) -> Iterator[Event]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
         yield ended
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, count + 1, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "WORLD_SIZE": str(count)}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is there already, at a port that nobody can take meanwhile
     command = [sys.executable, "-m", "nnatomy", *sys.argv[1:]]
     others = [
         subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from asyncio import TimerHandle
 from typing import Any
 
-from nnatomy.errors import MissingPackageError
+from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.serve.app import Server
 from nnatomy.serve.keys import check_address
 
@@ -49,18 +50,38 @@ class _Connection(WebSocketsSansIOProtocol):
             self.transport.abort()
 
 
-def run(server: Server, host: str, port: int) -> None:
-    """Serve until interrupted.
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address before models are loaded for it; who connects is refused until it is served. Port 0 is any that is free.
 
     Raises:
-        InputError: for an address that others can reach, where no key is asked for.
+        InputError: if it cannot be had.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that is started again takes its port at once
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise InputError(
+            f"{host}:{port} cannot be had ({error.strerror}). Give --port another; 0 is any that is free."
+        ) from error
+    return bound
+
+
+def run(server: Server, host: str, port: int, bound: socket.socket | None = None) -> None:
+    """Serve until interrupted.
+
+    Args:
+        bound: by `bind`, to that address.
+
+    Raises:
+        InputError: for an address that others can reach, where no key is asked for, and for one that cannot be had.
     """
     check_address(host, server.keys)
     seconds = server.limits.send_seconds
     config = uvicorn.Config(
         server.application,
-        host=host,
-        port=port,
         http="h11",  # which bounds what a header may be; where httptools is there, uvicorn would take that, which does not
         log_level="warning",
         ws=type("_Connection", (_Connection,), {"send_seconds": seconds}),
@@ -69,4 +90,5 @@ def run(server: Server, host: str, port: int) -> None:
         ws_ping_timeout=seconds,  # a large answer on a slow line takes its time
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run()
+    with bound or bind(host, port) as at:
+        uvicorn.Server(config).run(sockets=[at])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,15 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from remote_server import free_port
+
 CHECKS, FAULTS = (Path(__file__).with_name(name) for name in ("checks.py", "faults.py"))
 
 
 def start(script: Path, ranks: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """The processes, one for each rank, at work."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     common |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return [
         subprocess.Popen(

@@ -122,7 +122,7 @@ def test_a_block_is_stepped_through_in_pdb(pair: tuple[Any, Any]) -> None:
         commands = io.StringIO(
             "next\nnext\np tuple(hidden.shape)\np hidden[0, -1, 0].item()\nmeanwhile()\nnext\ncontinue\n"
         )
-        debugger = pdb.Pdb(stdin=commands, stdout=shown, readrc=False)
+        debugger = pdb.Pdb(stdin=commands, stdout=shown, readrc=False, nosigint=True)
         with model.trace("The capital of France is"):
             debugger.set_trace()
             hidden = model.layers_output[1]

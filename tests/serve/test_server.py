@@ -28,6 +28,7 @@ from nnatomy.serve.app import Server, application
 from nnatomy.serve.keys import Keys
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.page import page
+from nnatomy.serve.run import bind
 
 MODELS = ("demo:llama", "demo:gpt2")
 PROMPT = "The capital of France is"
@@ -303,3 +304,14 @@ def test_a_full_queue_says_how_long_to_wait() -> None:
         with client.websocket_connect("/v1/session"):
             pass
         assert client.get("/v1/status").json()["refused"] == {"waiting": 1}
+
+
+def test_a_port_is_taken_before_models_are_loaded(server: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that another has is told at once; 0 is any."""
+    assert main(["serve", "./no-such-model", "--port", str(server.port)]) != 0
+    told = capsys.readouterr().err
+    assert f"127.0.0.1:{server.port} cannot be had (Address already in use). Give --port another; 0 is any" in told
+    with bind("127.0.0.1", 0) as one, bind("127.0.0.1", 0) as other:
+        assert len({one.getsockname()[1], other.getsockname()[1]}) == 2
+    with pytest.raises(InputError, match="cannot be had"):
+        bind("192.0.2.1", 0)
