@@ -27,11 +27,18 @@ def load(options: argparse.Namespace, *, prompts: bool = False) -> StandardizedT
     logging.disable_progress_bar()
     check_model(options.model)
     check_cuda("--device", options.device)
+    if options.device is not None and options.device_map is not None:
+        raise InputError("--device and --device-map: give one of them.")
     kwargs: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     tokenizer, why = load_tokenizer(options.model, kwargs)
     if options.dtype is not None:
         kwargs["dtype"] = getattr(torch, options.dtype)
+    for name in ("device_map", "offload_folder"):
+        if (value := getattr(options, name)) is not None:
+            kwargs[name] = value
     hf_model = load_model(options.model, kwargs)
     if prompts and tokenizer is None:
         raise InputError(f"{options.model} reads no text: {why}")
-    return StandardizedTransformer(hf_model.to(options.device or "cpu"), tokenizer)
+    if options.device_map is None:
+        hf_model.to(options.device or "cpu")
+    return StandardizedTransformer(hf_model, tokenizer)

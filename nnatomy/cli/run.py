@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     loading.add_argument("model", metavar="ID", help="the model")
     loading.add_argument("--dtype", choices=_DTYPES, help="load the weights in this precision")
     loading.add_argument("--device", type=_device, help="where to run it: cpu (the default), cuda, cuda:1, mps, ...")
+    spread = "spread it instead over devices, memory and disk: auto, balanced, sequential, or a JSON object of modules' paths"
+    loading.add_argument("--device-map", type=_device_map, metavar="MAP", help=spread)
+    loading.add_argument("--offload-folder", metavar="FOLDER", help="where the weights lie that the map puts on disk")
     loading.add_argument(
         "--trust-remote-code", action="store_true", help="run the model's own code from its repository"
     )
@@ -133,6 +136,23 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--tokens", type=int, default=20, metavar="N", help="how many tokens to write (20)")
     add_serve(commands, loading)
     return parser
+
+
+def _device_map(text: str) -> Any:
+    import json
+
+    if text in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither auto, balanced, balanced_low_0 nor sequential, and no JSON object such as "
+            """'{"model.embed_tokens": "cpu", "model.layers.0": "disk", ...}'"""
+        )
+    return found
 
 
 def _device(name: str) -> Any:

@@ -119,7 +119,8 @@ def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:
 
     if not options.port:
         raise InputError("--port 0: Ray Serve is given its port; say which.")
-    load = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
+    names = ("dtype", "device", "device_map", "offload_folder", "trust_remote_code")
+    load = {name: getattr(options, name) for name in names}
     cluster = Cluster(
         models=(options.model, *options.others),
         replicas=tuple(options.autoscale) if options.autoscale else options.replicas,

@@ -34,7 +34,7 @@ class Cluster:
         retry_after: how many seconds these are told to wait.
         drain: how many seconds the sessions of a replica that is to end have still.
         cpus, gpus: of a replica.
-        load: how models are loaded: dtype, device, trust_remote_code.
+        load: how models are loaded: dtype, device, device_map, offload_folder, trust_remote_code.
     """
 
     models: Sequence[str]

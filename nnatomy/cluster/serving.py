@@ -68,7 +68,10 @@ def _server(args: dict[str, Any], name: str) -> Any:
     from nnatomy.serve.app import Server
     from nnatomy.serve.limits import Limits
 
-    how = {"dtype": None, "device": None, "trust_remote_code": False, **args.get("load", {})}
+    how = {
+        **dict.fromkeys(("dtype", "device", "device_map", "offload_folder", "trust_remote_code")),
+        **args.get("load", {}),
+    }
     found = load(Namespace(model=args["model"], **how))
     limits = replace(Limits(), **args.get("limits", {}))
     return Server({args["model"]: found}, check(args["host"], args.get("key_file")), limits, replica=name)

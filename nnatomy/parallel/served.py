@@ -155,8 +155,8 @@ def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits) -> int:
 
     if options.others:
         raise InputError("--tp splits one model over the processes of a server: give one model.")
-    if options.device not in (None, "cpu"):
-        raise InputError("--device: with --tp each process takes a device of its own.")
+    if options.device not in (None, "cpu") or options.device_map is not None:
+        raise InputError("--device, --device-map: with --tp each process takes a device of its own.")
     sizes = int(os.environ.get("WORLD_SIZE", options.tp))
     if sizes != options.tp:
         raise InputError(f"--tp {options.tp}: it has been started as one of {sizes} processes.")

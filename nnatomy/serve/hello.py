@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
 from nnatomy.errors import InputError
@@ -47,9 +46,10 @@ def check_servable(model: Any) -> None:
 def weights_hash(weights: Weights) -> str:
     """The SHA-256 of all parameters and buffers."""
     digest = sha256()
-    for name, tensor in sorted(weights.named.items()):
+    for name, number in sorted((name, number) for number, name in enumerate(weights.named)):
+        tensor = weights.whole(number)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(to_bytes(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor))
+        digest.update(to_bytes(tensor))
     return digest.hexdigest()
 
 

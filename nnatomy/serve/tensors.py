@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from nnatomy.remote.wire import FrameError, decode, encode, layout_of
 from nnatomy.serve.limits import Limits
 from nnatomy.serve.policy import Refused
+from nnatomy.standardized.offloaded import value_of
 
 
 class Failed:
@@ -47,8 +48,10 @@ class Weights:
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         self.numbered = list(self.named.values())
+        self._places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.named]
         held = [one for module in model.modules() for one in _inside(vars(module))]
-        self._memory = {part_here(one).untyped_storage().data_ptr() for one in (*self.numbered, *held)}
+        memory = (part_here(one).untyped_storage() for one in (*self.numbered, *held) if not one.is_meta)
+        self._memory = {one.data_ptr() for one in memory}
         #: What forward passes may have changed on modules that have tensors besides parameters: tables that grow with the
         #: longest prompt, and how far they go.
         self._state = [
@@ -73,11 +76,12 @@ class Weights:
         return part_here(tensor).untyped_storage().data_ptr() in self._memory
 
     def whole(self, number: int) -> Tensor:
-        """The one of that number (0 is the first); where each rank has a part of it, all of them: every rank has to ask."""
+        """The one of that number (0 is the first), a copy where it is offloaded; where each rank has a part of it, all of them:
+        every rank has to ask."""
         one = self.numbered[number]
-        if not isinstance(one, DTensor):
+        if not (one.is_meta or isinstance(one, DTensor)):
             return one
-        found: Any = one.full_tensor()
+        found: Any = one.full_tensor() if isinstance(one, DTensor) else value_of(*self._places[number])
         found._is_gathered = True
         return found
 
