@@ -250,6 +250,8 @@ def _denied(response: Any) -> str:
     if getattr(response, "status_code", 0) == 503:
         seconds = response.headers.get("Retry-After", "some")
         return f"it is full, or has no replica yet; try again in about {seconds} s"
+    if getattr(response, "status_code", 0) == 500:
+        return "the proxy of a cluster answers so, too, where its queue is full: try again in some seconds"
     return ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,28 @@ def test_a_head_that_is_killed_and_comes_again() -> None:
         new.close()
     finally:
         again.stop()
+
+
+@pytest.mark.timeout(600)
+def test_replicas_come_with_the_sessions() -> None:
+    """One at first; a second one where the first has more than half of the sessions that it can; and all of these are right."""
+    torch.set_num_threads(1)
+    process = Process("demo:gpt2", "--ray", "--autoscale", "1", "2", "--cpus", "0.5", "--max-sessions", "4")
+    models: list[Any] = []
+    try:
+        replicas: set[str] = set()
+        began = time.monotonic()
+        while len(replicas) < 2:
+            assert time.monotonic() - began < 300
+            with suppress(ConnectionLostError):
+                models.append(StandardizedTransformer("demo:gpt2", server=process.address))
+                replicas.add(models[-1]._connection.replica)
+            time.sleep(1)
+        print(f"\nthe second replica's first session, after {time.monotonic() - began:.0f} s; {len(models)} sessions")
+        assert len(models) > 4
+        local = StandardizedTransformer("demo:gpt2")
+        for model in models:
+            assert torch.equal(torch.tensor(model("Japan is in").logits.tolist()), local("Japan is in").logits)
+            model.close()
+    finally:
+        process.stop()

@@ -8,7 +8,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -315,3 +317,24 @@ def test_a_port_is_taken_before_models_are_loaded(server: Process, capsys: pytes
         assert len({one.getsockname()[1], other.getsockname()[1]}) == 2
     with pytest.raises(InputError, match="cannot be had"):
         bind("192.0.2.1", 0)
+
+
+def test_the_proxy_of_a_full_cluster() -> None:
+    """It has no other answer to a WebSocket than 500, without a word: what that may be is said."""
+
+    class Full(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Full) as proxy:
+        Thread(target=proxy.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(
+                ConnectionLostError, match="the proxy of a cluster answers so, too, where its queue is full"
+            ):
+                StandardizedTransformer("demo:gpt2", server=f"http://127.0.0.1:{proxy.server_port}")
+        finally:
+            proxy.shutdown()
