@@ -323,6 +323,8 @@ def test_the_proxy_of_a_full_cluster() -> None:
     """It has no other answer to a WebSocket than 500, without a word: what that may be is said."""
 
     class Full(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             self.send_error(500)
 
