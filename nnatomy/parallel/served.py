@@ -215,7 +215,8 @@ def _other_ranks(count: int) -> Iterator[Event]:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
         yield ended
         return
-    meeting = torch.distributed.TCPStore("127.0.0.1", 0, count + 1, is_master=True, wait_for_workers=False)
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    meeting = store("127.0.0.1", 0, count + 1, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "WORLD_SIZE": str(count)}
     common["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is there already, at a port that nobody can take meanwhile
     command = [sys.executable, "-m", "nnatomy", *sys.argv[1:]]

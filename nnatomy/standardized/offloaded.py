@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import Module
 
@@ -15,7 +17,7 @@ def value_of(module: Module, name: str) -> Tensor:
     tensor: Tensor = getattr(module, name)
     if not tensor.is_meta:
         return tensor
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "weights_map", None) is not None:
             found: Tensor = one.weights_map[name]
