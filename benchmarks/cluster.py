@@ -1,4 +1,5 @@
-"""What a cluster costs and gives, as ratios in one run: Ray Serve over the embedded server, and collecting by one and two workers.
+"""What a cluster costs and gives, as ratios in one run: Ray Serve over the embedded server, two ranks over one process for each read
+(`tensor_parallel.py`), and collecting by one and two workers.
 
 pip install '.[cluster,serve]' && python benchmarks/cluster.py [--rounds 15] [--prompts 2000]
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -93,14 +95,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--prompts", type=int, default=2000)
-    parser.add_argument("--only", choices=("blocks", "collecting"))
+    parser.add_argument("--only", choices=("blocks", "ranks", "collecting"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.only != "collecting":
+    if options.only in (None, "blocks"):
         blocks(options.rounds)
-    if options.only == "blocks":
-        return
-    collecting(options.prompts)
+    if options.only in (None, "ranks"):
+        ranks = Path(__file__).with_name("tensor_parallel.py")
+        subprocess.run([sys.executable, str(ranks), "--rounds", str(options.rounds)], check=True)
+    if options.only in (None, "collecting"):
+        collecting(options.prompts)
 
 
 if __name__ == "__main__":
