@@ -417,7 +417,7 @@ class Integers(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Quantized, r"q_proj \(Quantized\)"), (Integers, r"q_proj \(Integers\).*int8")]
+    ("kind", "why"), [(Quantized, r"q_proj \(Quantized\)"), (Integers, r"q_proj \(Integers\).*int8, beside scales")]
 )
 def test_quantized_projections_are_refused_with_the_mend(kind: Any, why: str) -> None:
     hf = build("llama")
