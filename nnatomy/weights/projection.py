@@ -100,7 +100,7 @@ def weight_of(module: Module, path: str) -> Tensor:
 
 def _dequantized(weight: Any) -> Tensor | None:
     """A copy as a plain matrix, of a tensor whose class says how (quanto's, say); None otherwise."""
-    if not is_traceable_wrapper_subclass(weight) or type(weight).dequantize is Tensor.dequantize:
+    if not _is_split(weight) or type(weight).dequantize is Tensor.dequantize:
         return None
     dense = weight.detach().dequantize()
     return dense if type(dense) is Tensor else None
