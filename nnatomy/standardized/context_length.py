@@ -7,7 +7,7 @@ through the first layer, where positions are looked up. That is done once: what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from nnatomy.errors import InputError
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 #: How many of a table's positions may be for something else (RoBERTa's begin behind that of padding).
 _SPARE = 8
+_DEFAULT = 20  # new tokens, where nothing says how many
 
 
 class ContextLength:
@@ -48,16 +49,42 @@ class ContextLength:
 
     def check(self, length: int) -> None:
         """Raise InputError if the model fails on prompts of that length, and not on shorter ones."""
+        longest = self.shorter_than(length)
+        if longest is not None:
+            raise InputError(
+                f"The prompt is of {length} tokens, and {self.says(longest)}: give fewer, such as ids[..., -{longest}:], or the "
+                "parts one after the other."
+            )
+
+    def shorter_than(self, length: int) -> int | None:
+        """How many positions the model has, if these are fewer; None too where it fails for a reason of its own, which it says."""
         number = self._number
         if number is None or not self.is_near(length) or self._runs_on(length):
-            return
+            return None
         shorter = range(min(number, length - 1), number - _SPARE, -1)
-        longest = next((one for one in shorter if one > 0 and self._runs_on(one)), None)
-        if longest is not None:  # else it fails for a reason of its own, which it says
-            raise InputError(
-                f"The prompt is of {length} tokens, and {self._type} has no positions for more than {longest} "
-                f"({self._name}={number} in its config): give fewer, such as ids[..., -{longest}:], or the parts one after the other."
-            )
+        return next((one for one in shorter if one > 0 and self._runs_on(one)), None)
+
+    def says(self, longest: int) -> str:
+        """In words, what the model has."""
+        return f"{self._type} has no positions for more than {longest} ({self._name}={self._number} in its config)"
+
+    def end_of(self, length: int, arguments: Mapping[str, Any], config: Any) -> tuple[int, str] | None:
+        """How many positions there are for a generation that may need more, and that in words.
+
+        (A step that needs more is refused when it comes: the generation may have ended before.)
+
+        Args:
+            length: of the prompts.
+            arguments: of `generate`.
+            config: the model's own for it, if the arguments have none.
+        """
+        config = arguments.get("generation_config") or config
+        new, most = (arguments.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length"))
+        if isinstance(new, int):
+            most = length + new
+        # The newest token is not put in.
+        longest = self.shorter_than((most if isinstance(most, int) else length + _DEFAULT) - 1)
+        return None if longest is None else (longest, self.says(longest))
 
     def _runs_on(self, length: int) -> bool:
         if any(one >= length and runs for one, runs in self._known.items()):

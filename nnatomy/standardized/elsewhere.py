@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-#: By name, what to write here.
-ELSEWHERE = {
-    # TransformerLens
+_OF_TRANSFORMER_LENS = {
+    "from_pretrained": "StandardizedTransformer(id, folder or model)",
+    "from_pretrained_no_processing": "StandardizedTransformer(id, folder or model)",
+    "hook_points": "the names of docs/names.md, model.layers_output[i] and kin in a trace",
+    "tokens_to_residual_directions": "model.W_U[:, tokens]",
+    "accumulated_bias": "model.b_O[layer], model.b_out[layer]",
+    "set_use_attn_result": "model.heads_output[i] in a trace, model.W_O[i] for what each head adds",
     "blocks": "layers_output[i] and kin in a trace, or the view layers[i]",
     "cfg": "num_layers, num_heads, hidden_size, vocab_size; the model's own is config",
     "n_layers": "num_layers",
@@ -22,16 +26,31 @@ ELSEWHERE = {
     "to_single_token": "model.to_tokens(text)",
     "fold_layer_norm": "model.W_Q.folded(layer) and kin, which are new tensors",
     "FactoredMatrix": "model.QK(layer), model.OV(layer)",
-    # nnsight and nnterp
+}
+_OF_NNTERP = {
+    "project_on_vocabulary": "model.project_on_vocab(hidden)",
+    "model": "model.layers[i] and kin, or the model's own modules by their own names",
+}
+_OF_NNSIGHT = {
     "generator": "tracer.result in a generation",
     "dispatch": "nothing: the model is loaded",
     "clear_edits": "model.without_edits()",
     "named_modules": "model.paths()",
     "_model": "model.hf_model",
-    "project_on_vocabulary": "model.project_on_vocab(hidden)",
 }
+#: The room in which scripts of that library run as they stand, and by name what to write here.
+ROOMS = {
+    ("TransformerLens", "nnatomy.compat.transformer_lens"): _OF_TRANSFORMER_LENS,
+    ("nnsight", "nnatomy.compat.nnsight"): _OF_NNSIGHT,
+    ("nnterp", "nnatomy.compat.nnterp"): _OF_NNTERP,
+}
+#: By name, what to write here.
+ELSEWHERE = {name: here for names in ROOMS.values() for name, here in names.items()}
 
 
 def said_of(name: str) -> str:
     """A sentence on what stands for that name here; "" if it is nobody's."""
-    return f" What other libraries call {name!r} is here: {ELSEWHERE[name]}." if name in ELSEWHERE else ""
+    for (library, room), names in ROOMS.items():
+        if name in names:
+            return f" What {library} calls {name!r} is here: {names[name]}. {room} has its names."
+    return ""

@@ -47,8 +47,10 @@ class Given:
         mask: the attention mask, if there is one.
         seq: how many positions it has (those of a KV cache that was given, too).
         untold: why nothing says which tokens are padding; "" if something does.
+        end: of a generation that may need more positions than the model has: how many it has, and that in words.
     """
 
+    end: tuple[int, str] | None = None
     mask: Any = None
     seq: int | None = None
     untold: str = ""
@@ -83,6 +85,7 @@ class RootInputs(Collector):
         self.slot: Slot | None = None
         self.length = 0
         self.decoder_length = 0
+        self._tokens = 0
         self._root = root = run.root
         self._progress = run.progress
         self._decodes = has_decoder(root)
@@ -99,6 +102,7 @@ class RootInputs(Collector):
         if slot.step == 0:
             self._warn_of_two_caches(slot.value[1])
         self.slot = slot
+        self._check_end(slot)
         self._look(slot.value[1])
         self.length = self.length or positions_in(slot.value[1])
         self.decoder_length = self.decoder_length or positions_in(slot.value[1], decoder=True)
@@ -108,6 +112,23 @@ class RootInputs(Collector):
             raise InputError(
                 f"{lost[0]}=...: {type(self._root).__name__}.generate does not hand it on to the model, which would run "
                 "without it. Trace the forward passes with it one after the other, or leave it out."
+            )
+
+    def _check_end(self, slot: Slot) -> None:
+        """Raise InputError if the step needs more positions than the model has."""
+        if self.given.end is None:
+            return
+        (longest, says), arguments = self.given.end, slot.value[1]
+        if slot.step and positions_in(arguments) <= longest:
+            return
+        placed = arguments.get("position_ids")
+        length = int(placed.max()) + 1 if isinstance(placed, Tensor) else positions_in(arguments)
+        self._tokens = self._tokens or length
+        if length > longest:
+            new = longest + 1 - self._tokens
+            raise InputError(
+                f"Step {slot.step} of the generation is at position {length}, and {says}: after a prompt of {self._tokens} tokens "
+                f"there is room for {new} new ones, max_new_tokens={new}. For more give a shorter prompt."
             )
 
     def _check_soft_prompt(self, arguments: Mapping[str, Any]) -> None:

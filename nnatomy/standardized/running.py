@@ -206,6 +206,9 @@ class Running(Parts):
         def known(inputs: dict[str, Any]) -> Callable[[], Any]:
             given.mask, given.untold = inputs.get("attention_mask"), untold(inputs)
             given.seq = given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
+            context = self._prompts.context
+            if generated is not None and context is not None and given.seq is not None:
+                given.end = context.end_of(given.seq, inputs, getattr(self.hf_model, "generation_config", None))
             return undone_unless_it_returns(call(inputs), inputs)
 
         early_stop = early_stop and self._shards.can_be_left

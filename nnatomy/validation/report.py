@@ -12,6 +12,8 @@ from typing import Any, Literal
 from nnatomy.errors import NoSuchRowError
 
 Status = Literal["verified", "refused", "failed", "unverified"]
+_REFUSED = "Refused: to ask for it is an error that says why, and never another value."
+_REASONS = 3  # told in one line
 #: A name and its layer, None for what belongs to no layer.
 Place = tuple[str, int | None]
 
@@ -124,9 +126,28 @@ class Report(Sequence[Row]):
         counts = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
         return f"{self.model}: {counts}"
 
+    @property
+    def why_refused(self) -> str:
+        """In a line what "refused" means and for what reasons; "" where nothing is.
+
+        Example:
+            >>> from nnatomy import StandardizedTransformer
+            >>> print(StandardizedTransformer("demo:gpt2").validation.why_refused)
+            Refused: to ask for it is an error that says why, and never another value. Here (18): it has no experts to choose from
+        """
+        reasons = Counter(row.detail for row in self if row.status == "refused").most_common()
+        told = "; ".join(f"({count}): {why}" for why, count in reasons[:_REASONS])
+        more = f"; {len(reasons) - _REASONS} other reasons, in the rows" * (len(reasons) > _REASONS)
+        return f"{_REFUSED} Here {told}{more}" * bool(reasons)
+
+    @property
+    def _title(self) -> str:
+        return ". ".join(filter(None, (self.summary, self.why_refused)))
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"model": self.model, "counts": self.counts, "rows": [asdict(row) for row in self]}
+        rows = [asdict(row) for row in self]
+        return {"model": self.model, "counts": self.counts, "why_refused": self.why_refused, "rows": rows}
 
     def lines(self) -> list[tuple[str, str, str, str, str]]:
         """Name, layers, status, error and detail, one line for the layers that are alike."""
@@ -147,7 +168,7 @@ class Report(Sequence[Row]):
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]])
             for line in lines
         ]
-        return "\n".join([self.summary, *(text.rstrip() for text in texts)])
+        return "\n".join([self._title, *(text.rstrip() for text in texts)])
 
     def __repr__(self) -> str:
         return f"<Report of {self.summary}; print it for the table>"
@@ -157,7 +178,7 @@ class Report(Sequence[Row]):
         from rich.text import Text
 
         table = Table(
-            title=self.summary,
+            title=self._title,
             title_justify="left",
             title_style="bold",
             box=None,
@@ -177,7 +198,7 @@ class Report(Sequence[Row]):
             for name, layers, status, error, detail in self.lines()
         )
         head = "".join(f"<th>{column}</th>" for column in ("name", "layers", "status", "error", "reason"))
-        return f"<table><caption>{escape(self.summary)}</caption><tr>{head}</tr>{rows}</table>"
+        return f"<table><caption>{escape(self._title)}</caption><tr>{head}</tr>{rows}</table>"
 
 
 _STYLES = {"verified": "green", "refused": "yellow", "failed": "red", "unverified": "dim"}

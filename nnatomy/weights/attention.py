@@ -11,10 +11,10 @@ from torch.nn import Module
 
 from nnatomy.validation.near import is_near
 from nnatomy.weights.codes import PATTERNS, ROWS, codes, is_plain, match, response, written
+from nnatomy.weights.experts import Roles
 from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
-Roles = dict[str, Projection | str]
 _INPUTS = {"Q": "queries", "K": "keys", "V": "values"}
 
 

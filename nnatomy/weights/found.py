@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nnatomy.errors import LayerIndexError, ModelError, NotInThisModelError, UsageError
-from nnatomy.weights.attention import Roles, find_attentions
+from nnatomy.weights.attention import find_attentions
 from nnatomy.weights.ends import find_embedding, find_unembedding
+from nnatomy.weights.experts import ExpertsMatrix, Roles
 from nnatomy.weights.folded import scale_and_shift
 from nnatomy.weights.mlp import find_mlps
 from nnatomy.weights.names import ROWS, WeightName
@@ -41,7 +42,7 @@ class Found:
             found = self._of_layer(model, row, layer) if row.by_layer else self._end(model, row)
             if isinstance(found, str):
                 raise RefusedError(found)
-            if not isinstance(found, Projection):
+            if not isinstance(found, (Projection, ExpertsMatrix)):
                 if folded:
                     raise RefusedError("no norm is before it")
                 return found()
@@ -55,9 +56,11 @@ class Found:
         found = self._of_layer(model, row, layer)
         if isinstance(found, str):
             raise NotInThisModelError(f"{row.name}[{layer}]: there is none: {found}.")
+        if isinstance(found, ExpertsMatrix):
+            raise NotInThisModelError(f"{row.name}[{layer}]: there is one of each expert.")
         return found
 
-    def _of_layer(self, model: Any, row: WeightName, layer: int | None) -> Projection | str:
+    def _of_layer(self, model: Any, row: WeightName, layer: int | None) -> Projection | ExpertsMatrix | str:
         layers, count = self.layers(model, row.group), model.num_layers
         if not isinstance(layer, int) or not -count <= layer < count:
             raise LayerIndexError(f"{row.name}[{layer!r}]: the model has {count} layers, 0 to {count - 1}.")
@@ -85,7 +88,7 @@ def _unedited(model: Any, group: str) -> Any:
     return model.without_edits() if model.edits else model
 
 
-def _folded(found: Projection, row: WeightName) -> Tensor:
+def _folded(found: Projection | ExpertsMatrix, row: WeightName) -> Tensor:
     if found.norm is None or found.side == "reads":
         raise RefusedError("no norm gives what it reads")
     scale, shift = scale_and_shift(found.norm)

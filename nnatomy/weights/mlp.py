@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nnatomy.names import EXPERTS
 from nnatomy.validation.near import is_near
 from nnatomy.weights.codes import ROWS, match
+from nnatomy.weights.experts import Experts, Roles, of_layer
 from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
-Roles = dict[str, Projection | str]
 _ROLES = ("in", "gate", "out")
 NO_GATE = "its activation function is of all that goes in: nothing multiplies it"
 
@@ -28,13 +29,16 @@ def find_mlps(model: Any) -> list[Roles]:
     model._sums.find()
     layers = [_MLP(model, i) for i in range(len(model._anatomy.layers))]
     looked_at = (one for layer in layers for one in layer.looked_at)
-    with passing(model) as inputs, looking(looked_at), model.trace(**inputs) as tracer:
+    with passing(model) as inputs:
+        with looking(looked_at), model.trace(**inputs) as tracer:
+            for layer in layers:
+                layer.read()
+            if model.layers_output.modules[-1] is None:
+                tracer.result  # noqa: B018
+            else:  # so that the last neurons have been read
+                model.layers_output[-1]
         for layer in layers:
-            layer.read()
-        if model.layers_output.modules[-1] is None:
-            tracer.result  # noqa: B018
-        else:  # so that the last neurons have been read
-            model.layers_output[-1]
+            layer.find_experts()
     for layer in layers:
         layer.find_down()
     return [layer.found for layer in layers]
@@ -51,16 +55,21 @@ class _MLP:
         within = [one for one in within if one is not layer]
         paths = paths_in(layer, mlp)
         self.probes = [Probe(one, paths[one], 1 + k + 1000 * i) for k, one in enumerate(within)]
-        self.norms = norms(layer, model.hidden_size) if within else []
-        self.looked_at: list[Probe | Norm] = [*self.norms, *self.probes]
+        chooses = getattr(model, EXPERTS).modules[i] is not None
+        self.experts = of_layer([layer if mlp is None else mlp], mixers) if chooses and self.refused else None
+        self.norms = norms(layer, model.hidden_size) if within or self.experts else []
+        self.looked_at: list[Probe | Norm | Experts] = [*self.norms, *self.probes, *filter(None, [self.experts])]
         self.found: Roles = dict.fromkeys(_ROLES, self.refused)
         self._neurons = torch.zeros(0)
+        self._given: Tensor | None = None
 
     def read(self) -> None:
         """In the trace, when the pass comes to its neurons."""
+        inputs = self.model.mlps_input
+        if self.experts is not None and inputs.modules[self.i] is not None:
+            self._given = inputs[self.i].clone()
         if self.refused:
             return
-        inputs = self.model.mlps_input
         given = inputs[self.i][0].clone() if inputs.modules[self.i] is not None else None
         neurons = self.model.neurons[self.i].detach()
         self._neurons = neurons[0].clone()
@@ -79,6 +88,16 @@ class _MLP:
             self.found |= {"in": str(error), "gate": str(error)}
         for one in probes:
             one.forget()
+
+    def find_experts(self) -> None:
+        """Behind the pass: those that its router chooses of."""
+        if self.experts is None:
+            return
+        try:
+            self.found = {**self.experts.find(self._given, self.norms)}
+        except RefusedError as error:
+            self.found = dict.fromkeys(_ROLES, f"{self.refused}; and {error}")
+        self._given = None
 
     def find_down(self) -> None:
         """Behind the pass: the matrix that reads the neurons."""

@@ -61,21 +61,24 @@ TABLE = (
         "mlp",
         "in",
         "hidden neuron",
-        "`mlps_input @ W_in + b_in`: what neurons are proportional to, or a function of, but for scales and norms of neurons",
+        "`mlps_input @ W_in + b_in`: what neurons are proportional to, or a function of, but for scales and norms of neurons "
+        "(of a mixture of experts: by expert, expert first)",
     ),
     WeightName(
         "W_gate",
         "mlp",
         "gate",
         "hidden neuron",
-        "`mlps_input @ W_gate + b_gate`: what the activation function is of, beside `W_in`, but for a scale of each neuron",
+        "`mlps_input @ W_gate + b_gate`: what the activation function is of, beside `W_in`, but for a scale of each neuron "
+        "(of experts: by expert)",
     ),
     WeightName(
         "W_out",
         "mlp",
         "out",
         "neuron hidden",
-        "`neurons @ W_out + b_out`: what the down projection gives, behind which may be a scale",
+        "`neurons @ W_out + b_out`: what the down projection gives, behind which may be a scale (of experts: by expert, "
+        "before the router's weight)",
     ),
     WeightName("b_in", "mlp", "in", "neuron", "see `W_in`"),
     WeightName("b_gate", "mlp", "gate", "neuron", "see `W_gate`"),

@@ -108,7 +108,7 @@ def norms(layer: Module, width: int) -> list[Norm]:
 
 
 @contextmanager
-def looking(probes: Iterable[Probe | Norm]) -> Iterator[None]:
+def looking(probes: Iterable[Any]) -> Iterator[None]:
     """While a model runs."""
     hooks = [one.module.register_forward_hook(one, with_kwargs=True) for one in probes]
     try:

@@ -73,6 +73,13 @@ class Projection:
 def weight_of(module: Module, path: str) -> Tensor:
     """The parameter, where it is a plain matrix. Raises RefusedError otherwise."""
     name, weight = f"{path} ({type(module).__name__})", getattr(module, "weight", None)
+    dense = _dequantized(weight)
+    if dense is not None:
+        weight = dense
+    elif isinstance(weight, Tensor) and weight.dtype.itemsize == 1:
+        raise RefusedError(
+            f"the weight of {name} is of {weight.dtype}, beside scales that the module alone knows. {_QUANTIZED}"
+        )
     others = sorted({one for one, _ in module.named_parameters()} - _OWN)
     if others:
         raise RefusedError(
@@ -89,6 +96,14 @@ def weight_of(module: Module, path: str) -> Tensor:
     if weight.device.type == "meta":
         raise RefusedError(f"the weight of {name} is on the meta device: offloaded, or never loaded")
     return weight
+
+
+def _dequantized(weight: Any) -> Tensor | None:
+    """A copy as a plain matrix, of a tensor whose class says how (quanto's, say); None otherwise."""
+    if not _is_split(weight) or type(weight).dequantize is Tensor.dequantize:
+        return None
+    dense = weight.detach().dequantize()
+    return dense if type(dense) is Tensor else None
 
 
 def _is_split(weight: Any) -> bool:

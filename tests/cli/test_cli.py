@@ -27,6 +27,7 @@ from nnatomy import StandardizedTransformer
 from nnatomy.cli import main
 from nnatomy.cli.anatomy import node
 from nnatomy.cli.report import plain_numbers
+from nnatomy.errors import NotInThisModelError
 from nnatomy.names import ROUTERS
 from nnatomy.standardized.loading import locate
 
@@ -77,6 +78,11 @@ def test_check_gives_the_reason_of_a_refusal_and_is_no_failure(run: Run, hybrid:
     assert [row["layer"] for row in rows if row["status"] == "verified"] == list(model.attention_layers)
     assert all("mamba" in row["detail"] for row in rows if row["status"] == "refused")
     code, out, _ = run("check", hybrid)
+    beside = " ".join(out.partition("name ")[0].split())  # the line of the count, wrapped
+    assert " refused. Refused: to ask for it is an error that says why" in beside
+    assert "its token mixer is mamba" in beside
+    with pytest.raises(NotInThisModelError, match="mamba"), model.trace(torch.ones(1, 3, dtype=torch.long)):
+        model.attentions_output[0]  # which is what the line says
     assert any(
         line.startswith("attentions_output") and "refused" in line and "mamba" in line for line in out.split("\n")
     )

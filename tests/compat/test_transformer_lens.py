@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from nnatomy import StandardizedTransformer
 from nnatomy.compat.transformer_lens import HOOKS, ActivationCache, HookedTransformer, HookPoint, get_act_name
 from nnatomy.errors import InputError, NoSuchModuleError, NotInThisModelError
-from nnatomy.standardized.elsewhere import ELSEWHERE
+from nnatomy.standardized.elsewhere import ROOMS
 
 IDS = prompt_ids(seed=1)
 
@@ -229,11 +230,21 @@ def test_the_page_runs_and_has_all_hook_names() -> None:
 
 
 def test_a_name_of_another_library_is_answered_with_the_one_here() -> None:
-    model = StandardizedTransformer(build("llama"))
-    for name, here in ELSEWHERE.items():
-        with pytest.raises(NoSuchModuleError) as caught:
-            getattr(model, name)
-        assert str(caught.value).endswith(f" What other libraries call {name!r} is here: {here}.")
+    model = StandardizedTransformer(build("gpt2"))
+    for (library, room), names in ROOMS.items():
+        for name, here in names.items():
+            with pytest.raises(NoSuchModuleError) as caught:
+                getattr(model, name)
+            assert str(caught.value).endswith(f" What {library} calls {name!r} is here: {here}. {room} has its names.")
+    with pytest.raises(
+        NoSuchModuleError, match=r"What nnterp calls 'model' is here: .*nnatomy\.compat\.nnterp has its names"
+    ):
+        model.model.layers[0]  # type: ignore[union-attr]
+    assert StandardizedTransformer(build("llama")).model.layers is not None  # where it is the model's own
+    lens, sight, terp = (import_module(room) for _, room in ROOMS)  # where they are
+    assert callable(lens.HookedTransformer.run_with_hooks)
+    assert hasattr(sight.LanguageModel, "generator")
+    assert terp.StandardizedTransformer(build("gpt2")).model.layers is not None
     for name in (
         "num_layers",
         "num_heads",

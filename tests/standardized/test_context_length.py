@@ -96,3 +96,69 @@ def test_another_error_stays_the_models_own() -> None:
     model.hf_model.transformer.wte.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="^the model's own$"), model.trace(ids(LIMIT + 1)):
         model.logits
+
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_bigcode", "biogpt", "gptj"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_generation_beyond_the_table(model_type: str, cached: bool) -> None:
+    model = zoo.loaded(model_type)
+    hf: Any = model.hf_model
+    limit = longest(hf)
+    more = {"use_cache": cached, **GREEDY}
+    prompt = ids(limit - 4)
+    fits = hf.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, min_new_tokens=5, **more)
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, min_new_tokens=5, **more).run(), fits)
+    text = rf"Step 5 of the generation is at position {limit + 1}, and \w+ has no positions for more than {limit} \(\w+=64 in its "
+    text += rf"config\): after a prompt of {limit - 4} tokens there is room for 5 new ones, max_new_tokens=5\. For more"
+    with pytest.raises(InputError, match=text):
+        model.generate(prompt, max_new_tokens=6, min_new_tokens=6, **more).run()
+    with (
+        pytest.raises(InputError, match=text),
+        model.generate(prompt, max_new_tokens=9, min_new_tokens=9, **more) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            model.layers_output[1]
+    with pytest.raises(InputError, match=text):
+        model.generate(prompt, max_length=limit + 5, min_length=limit + 5, **more).run()
+    assert torch.equal(
+        model.generate(prompt, max_new_tokens=5, min_new_tokens=5, **more).run(), fits
+    )  # and nothing is left
+
+
+def test_a_generation_that_ends_in_time_is_none() -> None:
+    model = zoo.loaded("gpt2")
+    prompt = ids(LIMIT - 4)
+    first = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, **GREEDY).run()[0, -3:]
+    found = model.generate(prompt, max_new_tokens=50, eos_token_id=int(first[-1]), **GREEDY).run()
+    assert found.shape[1] <= LIMIT - 1
+
+
+def test_of_a_batch_the_longest_prompt_counts_without_its_padding() -> None:
+    model = zoo.loaded("gpt2")
+    rows = [ids(40)[0].tolist(), ids(LIMIT - 1)[0].tolist()]
+    with pytest.raises(InputError, match="after a prompt of 63 tokens there is room for 2 new ones"):
+        model.generate(rows, max_new_tokens=4, min_new_tokens=4, **GREEDY).run()
+    short = {"input_ids": ids(LIMIT - 1), "attention_mask": torch.ones(1, LIMIT - 1, dtype=torch.long)}
+    short["attention_mask"][:, :6] = 0
+    expected = model.hf_model.generate(**short, max_new_tokens=8, min_new_tokens=8, **GREEDY)
+    assert torch.equal(model.generate(short, max_new_tokens=8, min_new_tokens=8, **GREEDY).run(), expected)
+    with pytest.raises(InputError, match="after a prompt of 57 tokens there is room for 8 new ones"):
+        model.generate(short, max_new_tokens=9, min_new_tokens=9, **GREEDY).run()
+    with (
+        pytest.raises(InputError, match="after a prompt of 63 tokens"),
+        model.generate(max_new_tokens=4, min_new_tokens=4, **GREEDY) as tracer,
+    ):
+        tracer.invoke(rows[0], lambda: tracer.result)
+        tracer.invoke(rows[1], lambda: tracer.result)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom", "mamba"])
+def test_a_generation_of_what_has_no_table_goes_on(model_type: str) -> None:
+    model = zoo.loaded(model_type)
+    prompt = ids(LIMIT - 2)
+    more = {"max_new_tokens": 6, "min_new_tokens": 6, **GREEDY}
+    expected = model.hf_model.generate(prompt, attention_mask=torch.ones_like(prompt), **more)
+    assert torch.equal(model.generate(prompt, **more).run(), expected)

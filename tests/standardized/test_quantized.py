@@ -77,6 +77,25 @@ def test_reads_edits_and_steps(model_type: str, weights: str, how: str, tmp_path
         assert not torch.equal(tokens, hf.generate(**arguments))
 
 
+@pytest.mark.parametrize("weights", ["int8", "float8", "int4"])
+def test_weights_are_dequantized_copies(weights: str, tmp_path: Path) -> None:
+    model = load("llama", weights, tmp_path, "loaded")
+    attention, mlp = (getattr(model.layers[1].module, name) for name in ("self_attn", "mlp"))
+    assert isinstance(attention.q_proj, QLinear)
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        queries = attention.q_proj(x).unflatten(-1, (4, 8)).transpose(0, 1)  # by the module itself
+        torch.testing.assert_close(x @ model.W_Q[1] + model.b_Q[1][:, None], queries, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x @ model.W_gate[1], mlp.gate_proj(x), rtol=1e-4, atol=1e-5)
+        neurons = torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(neurons @ model.W_out[1], mlp.down_proj(neurons), rtol=1e-4, atol=1e-5)
+        full = build("llama").model.layers[1].self_attn.q_proj
+        assert not torch.equal(model.W_Q[1].transpose(0, 1).reshape(32, 32), full.weight.T)  # quantizing shows
+        before = attention.q_proj(x)
+        model.W_Q[1].zero_()  # a copy
+        assert torch.equal(attention.q_proj(x), before)
+
+
 def test_gradients_reach_a_quantized_models_stream(tmp_path: Path) -> None:
     model, ids = load("llama", "int8", tmp_path, "folder"), prompt_ids()
     with model.trace(ids):

@@ -64,7 +64,8 @@ REPORT = Report(
 
 def test_as_text() -> None:
     assert str(REPORT) == (
-        "ToyForCausalLM: 2 verified, 1 refused, 1 failed, 1 unverified\n"
+        "ToyForCausalLM: 2 verified, 1 refused, 1 failed, 1 unverified. "
+        "Refused: to ask for it is an error that says why, and never another value. Here (1): it has <no> MLP\n"
         "name           layers  status      error\n"
         "layers_output  0-1     verified    1.0e-07\n"
         "mlps_output    0       refused              it has <no> MLP\n"
@@ -77,14 +78,28 @@ def test_as_text() -> None:
     assert spans([0, 1, 2, 4, 7, 8]) == "0-2, 4, 7-8"
 
 
+def test_reasons_stand_beside_the_count_the_most_frequent_first() -> None:
+    reasons = ["it has no MLP", *["its mixer is mamba"] * 3, *["it is shared"] * 2, "it is normed", "it is odd"]
+    rows = [Row("mlps_output", i, "refused", None, why) for i, why in enumerate(reasons)]
+    assert Report("Toy", rows).why_refused.endswith(
+        "Here (3): its mixer is mamba; (2): it is shared; (1): it has no MLP; 2 other reasons, in the rows"
+    )
+    assert Report("Toy", [Row("logits", None, "verified", None, "")]).why_refused == ""
+    assert str(Report("Toy", [Row("logits", None, "verified", None, "")])).startswith("Toy: 1 verified\n")
+
+
 def test_in_a_terminal_and_a_notebook() -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     with console.file:
         console.print(REPORT)
         text = console.export_text()
-    assert all(part in text for part in ("ToyForCausalLM: 2 verified", "0-1", "it has <no> MLP", "failed"))
+    assert all(
+        part in text
+        for part in ("ToyForCausalLM: 2 verified", "0-1", "it has <no> MLP", "failed", "Refused: to ask for it")
+    )
     html = REPORT._repr_html_()
     assert "it has &lt;no&gt; MLP" in html
+    assert "1 unverified. Refused: to ask for it is an error that says why" in html
     assert html.count("<tr>") == 5
 
 
