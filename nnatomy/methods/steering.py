@@ -23,6 +23,7 @@ from nnatomy.methods.collecting import Positions, collect_activations
 from nnatomy.methods.directions import METHODS, mean_difference
 from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import token_texts
+from nnatomy.methods.result import headed, texts_of
 from nnatomy.names import row_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
@@ -117,7 +118,7 @@ class SteeringVector:
             collect_activations(
                 model,
                 prompts,
-                {point: layers},
+                points={point: layers},
                 positions=positions,
                 batch_size=batch_size,
                 dtype=torch.float32,
@@ -204,6 +205,7 @@ class SteeringVector:
         self,
         model: StandardizedTransformer,
         factor: float | int = 1.0,
+        *,
         positions: Where = None,
         from_step: int = 0,
     ) -> None:
@@ -258,7 +260,7 @@ class SteeringVector:
         return collect_activations(
             model,
             [prompt],
-            {self.point: list(self.directions)},
+            points={self.point: list(self.directions)},
             positions="all",
             dtype=torch.float32,
             progress=False,
@@ -277,7 +279,9 @@ class SteeringVector:
             self._along(acts),
             rows=[str(layer) for layer in self.directions],
             columns=token_texts(model, acts.token_ids),
-            title=f"{self.point} along the direction of each layer ({self.method})",
+            title=headed(
+                f"Projection of {self.point} on the direction of each layer ({self.method})", texts_of(model, prompt)
+            ),
             diverging=True,
             value_name="projection",
         )

@@ -135,7 +135,13 @@ class TunedLens:
             raise InputError("This lens has no history to plot: it has not been trained.")
         ys = {f"layer {i}": one.tolist() for i, one in enumerate(self.history.T)}
         steps = list(range(len(self.history)))
-        return curves(steps, ys, title="tuned lens: training", x_title="step", y_title="KL (nats)")
+        return curves(
+            steps,
+            ys,
+            title="Tuned lens, KL to the model's own prediction in training",
+            x_title="step",
+            y_title="KL (nats)",
+        )
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file."""

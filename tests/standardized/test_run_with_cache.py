@@ -543,7 +543,7 @@ def test_a_logit_is_taken_apart_as_the_method_does(model_type: str, by: str) -> 
         plain, cache = model.run_with_cache(PROMPTS)
     for position in (-1, 1):
         found = cache.logit_attribution(20, 31, by=by, position=position)
-        expected = direct_logit_attribution(model, PROMPTS, 20, 31, by=by, position=position)
+        expected = direct_logit_attribution(model, PROMPTS, answer=20, wrong=31, by=by, position=position)
         assert found.parts == expected.parts
         assert torch.equal(found.effect, expected.effect)
         columns = [pad + position % length for pad, length in zip(PADDED, LENGTHS, strict=True)]
@@ -586,7 +586,7 @@ def test_of_an_edited_view_and_an_encoder_decoder() -> None:
         with torch.no_grad():
             _, cache = one.run_with_cache(prompts)
         for by in ("layer", "component", "head"):
-            expected = direct_logit_attribution(one, prompts, 20, by=by)
+            expected = direct_logit_attribution(one, prompts, answer=20, by=by)
             assert torch.equal(cache.logit_attribution(20, by=by).effect, expected.effect)
 
 
@@ -598,7 +598,7 @@ def test_where_the_stream_is_no_sum_the_method_says_why(model_type: str, by: str
     with torch.no_grad():
         _, cache = model.run_with_cache(ids)
     try:
-        expected = direct_logit_attribution(model, ids, 5, by=by)
+        expected = direct_logit_attribution(model, ids, answer=5, by=by)
     except NotInThisModelError as error:
         with pytest.raises(NotInThisModelError) as found:
             cache.logit_attribution(5, by=by)
