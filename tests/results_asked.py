@@ -81,6 +81,7 @@ ASKS: dict[str, tuple[Callable[[Any], Any], tuple[str, ...], str]] = {
         (CLEAN,),
         "logit_difference",
     ),
+    "test_prompt": (lambda m: m.test_prompt(CLEAN, " Paris."), (CLEAN,), "Probability of the answer"),
     "lens_statistics": (lambda m: lens_statistics(m, CLEAN), (CLEAN,), "probability"),
     "logit_lens": (lambda m: logit_lens(m, [CLEAN, THIRD], output="logits"), (CLEAN, THIRD), "logit"),
     "logit_lens of positions": (lambda m: logit_lens(m, CLEAN, positions=[0, 1]), (CLEAN,), "probability"),
