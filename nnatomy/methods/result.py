@@ -18,6 +18,7 @@ from torch import Tensor
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.methods.activation_store import write_whole
 from nnatomy.methods.arguments import whole
+from nnatomy.paths import file_of, path_of, what_is_at
 
 #: The classes of results by their names, which files say.
 KINDS: dict[str, type[Result]] = {}
@@ -205,11 +206,12 @@ class Result:
             "class": type(self).__name__,
             "state": {name: _packed(one, tensors) for name, one in self._state().items()},
         }
-        write_whole(Path(path), save(tensors, {_KEY: json.dumps(about)}))
+        write_whole(path_of(path, "a file to write"), save(tensors, {_KEY: json.dumps(about)}))
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
         """Read what `save` wrote. Raises InputError for a file of something else, or of another kind of result."""
+        path = file_of(path, "a file that a result's save wrote")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})[_KEY])
@@ -228,6 +230,7 @@ class Result:
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
             raise InputError(
                 f"{path} is no file that a result's save wrote ({type(error).__name__}: {error}): give one of these."
+                f"{what_is_at(path)}"
             ) from None
         return found
 

@@ -25,6 +25,7 @@ from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import token_texts
 from nnatomy.methods.result import headed, texts_of
 from nnatomy.names import row_of
+from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.chats import is_chat
@@ -298,17 +299,20 @@ class SteeringVector:
             "method": self.method,
         }
         tensors = {str(layer): one.contiguous() for layer, one in self.directions.items()}
-        write_whole(Path(path), save(tensors, {"nnatomy.SteeringVector": json.dumps(about)}))
+        write_whole(path_of(path, "a file to write"), save(tensors, {"nnatomy.SteeringVector": json.dumps(about)}))
 
     @staticmethod
     def load(path: str | Path) -> SteeringVector:
         """Read what `save` wrote. Raises InputError for a file of something else."""
+        path = file_of(path, "a file that SteeringVector.save wrote")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["nnatomy.SteeringVector"])
                 directions = {layer: file.get_tensor(str(layer)) for layer in about["layers"]}
         except (SafetensorError, KeyError) as error:
-            raise InputError(f"{path} is no file that SteeringVector.save wrote: {error!r}.") from None
+            raise InputError(
+                f"{path} is no file that SteeringVector.save wrote: {error!r}.{what_is_at(path)}"
+            ) from None
         return SteeringVector(directions, about["point"], about["model_type"], about["method"])
 
 

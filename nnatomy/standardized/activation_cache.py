@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnatomy.errors import CacheError, InputError, NoSuchModuleError, check_folder
 from nnatomy.names import row_of
+from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized.asked_for import check_cuda
 from nnatomy.words import By
 
@@ -218,7 +219,7 @@ class ActivationCache:
                 whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
                 tensors[name] = value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format)
         about = {"counts": self._counts, "same": same, "inputs": plain if again else None}
-        path = Path(path)
+        path = path_of(path, "a file to write")
         check_folder(path)
         part = path.with_name(f"{path.name}.part")
         try:
@@ -241,15 +242,20 @@ class ActivationCache:
             InputError: if it is no file of `save`'s.
             OSError: if it cannot be read.
         """
+        from nnatomy.standardized.transformer import StandardizedTransformer
+
         check_cuda("device", device)
+        if model is not None and not isinstance(model, StandardizedTransformer):
+            raise InputError(f"model is a {type(model).__name__}: give the StandardizedTransformer that was run.")
+        path = file_of(path, "a file that ActivationCache.save wrote")
         try:
             opened = safe_open(path, "pt", device=str(device))
         except SafetensorError as error:
-            raise InputError(f"{path} was not written by ActivationCache.save: {error}.") from None
+            raise InputError(f"{path} was not written by ActivationCache.save: {error}.{what_is_at(path)}") from None
         with opened as file:
             about = json.loads((file.metadata() or {}).get("nnatomy", "{}"))
             if "counts" not in about:
-                raise InputError(f"{path} was not written by ActivationCache.save.")
+                raise InputError(f"{path} was not written by ActivationCache.save.{what_is_at(path)}")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found |= {name: found[first] for name, first in about["same"].items()}
         inputs = {name: found.pop(name) for name in [*found] if name.startswith("inputs.")} | (about["inputs"] or {})

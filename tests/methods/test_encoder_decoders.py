@@ -273,7 +273,7 @@ def test_token_activations(model: StandardizedTransformer) -> None:
         torch.testing.assert_close(found[0], expected[:, idx], **CLOSE)
     alone = seen(model, "layers_output", 2, **arguments(model, [LONG, SHORT, OTHER]))[:, -1]
     for collect in (collect_token_activations_batched, collect_last_token_activations_session):
-        found = collect(model, [LONG, SHORT, OTHER], 2, layers=[2])
+        found = collect(model, [LONG, SHORT, OTHER], batch_size=2, layers=[2])
         torch.testing.assert_close(found[0], alone, **CLOSE)
     # What the user reads of the encoder has the encoder's positions.
     of_encoder = seen(model, "encoder_layers_output", 2, **inputs)

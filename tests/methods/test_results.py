@@ -183,3 +183,5 @@ def test_a_folder_that_is_not_there_is_said(found: dict[str, Result], tmp_path: 
     for one in (next(iter(found.values())), cache):
         with pytest.raises(FileNotFoundError, match=r"There is no folder '.*away' to write 'x' into: make it first\."):
             one.save(tmp_path / "away" / "x")
+        with pytest.raises(IsADirectoryError, match=r"is a folder: give the path of a file to write\."):
+            one.save(tmp_path)

@@ -52,7 +52,7 @@ def test_one_token_of_each_prompt_after_each_layer(model_type: str, idx: int | N
     found = get_token_activations(model, PROMPTS, idx=idx)
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
     for function in (collect_token_activations_batched, collect_last_token_activations_session):
-        batched = function(model, PROMPTS, 2, idx=idx)
+        batched = function(model, PROMPTS, batch_size=2, idx=idx)
         torch.testing.assert_close(batched, reference, rtol=1e-4, atol=1e-4)
 
 
