@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nnatomy.errors import CacheError, InputError, NoSuchModuleError, check_folder
+from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchModuleError, check_folder
 from nnatomy.names import row_of
 from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized.asked_for import check_cuda
@@ -76,6 +76,24 @@ class CachedLayers:
             raise CacheError(f"{self.name}: the layers' values are of different shapes, {', '.join(map(str, shapes))}.")
         first = next(iter(self))
         return torch.stack([value.to(first.device) for value in self])
+
+    def to_xarray(self) -> Any:
+        """All layers that were read, as an xarray.DataArray with named axes: "layer", and those of the name (`axes`).
+
+        Raises:
+            CacheError: where the layers' shapes differ.
+            MissingPackageError: if xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise MissingPackageError('Named axes are made with xarray: pip install "nnatomy[tables]".') from None
+        values = self.stack().detach()
+        values = (values.local() if hasattr(values, "local") else values).cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
+        names = ("layer", *self.axes)
+        places = {name: range(size) for name, size in zip(names, values.shape, strict=True)}
+        return xarray.DataArray(values.numpy(), {**places, "layer": list(self.layers)}, names, self.name)
 
 
 class ActivationCache:
@@ -153,6 +171,10 @@ class ActivationCache:
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
         """All layers of that name in one tensor. Raises CacheError where their shapes differ, or there is no such name."""
         return self[name].stack()
+
+    def to_xarray(self, name: str) -> Any:
+        """All layers of that name as an xarray.DataArray with named axes: see `CachedLayers.to_xarray`."""
+        return self[name].to_xarray()
 
     def columns(self, position: int) -> Int[Tensor, " batch"]:
         """Where that position of each prompt stands in the values; 0 is a prompt's first token, -1 its last.

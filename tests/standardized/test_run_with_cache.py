@@ -494,6 +494,24 @@ def test_it_is_read_by_name_and_layer() -> None:
 
 
 @torch.no_grad()
+def test_axes_are_named() -> None:
+    _, cache = wrapped("llama").run_with_cache(prompt_ids(), layers=[0, 2])
+    for name, axes in (
+        ("layers_output", ("layer", "batch", "seq", "hidden")),
+        ("attention_probabilities", ("layer", "batch", "head", "query", "key")),
+    ):
+        found = cache.to_xarray(name)
+        assert (found.name, found.dims) == (name, axes)
+        for layer in (0, 2):
+            assert torch.equal(torch.tensor(found.sel(layer=layer).values), cache[name, layer])
+    assert found.identical(cache[name].to_xarray())
+    half = ActivationCache({("layers_output", 1): torch.ones(1, 2, 3).bfloat16()}, {"layers_output": 2})
+    assert half.to_xarray("layers_output").sel(layer=1, seq=1).values.tolist() == [[1.0] * 3]
+    with pytest.raises(CacheError, match="'queries' is not in the cache"):
+        half.to_xarray("queries")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
 def test_it_is_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
     model, path = wrapped(model_type), tmp_path / "cache.safetensors"
