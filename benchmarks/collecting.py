@@ -35,7 +35,7 @@ def task(prompts: list[str]) -> Task:
 
     def ours() -> Tensor:
         points = {"layers_output": [LAYER]}
-        found = collect_activations(model, prompts, points, progress=False)
+        found = collect_activations(model, prompts, points=points, progress=False)
         return found["layers_output", LAYER]
 
     def hooks() -> Tensor:
@@ -67,7 +67,9 @@ def task(prompts: list[str]) -> Task:
         from nnterp.nnsight_utils import collect_token_activations_batched
 
         other = nnterp.StandardizedTransformer(copy.deepcopy(hf), tokenizer=tokenizer)
-        contenders["nnterp"] = lambda: collect_token_activations_batched(other, prompts, BATCH, layers=[LAYER])[0]
+        contenders["nnterp"] = lambda: collect_token_activations_batched(
+            other, prompts, batch_size=BATCH, layers=[LAYER]
+        )[0]
     return Task(contenders, floor, dict.fromkeys(("hooks", "nnterp"), 2.5))
 
 

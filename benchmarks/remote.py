@@ -104,7 +104,7 @@ def method_patching(model: Any) -> Any:
 
 
 def method_attribution(model: Any) -> Any:
-    return attribution_patching(model, IDS, OTHER_IDS, logit_difference(7, 8)).effect.sum().item()
+    return attribution_patching(model, IDS, OTHER_IDS, metric=logit_difference(7, 8)).effect.sum().item()
 
 
 BLOCKS: dict[str, Callable[[Any], Any]] = {

@@ -38,7 +38,9 @@ from typing import Any
 
 
 def check_folder(path: Path) -> None:
-    """Raise FileNotFoundError if the folder is not there that a file is to be written into."""
+    """Raise FileNotFoundError if the folder is not there that a file is to be written into, IsADirectoryError if it is one."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the path of a file to write.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(path.parent)!r} to write {path.name!r} into: make it first.")
 

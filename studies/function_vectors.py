@@ -91,7 +91,9 @@ def main() -> None:
     effects = {}
     for name, pairs in known.items():
         metric = log_probability([f" {answer}" for _, answer in pairs[:6]], model)
-        found = attribution_patching(model, prompts(pairs), prompts(pairs, shuffled=True), metric, point="heads_output")
+        found = attribution_patching(
+            model, prompts(pairs), prompts(pairs, shuffled=True), metric=metric, point="heads_output"
+        )
         effects[name] = found.effect[:, :, -1].mean(0)  # at the last token: (layer, head)
     common = best(torch.stack(list(effects.values())).mean(0))
     chosen = {name: best(effect) for name, effect in effects.items()}

@@ -510,7 +510,7 @@ def methods(model: Any) -> dict[str, Callable[[], Any]]:
     found["logit_lens last"] = lambda: M.logit_lens(model, PAIR)
     found["logit_lens all+inv"] = lambda: M.logit_lens(model, PAIR, positions="all", return_inv_logits=True)
     found["lens_statistics"] = lambda: M.lens_statistics(model, A, targets=" Paris")
-    found["collect_activations"] = lambda: M.collect_activations(model, PAIR, ["layers_output", "mlps_output"])
+    found["collect_activations"] = lambda: M.collect_activations(model, PAIR, points=["layers_output", "mlps_output"])
     found["token_activations"] = lambda: M.get_token_activations(model, [A, B], layers=[2, 4])
     found["activation_patching"] = lambda: M.activation_patching(model, **pair)
     found["activation_patching heads"] = lambda: M.activation_patching(
@@ -518,7 +518,7 @@ def methods(model: Any) -> dict[str, Callable[[], Any]]:
     )
     found["head_scores"] = lambda: M.head_scores(model, PAIR)
     found["head_scores random"] = lambda: M.head_scores(model, seed=3)
-    found["head_ablation"] = lambda: M.head_ablation(model, [A, B], met, how="mean")
+    found["head_ablation"] = lambda: M.head_ablation(model, [A, B], metric=met, how="mean")
     found["path_patching"] = lambda: M.path_patching(
         model,
         clean=A,
@@ -528,14 +528,14 @@ def methods(model: Any) -> dict[str, Callable[[], Any]]:
         metric=met,
     )
     found["causal_tracing"] = lambda: M.causal_tracing(model, A, subject="France", metric=met, samples=4)
-    found["direct_logit_attribution"] = lambda: M.direct_logit_attribution(model, A, " Paris")
-    found["dla by head"] = lambda: M.direct_logit_attribution(model, A, " Paris", by="head")
+    found["direct_logit_attribution"] = lambda: M.direct_logit_attribution(model, A, answer=" Paris")
+    found["dla by head"] = lambda: M.direct_logit_attribution(model, A, answer=" Paris", by="head")
     found["attribution_patching"] = lambda: M.attribution_patching(model, **pair)
     found["attribution_patching grad_drop"] = lambda: M.attribution_patching(model, **pair, grad_drop=True)
     found["integrated_gradients"] = lambda: M.integrated_gradients(model, clean=A, corrupted=B, metric=met, steps=3)
-    found["edge_attribution"] = lambda: M.edge_attribution(model, A, B, met, steps=2)
+    found["edge_attribution"] = lambda: M.edge_attribution(model, A, B, metric=met, steps=2)
     found["circuit_faithfulness"] = lambda: M.circuit_faithfulness(
-        model, A, B, met, M.edge_attribution(model, A, B, met), [0, 16]
+        model, A, B, metric=met, attribution=M.edge_attribution(model, A, B, metric=met), sizes=[0, 16]
     )
     found["SteeringVector"] = lambda: M.SteeringVector.from_prompts(model, [A, B], ["Hello", "My name"])
     found["ablate_direction"] = lambda: ablated(model)

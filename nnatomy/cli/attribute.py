@@ -14,7 +14,7 @@ from nnatomy.plots.labels import visible
 def attribute(options: argparse.Namespace) -> Report:
     """Direct logit attribution: the logit, or the difference of two, as a sum over parts."""
     model = load(options, prompts=True)
-    found = direct_logit_attribution(model, options.prompt, options.answer, options.wrong, by=options.by)
+    found = direct_logit_attribution(model, options.prompt, answer=options.answer, wrong=options.wrong, by=options.by)
     metric = f"logit({visible(options.answer)})" + (f" - logit({visible(options.wrong)})" if options.wrong else "")
     data = {
         "model": options.model,

@@ -25,6 +25,7 @@ _POINTS = (
 def ablate_direction(
     model: StandardizedTransformer,
     direction: Float[Tensor, " hidden"],
+    *,
     layers: int | Sequence[int] | None = None,
     points: str | Sequence[str] | None = None,
 ) -> None:

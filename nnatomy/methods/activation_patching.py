@@ -111,7 +111,7 @@ class Patching(Result):
         if self.heads is not None and self.positions is not None:
             rows, row_title = [f"L{layer}H{head}" for layer in rows for head in self.heads], "head"
             values = values.flatten(0, 1)
-        title = f"Patching {self.point}"
+        title = self.heading(which=pair)
         if values.ndim == 1:
             return bars(values, labels=rows, title=title, value_name=name)
         if self.positions is None:

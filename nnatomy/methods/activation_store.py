@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from nnatomy.arch_configs import plain_tensors
 from nnatomy.errors import InputError, check_folder
 from nnatomy.methods.activations import Activations, Key, plot_norms
+from nnatomy.paths import path_of, what_is_at
 from nnatomy.standardized import StandardizedTransformer
 
 _INDEX = "index.json"
@@ -51,10 +52,10 @@ class ActivationStore(Dataset[Any]):
         *,
         incomplete: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = path_of(folder, "a folder that collect_activations wrote")
         self.index = _read_index(self.folder)
         if self.index is None:
-            raise InputError(f"{folder}: there are no activations here (no {_INDEX}).")
+            raise InputError(f"{folder}: there are no activations here (no {_INDEX}).{what_is_at(self.folder)}")
         self._ends = list(accumulate(shard["prompts"] for shard in self.index["shards"]))
         if not (self.index["complete"] or incomplete):
             raise InputError(

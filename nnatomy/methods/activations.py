@@ -57,7 +57,7 @@ class Activations:
             >>> from nnatomy import StandardizedTransformer
             >>> from nnatomy.methods import collect_activations
             >>> model = StandardizedTransformer("demo:gpt2")
-            >>> acts = collect_activations(model, ["Japan is in"], {"layers_output": [2, 4]}, progress=False)
+            >>> acts = collect_activations(model, ["Japan is in"], points={"layers_output": [2, 4]}, progress=False)
             >>> figure = acts.plot()
             >>> [curve.name for curve in figure.data], figure.data[0].x
             (['layers_output: median', 'layers_output: largest'], (2.0, 4.0))

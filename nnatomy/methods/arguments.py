@@ -112,9 +112,12 @@ CHECKS: dict[str, Check] = {
 def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
     """A public method: its arguments are looked at first, and what is wrong with one is said at the user's line."""
     signature = inspect.signature(function)
+    places = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @wraps(function)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        if len(args) > len(places):
+            raise TypeError(_too_many(function.__name__, signature, places, len(args)))
         try:
             given: dict[str, Any] = signature.bind(*args, **kwargs).arguments
         except TypeError:
@@ -134,6 +137,13 @@ def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
             raise error.with_traceback(None)  # noqa: B904
 
     return wrapped
+
+
+def _too_many(name: str, signature: inspect.Signature, places: list[str], given: int) -> str:
+    """What is said where more than model and prompts is given by its place."""
+    named = [one.name for one in signature.parameters.values() if one.kind is one.KEYWORD_ONLY]
+    meant = ", ".join(f"{one}=..." for one in named[: given - len(places)])
+    return f"{name}({', '.join(places)}): the rest is given by keyword: {name}({', '.join(places)}, {meant})."
 
 
 def _short(value: Any) -> str:

@@ -32,8 +32,8 @@ def attribution_patching(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
-    metric: Metric,
     *,
+    metric: Metric,
     point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
     qk_fix: bool = False,
@@ -77,7 +77,7 @@ def attribution_patching(
         ...     model,
         ...     "The capital of France is",
         ...     "The capital of Italy is",
-        ...     lambda logits: logits[:, paris] - logits[:, rome],
+        ...     metric=lambda logits: logits[:, paris] - logits[:, rome],
         ... )
         >>> found.effect.shape, found.tokens[int(found.effect[0, 0].argmax())]
         (torch.Size([1, 8, 5]), ' Italy')

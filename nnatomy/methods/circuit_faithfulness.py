@@ -59,14 +59,14 @@ class Faithfulness(Result):
         base = self.corrupted.mean()
         return (self.effect.mean(0) - base) / gap(self.clean.mean(), base)
 
-    def plot(self, title: str = "Faithfulness") -> Any:
+    def plot(self, title: str | None = None) -> Any:
         """The share recovered, by the number of edges."""
         from nnatomy.plots import curves
 
         return curves(
             self.sizes,
             {"circuit": self.recovered.tolist()},
-            title=title,
+            title=self.heading(title),
             x_title="edges kept",
             y_title="metric recovered",
         )
@@ -77,10 +77,10 @@ def circuit_faithfulness(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
+    *,
     metric: Metric,
     attribution: EdgeAttribution,
     sizes: int | Sequence[int] | None = None,
-    *,
     progress: bool = False,
 ) -> Faithfulness:
     """The metric where only the `k` edges with the largest scores are kept, for several `k`.
@@ -105,8 +105,9 @@ def circuit_faithfulness(
         >>> paris, rome = (model.tokenizer.encode(token)[0] for token in (" Paris", " Rome"))
         >>> metric = lambda logits: logits[:, paris] - logits[:, rome]
         >>> prompts = "The capital of France is", "The capital of Italy is"
-        >>> edges = edge_attribution(model, *prompts, metric, steps=5)
-        >>> found = circuit_faithfulness(model, *prompts, metric, edges, [0, 16, 64, int(edges.edges.sum())])
+        >>> edges = edge_attribution(model, *prompts, metric=metric, steps=5)
+        >>> sizes = [0, 16, 64, int(edges.edges.sum())]
+        >>> found = circuit_faithfulness(model, *prompts, metric=metric, attribution=edges, sizes=sizes)
         >>> [round(share, 2) + 0.0 for share in found.recovered.tolist()]
         [0.0, 0.68, 1.06, 1.0]
     """

@@ -34,8 +34,8 @@ NAMES = tuple(row.name for row in TABLE if row.part != "model" and row.axes[:2] 
 def collect_activations(
     model: StandardizedTransformer,
     prompts: Iterable[Any],
-    points: Points = ...,
     *,
+    points: Points = ...,
     positions: Positions = ...,
     batch_size: int | None = ...,
     dtype: torch.dtype | None = ...,
@@ -50,8 +50,8 @@ def collect_activations(
 def collect_activations(
     model: StandardizedTransformer,
     prompts: Iterable[Any],
-    points: Points = ...,
     *,
+    points: Points = ...,
     positions: Positions = ...,
     batch_size: int | None = ...,
     dtype: torch.dtype | None = ...,
@@ -69,8 +69,8 @@ def collect_activations(
 def collect_activations(
     model: StandardizedTransformer,
     prompts: Iterable[Any],
-    points: Points = "layers_output",
     *,
+    points: Points = "layers_output",
     positions: Positions = "last",
     batch_size: int | None = None,
     dtype: torch.dtype | None = None,
@@ -122,7 +122,7 @@ def collect_activations(
         >>> from nnatomy.methods import collect_activations
         >>> model = StandardizedTransformer("demo:gpt2")
         >>> prompts = ["The capital of France is", "Japan is in"]
-        >>> acts = collect_activations(model, prompts, {"layers_output": [3]}, progress=False)
+        >>> acts = collect_activations(model, prompts, points={"layers_output": [3]}, progress=False)
         >>> acts["layers_output", 3].shape
         torch.Size([2, 96])
         >>> acts = collect_activations(model, prompts, positions="all", progress=False)

@@ -32,12 +32,14 @@ class LogitAttribution(Result):
         effect: what each adds; their sum over the parts is `logits`.
         logits: the logit, or the difference.
         prompts: as texts.
+        metric: of which tokens: "logit of ' Paris' less ' Rome'".
     """
 
     parts: tuple[str, ...]
     effect: Float[Tensor, "prompt part"]
     logits: Float[Tensor, " prompt"]
     prompts: tuple[str, ...] = ()
+    metric: str = "logit"
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -46,28 +48,28 @@ class LogitAttribution(Result):
 
     @property
     def title(self) -> str:
-        """What it is."""
-        return "Direct logit attribution"
+        """What it is of."""
+        return f"Direct logit attribution, {self.metric}"
 
     @property
     def unit(self) -> str:
         """Of `effect`."""
         return "logits"
 
-    def plot(self, title: str = "Direct logit attribution") -> Any:
+    def plot(self, title: str | None = None) -> Any:
         """Bars, the mean over the prompts."""
         from nnatomy.plots import parts
 
-        return parts(self.effect.mean(0), labels=self.parts, title=title, value_name="logit")
+        return parts(self.effect.mean(0), labels=self.parts, title=self.heading(title), value_name="logit")
 
 
 @method
 def direct_logit_attribution(
     model: StandardizedTransformer,
     prompts: Any,
+    *,
     answer: Answer,
     wrong: Answer | None = None,
-    *,
     by: By = "component",
     position: int = -1,
 ) -> LogitAttribution:
@@ -101,7 +103,7 @@ def direct_logit_attribution(
         >>> from nnatomy import StandardizedTransformer
         >>> from nnatomy.methods import direct_logit_attribution
         >>> model = StandardizedTransformer("demo:llama")
-        >>> found = direct_logit_attribution(model, "The capital of France is", " Paris", " Rome", by="layer")
+        >>> found = direct_logit_attribution(model, "The capital of France is", answer=" Paris", wrong=" Rome", by="layer")
         >>> found.parts[:2], found.effect.shape, bool(torch.isclose(found.effect.sum(), found.logits[0]))
         (('embeddings', 'L0'), torch.Size([1, 10]), True)
     """
@@ -138,14 +140,15 @@ def of_cache(
                 "by='head' runs the model on the prompts once more, and this cache does not have them: call "
                 "nnatomy.methods.direct_logit_attribution on the prompts. (run_with_cache keeps them, except beside a KV cache.)"
             )
-        return direct_logit_attribution(model, cache.inputs, answer, wrong, by=by, position=position)
+        return direct_logit_attribution(model, cache.inputs, answer=answer, wrong=wrong, by=by, position=position)
     columns = cache.columns(position)
     for accessor in (model.layers_input, model.layers_output):
         accessor.module(0)  # raises where the model has none
     with torch.no_grad():
         parts = _parts(model, cache, by)
     hidden = cache.layers_output[model.num_layers - 1].to(model.device, model.steps_of.dtype)
-    return _attributed(model, parts, hidden, columns, answer, wrong)
+    found = _attributed(model, parts, hidden, columns, answer, wrong)
+    return replace(found, prompts=() if cache.inputs is None else texts_of(model, cache.inputs))
 
 
 def _check_by(by: str) -> None:
@@ -193,7 +196,22 @@ def _attributed(
         values.append(direct)
     table = torch.stack([value.cpu() for value in values], -1)
     rest = logits - table.sum(-1)
-    return LogitAttribution((*names, "rest"), torch.cat([table, rest[:, None]], -1), logits)
+    effect = torch.cat([table, rest[:, None]], -1)
+    return LogitAttribution((*names, "rest"), effect, logits, metric=_metric(model, answer, wrong))
+
+
+def _metric(model: StandardizedTransformer, answer: Answer, wrong: Answer | None) -> str:
+    """ "logit of ' Paris'", "logit of ' Paris' less ' Rome'"; of many answers the first two."""
+    right, other = (None if one is None else _named(model, one) for one in (answer, wrong))
+    return f"logit of {right}" if other is None else f"logit of {right} less {other}"
+
+
+def _named(model: StandardizedTransformer, answer: Answer) -> str:
+    each = answer.tolist() if isinstance(answer, Tensor) else answer
+    several = [each] if isinstance(each, (int, str)) else list(each)
+    known = model.tokenizer is not None
+    texts = [repr(model.tokenizer.decode([one]) if known and not isinstance(one, str) else one) for one in several]
+    return ", ".join(texts[:2]) + (f" ... of {len(texts)}" if len(texts) > 2 else "")
 
 
 def _at(value: Tensor, columns: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class EdgeAttribution(Result):
         keep[size.argsort(descending=True, stable=True)[: min(k, int(self.edges.sum()))]] = True
         return keep.view_as(self.edges)
 
-    def plot(self, title: str = "Edge attribution", k: int | None = 64) -> Any:
+    def plot(self, title: str | None = None, k: int | None = 64) -> Any:
         """The circuit as a graph, of the means over the prompts.
 
         Args:
@@ -79,7 +79,7 @@ class EdgeAttribution(Result):
             sources=self.sources,
             destinations=self.destinations,
             k=int(self.edges.sum()) if k is None else k,
-            title=title,
+            title=self.heading(title),
             value_name="score",
         )
 
@@ -89,8 +89,8 @@ def edge_attribution(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
-    metric: Metric,
     *,
+    metric: Metric,
     steps: int = 1,
     progress: bool = False,
 ) -> EdgeAttribution:
@@ -120,7 +120,7 @@ def edge_attribution(
         ...     model,
         ...     "The capital of France is",
         ...     "The capital of Italy is",
-        ...     lambda logits: logits[:, paris] - logits[:, rome],
+        ...     metric=lambda logits: logits[:, paris] - logits[:, rome],
         ...     steps=5,
         ... )
         >>> found.effect.shape, [edge[:2] for edge in found.top(2)]

@@ -80,7 +80,7 @@ class AttributionMap(Result):
         whole = gap(self.clean, self.corrupted)
         return self.effect / whole.reshape(-1, *[1] * (self.effect.ndim - 1))
 
-    def plot(self, title: str = "") -> Any:
+    def plot(self, title: str | None = None) -> Any:
         """A heat map, the mean over the prompts: layer by position, or by head."""
         from nnatomy.plots import heat_map
 
@@ -90,7 +90,7 @@ class AttributionMap(Result):
             values,
             rows=[str(layer) for layer in self.layers],
             columns=self.tokens if by_position else [str(h) for h in range(values.shape[-1])],
-            title=title or f"Attribution of {self.point}",
+            title=self.heading(title),
             column_title="position" if by_position else "head",
             diverging=True,
             value_name="effect on the metric",
@@ -126,7 +126,7 @@ class Pairs:
         refuse_same(enumerate(zip(_tokens(one), _tokens(other), strict=True)))
         read = ids_of(other, of_encoder)
         texts = zip(texts_of(model, clean), texts_of(model, corrupted), strict=False)
-        prompts = tuple(dict.fromkeys(text for pair in texts for text in pair))
+        prompts = tuple(text for pair in texts for text in pair)
         return cls(one, other, tuple(token_texts(model, () if read is None else read[0])), of_encoder, prompts)
 
     @property

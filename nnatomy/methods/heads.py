@@ -65,7 +65,7 @@ class HeadMap(Result):
             self.effect,
             rows=[str(layer) for layer in self.layers],
             columns=[str(head) for head in range(self.effect.shape[1])],
-            title=self.title if title is None else title,
+            title=self.heading(title),
             row_title="layer",
             column_title="head",
             diverging=bool((self.effect < 0).any()),
@@ -138,7 +138,7 @@ def head_scores(
             torch.stack([_wide(one, heads) for one in sums[kind]]) / (counts[kind] or torch.nan),
             tuple(layers),
             f"attention to {kind.replace('_', ' ')}",
-            () if prompts is None else texts_of(model, prompts),
+            texts_of(model, inputs) if prompts is None else texts_of(model, prompts),
         )
         for kind in KINDS
     }
@@ -208,17 +208,21 @@ class HeadAblation(Result):
         return self.effect - self.base[..., None, None]
 
     @property
+    def _of(self) -> str:
+        return "the metric" if self.metric == "metric" else self.metric
+
+    @property
     def change(self) -> HeadMap:
         """What taking the head out adds to the metric, on average over the prompts."""
         change = self.effect - self.base[..., None, None]
         values = change.mean(0) if change.ndim == 3 else change
         columns = values.new_full((len(self.layers), max(self.heads) + 1), torch.nan)
         columns[:, list(self.heads)] = values
-        return HeadMap(columns, self.layers, f"change of the metric without the head ({self.how})", self.prompts)
+        return HeadMap(columns, self.layers, f"change of {self._of} without the head ({self.how})", self.prompts)
 
     def plot(self) -> Any:
         """A heat map of `change`, as a plotly figure."""
-        return self.change.plot()
+        return self.change.plot(self.heading())
 
 
 @method
@@ -226,8 +230,8 @@ class HeadAblation(Result):
 def head_ablation(
     model: StandardizedTransformer,
     prompts: Any,
-    metric: Metric,
     *,
+    metric: Metric,
     how: Instead = "zero",
     layers: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | Each = "each",
@@ -258,7 +262,8 @@ def head_ablation(
         >>> from nnatomy import StandardizedTransformer
         >>> from nnatomy.methods import head_ablation, logit_difference
         >>> model = StandardizedTransformer("demo:gpt2")
-        >>> found = head_ablation(model, "The capital of France is", logit_difference(" Paris", " Tokyo", model))
+        >>> metric = logit_difference(" Paris", " Tokyo", model)
+        >>> found = head_ablation(model, "The capital of France is", metric=metric)
         >>> found.effect.shape
         torch.Size([6, 6])
     """

@@ -29,8 +29,8 @@ def integrated_gradients(
     model: StandardizedTransformer,
     clean: Any,
     corrupted: Any,
-    metric: Metric,
     *,
+    metric: Metric,
     point: PointName = "layers_output",
     layers: int | Sequence[int] | None = None,
     steps: int = 16,
@@ -61,7 +61,7 @@ def integrated_gradients(
         ...     model,
         ...     "The capital of France is",
         ...     "The capital of Italy is",
-        ...     lambda logits: logits[:, paris] - logits[:, rome],
+        ...     metric=lambda logits: logits[:, paris] - logits[:, rome],
         ...     layers=2,
         ... )
         >>> bool(abs(found.normalized.sum() - 1) < 0.02)

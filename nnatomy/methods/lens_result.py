@@ -164,8 +164,10 @@ class LogitLens(Result, Tensor):
                 raise InputError(f"prompt={prompt}: there are {count}, 0 to {count - 1}.")
             values = values[prompt or 0] if self.by_prompt else values
             columns, column_title = list(self.tokens[prompt or 0]), "position"
+            which_prompt: int | None = prompt or 0
         else:
             which = range(len(values)) if prompt is None else [prompt]
+            which_prompt = prompt
             values = torch.stack([self._places(one, -1) for one in which], 1)
             columns, column_title = [self.prompts[one] for one in which], "prompt"
         best = values.float().max(-1)
@@ -173,7 +175,7 @@ class LogitLens(Result, Tensor):
             best.values,
             rows=[str(layer) for layer in range(len(values))],
             columns=columns or [""] * values.shape[1],
-            title=self.title,
+            title=self.heading(which=which_prompt),
             column_title=column_title,
             texts=[[self.text(i) for i in row] for row in best.indices.tolist()],
             value_name=_QUANTITIES[self.output],

@@ -15,7 +15,7 @@ from nnatomy.methods.arguments import method
 from nnatomy.methods.logit_lens import Lens
 from nnatomy.methods.metrics import Spelling, token_ids
 from nnatomy.methods.prompts import get_first_tokens, plain, token_texts
-from nnatomy.methods.result import Axis, Result
+from nnatomy.methods.result import Axis, Result, headed
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import ids_of, positions_from_end
 
@@ -67,7 +67,7 @@ class LensStatistics(Result):
     @property
     def title(self) -> str:
         """What it is."""
-        return "Lens statistics"
+        return "Lens statistics, target probability"
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class LensStatistics(Result):
             values,
             rows=[str(layer) for layer in range(len(values))],
             columns=self.tokens[prompt],
-            title=f"logit lens: {value.replace('_', ' ')}",
+            title=headed(f"Lens statistics, {value.replace('_', ' ')}", self._prompts_of(prompt)),
             texts=[[self.texts[i] for i in row] for row in tokens[..., 0].tolist()],
             hover=hover,
             value_name=value.replace("_", " "),

@@ -28,7 +28,7 @@ class Pairs:
 
     Attributes:
         single: whether they were given as one prompt each, and not as lists.
-        prompts: as texts, a clean one and its corrupted one in turn; each once.
+        prompts: as texts, a clean one and its corrupted one in turn; one for both where they are the same.
     """
 
     clean: list[Tokens]
@@ -58,7 +58,9 @@ class Pairs:
                         f"  corrupted: {token_texts(model, other)}"
                     )
         both = zip(texts_of(model, clean), texts_of(model, corrupted), strict=False)
-        texts = tuple(dict.fromkeys(text for pair in both for text in pair))
+        each = list(both)
+        alike = all(one == other for one, other in each)
+        texts = tuple(text for pair in each for text in (pair[:1] if alike else pair))
         found = cls(ids, others, is_single(clean) and is_single(corrupted), texts)
         if of_encoder and len(set(found.lengths)) > 1:
             raise InputError(

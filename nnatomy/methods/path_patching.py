@@ -72,7 +72,8 @@ class PathPatching(Result):
     @property
     def title(self) -> str:
         """Where the paths end, and what they were measured by."""
-        return f"Paths to {', '.join(self.receivers)} ({self.mode}), {self.metric}"
+        more = f" and {len(self.receivers) - 3} more" if len(self.receivers) > 3 else ""
+        return f"Paths to {', '.join(self.receivers[:3])}{more} ({self.mode}), {self.metric}"
 
     def _ranked(self) -> Tensor:
         return self.effect - (self.corrupted if self.mode == "denoising" else self.clean)[..., None]
@@ -90,7 +91,7 @@ class PathPatching(Result):
         check_pair(pair, self.clean)
         if self.clean.ndim:
             values = values.mean(0) if pair is None else values[pair]
-        title = f"Paths to {', '.join(self.receivers)}"
+        title = self.heading(which=pair)
         name = "normalized effect" if normalized else "metric"
         return parts(values, labels=self.senders, title=title, value_name=name)
 

@@ -174,10 +174,10 @@ def _first_token(tokenizer: Any, text: str) -> int | None:
 def run_prompts(
     nn_model: StandardizedTransformer,
     prompts: Sequence[Prompt],
+    *,
     batch_size: int = 32,
     get_probs_func: Callable[..., Any] | None = None,
     func_kwargs: dict[str, Any] | None = None,
-    *,
     tqdm: Callable[..., Any] | None = _tqdm,
 ) -> dict[str, Float[Tensor, "prompt layer"]]:
     """The targets' probabilities of many prompts, in batches.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.methods.activation_store import write_whole
 from nnatomy.methods.arguments import whole
+from nnatomy.paths import file_of, path_of, what_is_at
 
 #: The classes of results by their names, which files say.
 KINDS: dict[str, type[Result]] = {}
@@ -50,6 +51,12 @@ class Result:
     #: What is ranked and plotted, in words, and its unit.
     quantity: ClassVar[str] = "effect"
 
+    def __post_init__(self) -> None:
+        for name in _fields(type(self)):  # values of a model at a server are brought here: they outlive the connection
+            local = getattr(getattr(self, name), "local", None)
+            if local is not None:
+                object.__setattr__(self, name, local())
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         KINDS[cls.__name__] = cls
@@ -72,6 +79,23 @@ class Result:
     def plot(self) -> Any:
         """A plotly figure."""
         raise NotImplementedError
+
+    def heading(self, title: str | None = None, which: int | None = None) -> str:
+        """The title of its plot: what it is, its metric, and its prompts, long ones cut.
+
+        Args:
+            title: a title of the user's, which is taken as it is.
+            which: the only prompt (or pair of prompts) that is plotted, by its place.
+        """
+        return headed(self.title, self._prompts_of(which)) if title is None else title
+
+    def _prompts_of(self, which: int | None) -> Sequence[str]:
+        """The prompts of one place on the axis of prompts or pairs; all of them where it is not known which these are."""
+        prompts, first = list(getattr(self, "prompts", ())), self.axes[0]
+        if which is None or first.name not in _EACH or len(prompts) % len(first.labels):
+            return prompts
+        size, at = len(prompts) // len(first.labels), which % len(first.labels)
+        return prompts[size * at : size * (at + 1)]
 
     def _numbers(self) -> Tensor:
         """`effect`."""
@@ -170,7 +194,8 @@ class Result:
     @classmethod
     def _of_state(cls: type[Kind], state: Mapping[str, Any]) -> Kind:
         """Raises ValueError for another's state."""
-        if state.keys() != set(_fields(cls)):
+        needed = {one.name for one in fields(cls) if one.default is MISSING}  # type: ignore[arg-type]
+        if not needed <= state.keys() <= set(_fields(cls)):
             raise ValueError(f"it has {sorted(state)}")
         return cls(**state)
 
@@ -181,11 +206,12 @@ class Result:
             "class": type(self).__name__,
             "state": {name: _packed(one, tensors) for name, one in self._state().items()},
         }
-        write_whole(Path(path), save(tensors, {_KEY: json.dumps(about)}))
+        write_whole(path_of(path, "a file to write"), save(tensors, {_KEY: json.dumps(about)}))
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
         """Read what `save` wrote. Raises InputError for a file of something else, or of another kind of result."""
+        path = file_of(path, "a file that a result's save wrote")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})[_KEY])
@@ -204,6 +230,7 @@ class Result:
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
             raise InputError(
                 f"{path} is no file that a result's save wrote ({type(error).__name__}: {error}): give one of these."
+                f"{what_is_at(path)}"
             ) from None
         return found
 
@@ -234,6 +261,13 @@ def heads_first(axes: Sequence[Axis], values: Tensor) -> tuple[list[Axis], Tenso
     return [axes[i] for i in order], values.permute(order)
 
 
+def headed(title: str, prompts: Sequence[str]) -> str:
+    """A title with the prompts, long ones cut; of many the first two, and how many there are."""
+    shown = " / ".join(repr(_cut(prompt)) for prompt in prompts[:2])
+    more = f" ... of {len(prompts)} prompts" if len(prompts) > 2 else ""
+    return f"{title}: {shown}{more}" if shown else title
+
+
 def texts_of(model: Any, prompts: Any) -> tuple[str, ...]:
     """Prompts as texts, for titles: tokens are decoded, where there is a tokenizer."""
     return tuple(_texts(model, prompts))
@@ -245,7 +279,7 @@ def _texts(model: Any, prompts: Any) -> Iterator[str]:
         yield prompts
     elif isinstance(prompts, Mapping):
         if prompts.get("input_ids") is not None:
-            yield from _texts(model, prompts["input_ids"])
+            yield from _texts(model, _own(prompts["input_ids"], prompts.get("attention_mask")))
     elif isinstance(prompts, Tensor) and not prompts.is_floating_point():
         yield from _texts(model, prompts.tolist())
     elif isinstance(prompts, (list, tuple)) and prompts and all(isinstance(one, int) for one in prompts):
@@ -254,6 +288,13 @@ def _texts(model: Any, prompts: Any) -> Iterator[str]:
     elif isinstance(prompts, (list, tuple)):
         for one in prompts:
             yield from _texts(model, one)
+
+
+def _own(ids: Any, mask: Any) -> Any:
+    """The tokens that are no padding."""
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.ndim == 2 and mask.shape == ids.shape):
+        return ids
+    return [row[own.bool()].tolist() for row, own in zip(ids, mask.to(ids.device), strict=True)]
 
 
 def name_of(metric: Any) -> str:
@@ -272,7 +313,7 @@ def _fields(kind: Any) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LETTERS else f"{text[: _LETTERS // 2]} ... {text[-_LETTERS // 2 :]}"
+    return text if len(text) <= _LETTERS else f"{text[: _LETTERS // 2].rstrip()} ... {text[-_LETTERS // 2 :].lstrip()}"
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -23,7 +23,9 @@ from nnatomy.methods.collecting import Positions, collect_activations
 from nnatomy.methods.directions import METHODS, mean_difference
 from nnatomy.methods.points import accessor_of
 from nnatomy.methods.prompts import token_texts
+from nnatomy.methods.result import headed, texts_of
 from nnatomy.names import row_of
+from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.chats import is_chat
@@ -117,7 +119,7 @@ class SteeringVector:
             collect_activations(
                 model,
                 prompts,
-                {point: layers},
+                points={point: layers},
                 positions=positions,
                 batch_size=batch_size,
                 dtype=torch.float32,
@@ -204,6 +206,7 @@ class SteeringVector:
         self,
         model: StandardizedTransformer,
         factor: float | int = 1.0,
+        *,
         positions: Where = None,
         from_step: int = 0,
     ) -> None:
@@ -258,7 +261,7 @@ class SteeringVector:
         return collect_activations(
             model,
             [prompt],
-            {self.point: list(self.directions)},
+            points={self.point: list(self.directions)},
             positions="all",
             dtype=torch.float32,
             progress=False,
@@ -277,7 +280,9 @@ class SteeringVector:
             self._along(acts),
             rows=[str(layer) for layer in self.directions],
             columns=token_texts(model, acts.token_ids),
-            title=f"{self.point} along the direction of each layer ({self.method})",
+            title=headed(
+                f"Projection of {self.point} on the direction of each layer ({self.method})", texts_of(model, prompt)
+            ),
             diverging=True,
             value_name="projection",
         )
@@ -294,17 +299,20 @@ class SteeringVector:
             "method": self.method,
         }
         tensors = {str(layer): one.contiguous() for layer, one in self.directions.items()}
-        write_whole(Path(path), save(tensors, {"nnatomy.SteeringVector": json.dumps(about)}))
+        write_whole(path_of(path, "a file to write"), save(tensors, {"nnatomy.SteeringVector": json.dumps(about)}))
 
     @staticmethod
     def load(path: str | Path) -> SteeringVector:
         """Read what `save` wrote. Raises InputError for a file of something else."""
+        path = file_of(path, "a file that SteeringVector.save wrote")
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["nnatomy.SteeringVector"])
                 directions = {layer: file.get_tensor(str(layer)) for layer in about["layers"]}
         except (SafetensorError, KeyError) as error:
-            raise InputError(f"{path} is no file that SteeringVector.save wrote: {error!r}.") from None
+            raise InputError(
+                f"{path} is no file that SteeringVector.save wrote: {error!r}.{what_is_at(path)}"
+            ) from None
         return SteeringVector(directions, about["point"], about["model_type"], about["method"])
 
 

@@ -28,9 +28,9 @@ def _layer_output(model: StandardizedTransformer, layer: int) -> Tensor:
 def get_token_activations(
     model: StandardizedTransformer,
     prompts: Any = None,
+    *,
     layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
-    *,
     idx: int | None = None,
     tracer: Any = None,
 ) -> Float[Tensor, "layer prompt hidden"]:
@@ -117,10 +117,10 @@ def _own_positions(model: StandardizedTransformer, get: GetActivations, shape: t
 def collect_token_activations_batched(
     model: StandardizedTransformer,
     prompts: Sequence[Any],
+    *,
     batch_size: int,
     layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
-    *,
     idx: int | None = None,
     tqdm: Callable[[Iterable[int]], Iterable[int]] | None = None,
     use_session: bool = True,  # noqa: ARG001
@@ -139,7 +139,9 @@ def collect_token_activations_batched(
         raise InputError("There are no prompts to collect activations of.")
     return torch.cat(
         [
-            get_token_activations(model, prompts[start : start + batch_size], layers, get_activations, idx=idx)
+            get_token_activations(
+                model, prompts[start : start + batch_size], layers=layers, get_activations=get_activations, idx=idx
+            )
             for start in (starts if tqdm is None else tqdm(starts))
         ],
         dim=1,
@@ -150,11 +152,13 @@ def collect_token_activations_batched(
 def collect_last_token_activations_session(
     model: StandardizedTransformer,
     prompts: Sequence[Any],
+    *,
     batch_size: int,
     layers: int | Sequence[int] | None = None,
     get_activations: GetActivations | None = None,
-    *,
     idx: int | None = None,
 ) -> Float[Tensor, "layer prompt hidden"]:
     """`collect_token_activations_batched`, under its other name in nnterp."""
-    return collect_token_activations_batched(model, prompts, batch_size, layers, get_activations, idx=idx)
+    return collect_token_activations_batched(
+        model, prompts, batch_size=batch_size, layers=layers, get_activations=get_activations, idx=idx
+    )

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from nnatomy.errors import InputError
+from nnatomy.methods.activation_store import write_whole
 from nnatomy.methods.arguments import method
+from nnatomy.methods.arguments import model as check_model
 from nnatomy.methods.prompts import plain
+from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import positions_from_end
 
@@ -135,14 +138,20 @@ class TunedLens:
             raise InputError("This lens has no history to plot: it has not been trained.")
         ys = {f"layer {i}": one.tolist() for i, one in enumerate(self.history.T)}
         steps = list(range(len(self.history)))
-        return curves(steps, ys, title="tuned lens: training", x_title="step", y_title="KL (nats)")
+        return curves(
+            steps,
+            ys,
+            title="Tuned lens, KL to the model's own prediction in training",
+            x_title="step",
+            y_title="KL (nats)",
+        )
 
     def save(self, path: str | Path) -> None:
         """Write it to a safetensors file."""
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         if self.history is not None:
             tensors["history"] = self.history.contiguous()
-        save_file(tensors, path, metadata={"format": _FORMAT})
+        write_whole(path_of(path, "a file to write"), save(tensors, {"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | Path, model: StandardizedTransformer | None = None) -> TunedLens:
@@ -154,6 +163,9 @@ class TunedLens:
         Raises:
             InputError: if it is no tuned lens, or its number of layers or width is not the model's.
         """
+        if model is not None:
+            check_model("model", model)
+        path = file_of(path, "a file that TunedLens.save wrote")
         try:
             with safe_open(path, "pt") as file:
                 of_lens = (file.metadata() or {}).get("format") == _FORMAT
@@ -161,7 +173,7 @@ class TunedLens:
         except SafetensorError:
             of_lens = False
         if not of_lens:
-            raise InputError(f"{path} holds no tuned lens: it has to be written by TunedLens.save.")
+            raise InputError(f"{path} holds no tuned lens: it has to be written by TunedLens.save.{what_is_at(path)}")
         lens = cls(**tensors)
         if model is not None:
             lens._check(model.num_layers, model.hidden_size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.errors import PlanError
+from nnatomy.paths import path_of
 from nnatomy.plans.plan import Plan
 
 _BYTES, _MOST = 1 << 30, 100_000
@@ -64,11 +65,12 @@ def read_control_vector(path: str | Path) -> dict[int, Tensor]:
     Raises:
         PlanError: for a file that is none.
     """
+    path = path_of(path, "a GGUF file of a control vector", PlanError)
     try:
-        size = Path(path).stat().st_size
+        size = path.stat().st_size
         if size > _BYTES:
             raise PlanError(f"{path}: it has {size:,} bytes; {_BYTES:,} are allowed.")
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise PlanError(f"{path}: it cannot be read: {error.strerror}.") from None
     try:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.errors import PlanError
 from nnatomy.methods.activation_store import write_whole
+from nnatomy.paths import path_of, what_is_at
 from nnatomy.plans.graph import GIVEN, Block, Node, Of, Part, Ref, Size, function, mapped, row_of
 from nnatomy.plans.plan import Plan
 from nnatomy.serve import policy
@@ -143,7 +144,11 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanError: for a folder that is no plan; the text says where, and what does not hold.
     """
-    folder = Path(path)
+    if isinstance(path, Plan):
+        raise PlanError("This is a plan already, and no path of one: apply it, plan.apply(model).")
+    folder = path_of(path, "a folder that Plan.save wrote", PlanError)
+    if folder.is_file():
+        raise PlanError(f"{folder} is a file: give the path of a folder that Plan.save wrote.{what_is_at(folder)}")
     told = _read_json(_regular(folder / _JSON, _JSON_BYTES))
     try:
         plan = _Reader(folder).plan(told)
@@ -161,7 +166,7 @@ def _regular(path: Path, most: int) -> Path:
     try:
         about = path.stat()
     except OSError as error:
-        raise PlanError(f"{path}: there is no plan: {error.strerror}.") from None
+        raise PlanError(f"{path}: there is no plan: {error.strerror}.{what_is_at(path.parent)}") from None
     if not stat.S_ISREG(about.st_mode):
         raise PlanError(f"{path}: it is no ordinary file.")
     if about.st_size > most:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnatomy.core.frames import warn
 from nnatomy.errors import NnatomyError, PlanError
+from nnatomy.paths import path_of
 from nnatomy.plans.expected import Check, compare
 from nnatomy.plans.graph import Block, Node
 from nnatomy.plans.identity import weights
@@ -71,6 +72,8 @@ class Plan:
 
     def summary(self, block: int = 0) -> str:
         """The first assignment of a block, in one line."""
+        if self.blocks and (type(block) is not int or not -len(self.blocks) <= block < len(self.blocks)):
+            raise PlanError(f"block={block!r}: the plan has {len(self.blocks)}, 0 to {len(self.blocks) - 1}.")
         return one_line(self, block)
 
     def apply(self, model: Any, *, check: bool = True) -> Any:
@@ -91,6 +94,8 @@ class Plan:
         Warns:
             UserWarning: on another model, with how far off the numbers are.
         """
+        if not isinstance(check, bool):
+            raise PlanError(f"check={check!r}: it is True or False.")
         if not check:
             self._check_points(model)
         else:
@@ -116,7 +121,10 @@ class Plan:
         """Write it to a folder: `plan.json`, and `tensors.safetensors`. Neither has code in it."""
         from nnatomy.plans.files import save_plan
 
-        save_plan(self, Path(path))
+        folder = path_of(path, "a folder to write", PlanError)
+        if folder.is_file():
+            raise PlanError(f"{folder} is a file: a plan is written to a folder, of several files.")
+        save_plan(self, folder)
 
     # Whether it fits.
 
@@ -130,7 +138,10 @@ class Plan:
         from nnatomy.standardized import StandardizedTransformer
 
         if not isinstance(model, StandardizedTransformer):
-            raise PlanError(f"A plan is applied to a StandardizedTransformer; got a {type(model).__name__}.")
+            how = f"StandardizedTransformer({model!r})" if isinstance(model, str) else "plan.apply(model)"
+            if isinstance(model, torch.nn.Module):
+                how = "StandardizedTransformer(model, tokenizer)"
+            raise PlanError(f"A plan is applied to a StandardizedTransformer; got a {type(model).__name__}: {how}.")
         if model.config.is_encoder_decoder:
             raise PlanError("Of encoder-decoders no plans are made yet.")
         missing: dict[str, str] = {}

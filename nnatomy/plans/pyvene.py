@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.errors import PlanError
+from nnatomy.paths import path_of
 from nnatomy.plans.plan import Plan
 from nnatomy.standardized.positions import Where, own_positions
 
@@ -94,7 +95,7 @@ def _done(kind: str, value: Tensor, source: Tensor | None) -> Tensor:
 def _read(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    path = Path(config)
+    path = path_of(config, "a config of pyvene's", PlanError)
     path = path / "config.json" if path.is_dir() else path
     try:
         if path.stat().st_size > 1 << 20:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nnatomy.errors import CacheError, InputError, NoSuchModuleError, check_folder
+from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchModuleError, check_folder
 from nnatomy.names import row_of
+from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized.asked_for import check_cuda
 from nnatomy.words import By
 
@@ -75,6 +76,24 @@ class CachedLayers:
             raise CacheError(f"{self.name}: the layers' values are of different shapes, {', '.join(map(str, shapes))}.")
         first = next(iter(self))
         return torch.stack([value.to(first.device) for value in self])
+
+    def to_xarray(self) -> Any:
+        """All layers that were read, as an xarray.DataArray with named axes: "layer", and those of the name (`axes`).
+
+        Raises:
+            CacheError: where the layers' shapes differ.
+            MissingPackageError: if xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise MissingPackageError('Named axes are made with xarray: pip install "nnatomy[tables]".') from None
+        values = self.stack().detach()
+        values = (values.local() if hasattr(values, "local") else values).cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
+        names = ("layer", *self.axes)
+        places = {name: range(size) for name, size in zip(names, values.shape, strict=True)}
+        return xarray.DataArray(values.numpy(), {**places, "layer": list(self.layers)}, names, self.name)
 
 
 class ActivationCache:
@@ -153,6 +172,10 @@ class ActivationCache:
         """All layers of that name in one tensor. Raises CacheError where their shapes differ, or there is no such name."""
         return self[name].stack()
 
+    def to_xarray(self, name: str) -> Any:
+        """All layers of that name as an xarray.DataArray with named axes: see `CachedLayers.to_xarray`."""
+        return self[name].to_xarray()
+
     def columns(self, position: int) -> Int[Tensor, " batch"]:
         """Where that position of each prompt stands in the values; 0 is a prompt's first token, -1 its last.
 
@@ -218,7 +241,7 @@ class ActivationCache:
                 whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
                 tensors[name] = value.detach() if whole else value.detach().clone(memory_format=torch.contiguous_format)
         about = {"counts": self._counts, "same": same, "inputs": plain if again else None}
-        path = Path(path)
+        path = path_of(path, "a file to write")
         check_folder(path)
         part = path.with_name(f"{path.name}.part")
         try:
@@ -241,15 +264,20 @@ class ActivationCache:
             InputError: if it is no file of `save`'s.
             OSError: if it cannot be read.
         """
+        from nnatomy.standardized.transformer import StandardizedTransformer
+
         check_cuda("device", device)
+        if model is not None and not isinstance(model, StandardizedTransformer):
+            raise InputError(f"model is a {type(model).__name__}: give the StandardizedTransformer that was run.")
+        path = file_of(path, "a file that ActivationCache.save wrote")
         try:
             opened = safe_open(path, "pt", device=str(device))
         except SafetensorError as error:
-            raise InputError(f"{path} was not written by ActivationCache.save: {error}.") from None
+            raise InputError(f"{path} was not written by ActivationCache.save: {error}.{what_is_at(path)}") from None
         with opened as file:
             about = json.loads((file.metadata() or {}).get("nnatomy", "{}"))
             if "counts" not in about:
-                raise InputError(f"{path} was not written by ActivationCache.save.")
+                raise InputError(f"{path} was not written by ActivationCache.save.{what_is_at(path)}")
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found |= {name: found[first] for name, first in about["same"].items()}
         inputs = {name: found.pop(name) for name in [*found] if name.startswith("inputs.")} | (about["inputs"] or {})

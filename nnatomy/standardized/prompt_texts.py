@@ -14,6 +14,9 @@ from nnatomy.standardized.inputs import is_batch
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.text import token_texts
 
+#: So many of the most probable tokens are kept, at least.
+_KEPT = 10
+
 
 class PromptTexts(Running):
     """A model whose prompts are text."""
@@ -100,8 +103,8 @@ class PromptTexts(Running):
             return [str(self.to_string(one)) for one in ids]
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def test_prompt(self, prompt: str, answer: str, *, top: int = 5, prepend_bos: bool | None = None) -> None:
-        """Print the prompt's tokens, and how probable each token of the answer is behind it: a table.
+    def test_prompt(self, prompt: str, answer: str, *, top: int = 5, prepend_bos: bool | None = None) -> Any:
+        """Print the prompt's tokens, and how probable each token of the answer is behind it: a table. And return it.
 
         Args:
             answer: as it would be written behind the prompt: a word in a text begins with a space. Of several tokens each is asked
@@ -109,16 +112,24 @@ class PromptTexts(Running):
             top: of how many of the most probable tokens there are names.
             prepend_bos: as in `to_tokens`.
 
+        Returns:
+            A `nnatomy.methods.prompt_test.PromptTest`, whose text is the table: `effect`, the probability of each token of the
+            answer, `ranks`, `top`, `to_dataframe`, `save`, `plot`.
+
         Raises:
             InputError: if either is no text, or their last and first token are one in the text; if there is no tokenizer.
 
         Example:
             >>> from nnatomy import StandardizedTransformer
-            >>> StandardizedTransformer("demo:gpt2").test_prompt("The capital of France is", " Paris", top=2)
+            >>> found = StandardizedTransformer("demo:gpt2").test_prompt("The capital of France is", " Paris", top=2)
             5 tokens: 'The' ' capital' ' of' ' France' ' is'
             answer    rank  probability  most probable
             ' Paris'  1     99.4%        ' Paris' 99.4%, ' Bratislava' 0.1%
+            >>> found.top(1)[0][0], round(float(found.effect[0]), 3)
+            (' Paris', 0.994)
         """
+        from nnatomy.methods.prompt_test import PromptTest
+
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
@@ -142,18 +153,20 @@ class PromptTexts(Running):
         model: Any = self
         with torch.no_grad(), model.trace(**given):
             probs = model.logits[0, -len(wanted) :].float().softmax(-1)
-        lines = [("answer", "rank", "probability", "most probable")]
-        for row, token in zip(probs, wanted, strict=True):
-            best = row.topk(min(top, len(row)))
-            named = [
-                f"{text!r} {p:.1%}"
-                for text, p in zip(token_texts(self, best.indices), best.values.tolist(), strict=True)
-            ]
-            rank = int((row > row[token]).sum()) + 1
-            lines.append((repr(token_texts(self, [token])[0]), str(rank), f"{float(row[token]):.1%}", ", ".join(named)))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        tokens = f"{len(read)} tokens: {' '.join(map(repr, token_texts(self, read)))}"
-        table = (
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+            own = probs.gather(1, torch.tensor(wanted, device=probs.device)[:, None])
+            best = probs.topk(min(max(top, _KEPT), probs.shape[-1]))
+            ranks = (probs > own).sum(-1) + 1
+        named = token_texts(self, best.indices.flatten().tolist())
+        each, rows = best.indices.shape[1], range(len(wanted))
+        found = PromptTest(
+            tuple(token_texts(self, wanted)),
+            own[:, 0].cpu(),
+            ranks.cpu(),
+            tuple(tuple(named[each * i : each * (i + 1)]) for i in rows),
+            best.values.cpu(),
+            tuple(token_texts(self, read)),
+            min(top, each),
+            (prompt,),
         )
-        print(tokens, *table, sep="\n")  # noqa: T201
+        print(found)  # noqa: T201
+        return found

@@ -202,7 +202,7 @@ def test_interventions(model: StandardizedTransformer) -> None:
     assert torch.allclose(of_latents[1, 1], patched(1, latents[3, 1]), atol=1e-4)
     generated = patchscope_generate(model, [PROMPT], target, max_length=2, layers=[1])
     assert torch.equal(generated[1][0, 5], patched(1, latents[1, 0]).argmax())
-    assert patch_object_attn_lens(model, [PROMPT], [PROMPT], 1).shape == (1, len(h), model.vocab_size)
+    assert patch_object_attn_lens(model, [PROMPT], [PROMPT], attn_idx_patch=1).shape == (1, len(h), model.vocab_size)
     assert repeat_prompt(["cat"]).prompt == "cat cat\n?"
 
 

@@ -86,7 +86,7 @@ def test_the_same_question_of_the_same_image(pair: Any) -> None:
 
 def test_activations_are_collected_with_the_image(pair: Any) -> None:
     model, clean, corrupted = pair
-    store = collect_activations(model, [clean, corrupted], {"layers_output": [0]}, progress=False)
+    store = collect_activations(model, [clean, corrupted], points={"layers_output": [0]}, progress=False)
     for row, inputs in enumerate((clean, corrupted)):
         with torch.no_grad():
             last = model.hf_model(**inputs, output_hidden_states=True).hidden_states[1][0, -1]
@@ -95,7 +95,7 @@ def test_activations_are_collected_with_the_image(pair: Any) -> None:
 
 def test_attribution_knows_another_image_from_the_same(pair: Any) -> None:
     model, clean, corrupted = pair
-    found = attribution_patching(model, clean, corrupted, metric)
+    found = attribution_patching(model, clean, corrupted, metric=metric)
     assert (found.effect.abs() > 0).any()
     with pytest.raises(InputError, match="are the same, so that there is nothing to tell apart"):
-        attribution_patching(model, clean, {name: value.clone() for name, value in clean.items()}, metric)
+        attribution_patching(model, clean, {name: value.clone() for name, value in clean.items()}, metric=metric)

@@ -30,7 +30,7 @@ def collect(model: StandardizedTransformer, folder: str) -> None:
     collect_activations(
         model,
         prompts(),
-        points,
+        points=points,
         positions="all",
         batch_size=2,
         folder=folder,

@@ -36,7 +36,7 @@ def test_the_map_of_the_stream(model_type: str) -> None:
     points = {i: (layer, "output") for i, layer in enumerate(layers_of(model_type))}
     products, clean, corrupted = naive(model_type, points)
     model = StandardizedTransformer(shared(model_type))
-    found = attribution_patching(model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric)
+    found = attribution_patching(model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric=metric)
     expected = torch.stack([product.sum(-1) for product in products], 1)
     assert found.layers == tuple(range(model.num_layers))
     assert torch.allclose(found.effect, expected, rtol=1e-3, atol=1e-5)
@@ -55,7 +55,7 @@ def test_the_map_of_the_heads(model_type: str) -> None:
     expected = torch.stack([product.unflatten(-1, (heads, -1)).sum(-1) for product in products], 1)
     model = StandardizedTransformer(shared(model_type))
     found = attribution_patching(
-        model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric, point="heads_output"
+        model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric=metric, point="heads_output"
     )
     assert torch.allclose(found.effect, expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(found.heads, expected.sum(2), rtol=1e-3, atol=1e-5)
@@ -87,7 +87,7 @@ def test_dropping_gradients_through_each_layer(model_type: str) -> None:
         model,
         ids(model_type, CLEAN),
         ids(model_type, CORRUPTED),
-        metric,
+        metric=metric,
         point="heads_output",
         grad_drop=True,
     )
@@ -136,7 +136,7 @@ def test_it_is_exact_where_the_metric_is_linear(model_type: str, point: str, qk_
     model = linear_at_the_end(model_type)
     last = model.num_layers - 1
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
-    found = attribution_patching(model, clean, corrupted, metric, point=point, layers=last, qk_fix=qk_fix)
+    found = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=last, qk_fix=qk_fix)
     effects, by_head = found.effect[:, 0], point in ("queries", "keys", "values")
     for position in (2, 7, 8):
         for head in range(effects.shape[-1]) if effects.ndim == 3 else [slice(None)]:
@@ -152,7 +152,8 @@ def test_without_the_fix_queries_and_keys_are_not_exact(point: str) -> None:
     model = linear_at_the_end("cohere")
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     plain, fixed = (
-        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=fix).effect for fix in (False, True)
+        attribution_patching(model, clean, corrupted, metric=metric, point=point, qk_fix=fix).effect
+        for fix in (False, True)
     )
     assert plain.shape == fixed.shape
     assert not torch.allclose(plain, fixed, rtol=0.1, atol=1e-2)
@@ -171,7 +172,7 @@ def test_the_fix_is_the_gradient_of_the_pattern_times_its_change(model_type: str
         metric(model.logits[:, -1]).sum().backward()
     assert pattern.grad is not None
     for point in ("queries", "keys"):
-        found = attribution_patching(model, clean, corrupted, metric, point=point, layers=layer, qk_fix=True)
+        found = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=layer, qk_fix=True)
         with torch.no_grad(), model.trace(clean):
             new = getattr(model, point)[layer]
         for head in range(found.effect.shape[-1]):
@@ -188,7 +189,9 @@ def test_dropping_gradients_with_the_fix() -> None:
     """The fix is linear in the gradient at the pattern: so it is the mean over passes here as well."""
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
-    found = attribution_patching(model, clean, corrupted, metric, point="keys", layers=1, qk_fix=True, grad_drop=True)
+    found = attribution_patching(
+        model, clean, corrupted, metric=metric, point="keys", layers=1, qk_fix=True, grad_drop=True
+    )
     with torch.no_grad():
         with model.trace(clean):
             new = model.keys[1]
@@ -223,7 +226,7 @@ def test_patterns_and_scores_by_query_and_key() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     for point in ("attention_probabilities", "attention_scores"):
-        found = attribution_patching(model, clean, corrupted, metric, point=point)
+        found = attribution_patching(model, clean, corrupted, metric=metric, point=point)
         assert found.effect.shape == (2, 3, 4, 9, 9)
         assert torch.equal(found.effect, found.effect.tril())
         assert float(found.effect.abs().max()) > 1e-3
@@ -236,8 +239,10 @@ def test_patterns_and_scores_by_query_and_key() -> None:
 def test_padding_does_not_show(model_type: str, point: str) -> None:
     model = StandardizedTransformer(zoo.shared(model_type))
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed).tolist() for seed in (CLEAN, CORRUPTED))
-    short = attribution_patching(model, [clean[0][:6]], [corrupted[0][:6]], metric, point=point)
-    both = attribution_patching(model, [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]], metric, point=point)
+    short = attribution_patching(model, [clean[0][:6]], [corrupted[0][:6]], metric=metric, point=point)
+    both = attribution_patching(
+        model, [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]], metric=metric, point=point
+    )
     assert torch.allclose(both.effect[:1, :, 3:], short.effect, rtol=1e-3, atol=1e-4)
     assert not both.effect[0, :, :3].any()
 
@@ -245,10 +250,10 @@ def test_padding_does_not_show(model_type: str, point: str) -> None:
 def test_weights_without_gradients_do_as_well() -> None:
     hf = zoo.build("gpt2")
     model, clean, corrupted = StandardizedTransformer(hf), zoo.ids(hf, seed=0), zoo.ids(hf, seed=1)
-    expected = attribution_patching(model, clean, corrupted, metric)
+    expected = attribution_patching(model, clean, corrupted, metric=metric)
     hf.requires_grad_(False)
     with torch.no_grad():
-        found = attribution_patching(model, clean, corrupted, metric)
+        found = attribution_patching(model, clean, corrupted, metric=metric)
     assert torch.equal(found.effect, expected.effect)
     assert all(parameter.grad is None for parameter in hf.parameters())
 
@@ -258,27 +263,27 @@ def test_the_lasting_edits_of_a_model_are_in_it() -> None:
     edited_model = model.edit(lambda: model.skip_layer(1))
     assert edited_model is not None
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
-    found = attribution_patching(edited_model, clean, corrupted, metric)
+    found = attribution_patching(edited_model, clean, corrupted, metric=metric)
     assert torch.allclose(found.effect[:, 0], found.effect[:, 1])
-    plain = attribution_patching(model, clean, corrupted, metric)
+    plain = attribution_patching(model, clean, corrupted, metric=metric)
     assert not torch.allclose(plain.effect[:, 0], plain.effect[:, 1])
 
 
 def test_layers_of_a_hybrid() -> None:
     model = StandardizedTransformer(zoo.shared("jamba"))
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (0, 1))
-    assert attribution_patching(model, clean, corrupted, metric, point="heads_output").layers == (1, 3)
-    assert attribution_patching(model, clean, corrupted, metric, layers=[-1, 0]).layers == (0, 3)
+    assert attribution_patching(model, clean, corrupted, metric=metric, point="heads_output").layers == (1, 3)
+    assert attribution_patching(model, clean, corrupted, metric=metric, layers=[-1, 0]).layers == (0, 3)
     with pytest.raises(NotInThisModelError, match=r"heads_output\[0\]: this layer has none: its token mixer is mamba"):
-        attribution_patching(model, clean, corrupted, metric, point="heads_output", layers=0)
+        attribution_patching(model, clean, corrupted, metric=metric, point="heads_output", layers=0)
 
 
 def test_layers_of_another_number_of_heads_are_chosen() -> None:
     model = StandardizedTransformer(zoo.shared("dots3_note_text"))
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (CLEAN, CORRUPTED))
     with pytest.raises(InputError, match=r"heads_output is not as large in each layer: \{0: \(9, 4\), 1: \(9, 2\)"):
-        attribution_patching(model, clean, corrupted, metric, point="heads_output")
-    found = attribution_patching(model, clean, corrupted, metric, point="heads_output", layers=[0])
+        attribution_patching(model, clean, corrupted, metric=metric, point="heads_output")
+    found = attribution_patching(model, clean, corrupted, metric=metric, point="heads_output", layers=[0])
     assert found.effect.shape == (2, 1, 9, 4)
 
 
@@ -287,14 +292,14 @@ def test_keys_that_are_no_positions_have_effects_too(point: str) -> None:
     """DeepSeek-V4 has keys of several positions each, behind the others: patched one by one."""
     model = StandardizedTransformer(zoo.shared("deepseek_v4"), validate=False)  # which refuses them
     clean, corrupted = (zoo.ids(model.hf_model, seed=seed) for seed in (CLEAN, CORRUPTED))
-    found = attribution_patching(model, clean, corrupted, metric, point=point, layers=1, qk_fix=True)
+    found = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=1, qk_fix=True)
     assert found.effect.shape[2] == (11 if point == "keys" else 9)
     refused = {
         "keys": (InputError, "is not as large in each layer"),
         "queries": (NotInThisModelError, r"\[2\]: .* in pieces: what comes first has 8 positions"),
     }
     with pytest.raises(refused[point][0], match=refused[point][1]):
-        attribution_patching(model, clean, corrupted, metric, point=point, qk_fix=True)
+        attribution_patching(model, clean, corrupted, metric=metric, point=point, qk_fix=True)
     assert bool(found.effect.abs().sum((0, 1, 3)).bool().any())
 
 
@@ -302,18 +307,18 @@ def test_what_cannot_be_is_said() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     with pytest.raises(InputError, match=r"compared token by token, but have \[9, 9\] and \[8, 8\] tokens"):
-        attribution_patching(model, clean, corrupted[:, 1:], metric)
+        attribution_patching(model, clean, corrupted[:, 1:], metric=metric)
     with pytest.raises(
         InputError, match="'logits' is no standard name of layers: give one of layers_input, layers_output"
     ):
-        attribution_patching(model, clean, corrupted, metric, point="logits")
+        attribution_patching(model, clean, corrupted, metric=metric, point="logits")
     with pytest.raises(InputError, match="qk_fix is for point='queries' and 'keys', not for 'values'"):
-        attribution_patching(model, clean, corrupted, metric, point="values", qk_fix=True)
+        attribution_patching(model, clean, corrupted, metric=metric, point="values", qk_fix=True)
     with pytest.raises(InputError, match=r"a tensor of \(2,\). It returned a tensor of \(\)"):
-        attribution_patching(model, clean, corrupted, lambda logits: metric(logits).mean())
+        attribution_patching(model, clean, corrupted, metric=lambda logits: metric(logits).mean())
     with pytest.raises(LayerIndexError, match="the model has 3 layers"):
-        attribution_patching(model, clean, corrupted, metric, layers=3)
-    found = attribution_patching(model, clean, corrupted, metric)
+        attribution_patching(model, clean, corrupted, metric=metric, layers=3)
+    found = attribution_patching(model, clean, corrupted, metric=metric)
     with pytest.raises(InputError, match="layers_output is not by heads"):
         found.heads
 
@@ -325,7 +330,7 @@ def test_it_is_like_patching_itself_and_finds_where_the_country_is(name: str) ->
     hf, encode = model.hf_model, model.tokenizer.encode
     right, wrong = encode(" Paris")[0], encode(" Rome")[0]
     clean, corrupted = (torch.tensor([encode(f"The capital of {country} is")]) for country in ("France", "Italy"))
-    found = attribution_patching(model, clean, corrupted, lambda logits: logits[:, right] - logits[:, wrong])
+    found = attribution_patching(model, clean, corrupted, metric=lambda logits: logits[:, right] - logits[:, wrong])
     layers = list(hf.get_submodule("transformer.h" if name == "demo:gpt2" else "model.layers"))
     real = torch.zeros(len(layers), clean.shape[1])
     for i, layer in enumerate(layers):
@@ -354,7 +359,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
         return logits[:, right] - logits[:, wrong]
 
     plain, fixed = (
-        attribution_patching(model, clean, corrupted, measure, point="keys", qk_fix=fix) for fix in (False, True)
+        attribution_patching(model, clean, corrupted, metric=measure, point="keys", qk_fix=fix) for fix in (False, True)
     )
     real = torch.zeros_like(plain.effect[0])
     with torch.no_grad():
@@ -376,7 +381,7 @@ def test_the_fix_is_nearer_to_patching_itself() -> None:
 @pytest.mark.parametrize("point", ["layers_output", "heads_output"])
 def test_the_plot_shows_the_mean(point: str) -> None:
     model = StandardizedTransformer(shared("llama"))
-    found = attribution_patching(model, ids("llama", CLEAN), ids("llama", CORRUPTED), metric, point=point)
+    found = attribution_patching(model, ids("llama", CLEAN), ids("llama", CORRUPTED), metric=metric, point=point)
     shown = torch.tensor(found.plot().data[0].z).float()
     expected = found.effect if point == "layers_output" else found.heads
     assert torch.allclose(shown, expected.mean(0), atol=1e-6)
@@ -402,6 +407,6 @@ def test_an_input_that_other_modules_are_given_too(model_type: str, point: str) 
 
     there, here = run(prompt=clean)[0], run()[0]
     up, down = (run(here + sign * 1e-2 * (there - here))[1] for sign in (1, -1))
-    effects = attribution_patching(model, clean, corrupted, metric, point=point, layers=1).effect
+    effects = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=1).effect
     expected = (up - down) / 2e-2  # norms are computed in float32
     assert torch.allclose(effects.sum((1, 2)).double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

@@ -52,8 +52,8 @@ def alone(hf: nn.Module, layers: list[nn.Module], ids: list[int], kind: str = "o
     return {i: value[0] for i, value in hooked(hf, lambda: hf(torch.tensor([ids])), points).items()}
 
 
-def collect(*args: Any, **kwargs: Any) -> Any:
-    return collect_activations(*args, progress=False, **kwargs)
+def collect(model: Any, prompts: Any, points: Any = "layers_output", **kwargs: Any) -> Any:
+    return collect_activations(model, prompts, points=points, progress=False, **kwargs)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -492,7 +492,7 @@ def test_the_page_runs() -> None:
 
 
 def test_the_plot_has_the_norms_of_the_rows() -> None:
-    acts = collect_activations(MODEL, PROMPTS, {"layers_output": [0, 2], "heads_output": [1]}, progress=False)
+    acts = collect_activations(MODEL, PROMPTS, points={"layers_output": [0, 2], "heads_output": [1]}, progress=False)
     curves = {one.name: list(one.y) for one in acts.plot().data}
     norms = [sorted(float(row.norm()) for row in acts["layers_output", layer]) for layer in (0, 2)]
     middle = (len(PROMPTS) - 1) // 2
@@ -505,14 +505,14 @@ def test_the_plot_has_the_norms_of_the_rows() -> None:
 
 
 def test_a_key_that_is_not_there_says_what_is() -> None:
-    acts = collect_activations(MODEL, PROMPTS, {"layers_output": [0, 2], "mlps_output": 1}, progress=False)
+    acts = collect_activations(MODEL, PROMPTS, points={"layers_output": [0, 2], "mlps_output": 1}, progress=False)
     text = r"\('layers_output', -1\): ask for \(name, layer\), .* there are {'layers_output': \[0, 2\], 'mlps_output': \[1\]}"
     with pytest.raises(KeyError, match=text):
         acts["layers_output", -1]
 
 
 def test_neurons_are_what_the_down_projection_reads() -> None:
-    acts = collect_activations(MODEL, PROMPTS, {"neurons": [1]}, progress=False)
+    acts = collect_activations(MODEL, PROMPTS, points={"neurons": [1]}, progress=False)
     hf = MODEL.hf_model
     down = hf.transformer.h[1].mlp.c_proj
     for row, ids in zip(acts["neurons", 1], PROMPTS, strict=True):

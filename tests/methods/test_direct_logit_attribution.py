@@ -68,7 +68,9 @@ def logit_difference(model_type: str, token_ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_each_part_adds_what_the_models_own_algebra_says(model_type: str) -> None:
     token_ids = ids(model_type)
-    found = direct_logit_attribution(StandardizedTransformer(shared(model_type)), token_ids, ANSWER, WRONG, by="head")
+    found = direct_logit_attribution(
+        StandardizedTransformer(shared(model_type)), token_ids, answer=ANSWER, wrong=WRONG, by="head"
+    )
     reference = naive(model_type, token_ids)
     values = dict(zip(found.parts, found.effect.mT, strict=True))
     assert set(reference) <= set(values)
@@ -84,7 +86,7 @@ def test_components_and_layers_are_sums_of_the_finer_parts(model_type: str) -> N
     model, token_ids = StandardizedTransformer(shared(model_type)), ids(model_type)
     tables = {}
     for by in ("layer", "component", "head"):
-        found = direct_logit_attribution(model, token_ids, ANSWER, WRONG, by=by)
+        found = direct_logit_attribution(model, token_ids, answer=ANSWER, wrong=WRONG, by=by)
         tables[by] = dict(zip(found.parts, found.effect.mT, strict=True))
     for i in range(model.num_layers):
         for finer in ("component", "head"):
@@ -95,7 +97,7 @@ def test_components_and_layers_are_sums_of_the_finer_parts(model_type: str) -> N
 @pytest.mark.parametrize(("model_type", "rest"), [("llama", 0.0), ("gpt2", None)])
 def test_the_rest_is_the_bias_of_the_final_norm(model_type: str, rest: float | None) -> None:
     hf = shared(model_type)
-    found = direct_logit_attribution(StandardizedTransformer(hf), ids(model_type), ANSWER)
+    found = direct_logit_attribution(StandardizedTransformer(hf), ids(model_type), answer=ANSWER)
     if rest is None:
         rest = float((hf.transformer.ln_f.bias @ hf.lm_head.weight[ANSWER]).detach())
         assert abs(rest) > 0.1
@@ -109,8 +111,8 @@ def test_padding_does_not_show(model_type: str) -> None:
     model = StandardizedTransformer(zoo.shared(model_type))
     token_ids = zoo.ids(model.hf_model)
     short, long = token_ids[0, :5].tolist(), token_ids[1].tolist()
-    both = direct_logit_attribution(model, [short, long], [ANSWER, WRONG], WRONG + 1, by="head")
-    alone = direct_logit_attribution(model, [short], ANSWER, WRONG + 1, by="head")
+    both = direct_logit_attribution(model, [short, long], answer=[ANSWER, WRONG], wrong=WRONG + 1, by="head")
+    alone = direct_logit_attribution(model, [short], answer=ANSWER, wrong=WRONG + 1, by="head")
     assert both.parts == alone.parts
     assert torch.allclose(both.effect[:1], alone.effect, rtol=1e-3, atol=1e-4)
 
@@ -119,17 +121,17 @@ def test_padding_does_not_show(model_type: str) -> None:
 def test_weights_without_gradients_and_no_grad_do_as_well(grad: bool) -> None:
     hf = zoo.build("llama")
     model = StandardizedTransformer(hf)
-    expected = direct_logit_attribution(model, zoo.ids(hf), ANSWER, by="head")
+    expected = direct_logit_attribution(model, zoo.ids(hf), answer=ANSWER, by="head")
     hf.requires_grad_(False)
     with torch.set_grad_enabled(grad):
-        found = direct_logit_attribution(model, zoo.ids(hf), ANSWER, by="head")
+        found = direct_logit_attribution(model, zoo.ids(hf), answer=ANSWER, by="head")
     assert torch.equal(found.effect, expected.effect)
     assert not found.effect.requires_grad
 
 
 def test_a_layer_of_a_hybrid_is_named_for_what_mixes_its_tokens() -> None:
     model = StandardizedTransformer(zoo.shared("jamba"))
-    found = direct_logit_attribution(model, zoo.ids(model.hf_model), ANSWER, by="head")
+    found = direct_logit_attribution(model, zoo.ids(model.hf_model), answer=ANSWER, by="head")
     assert found.parts[:4] == ("embeddings", "L0 mamba", "L0 mlp", "L1H0")
 
 
@@ -137,8 +139,8 @@ def test_where_the_stream_is_no_sum_by_layer_alone_is_there() -> None:
     model = StandardizedTransformer(zoo.shared("bert"))
     token_ids = zoo.ids(model.hf_model)
     with pytest.raises(NotInThisModelError, match="the stream is normalised on its way through the layer"):
-        direct_logit_attribution(model, token_ids, ANSWER)
-    found = direct_logit_attribution(model, token_ids, ANSWER, by="layer")
+        direct_logit_attribution(model, token_ids, answer=ANSWER)
+    found = direct_logit_attribution(model, token_ids, answer=ANSWER, by="layer")
     with torch.no_grad():
         logits = model.hf_model(token_ids).logits[:, -1, ANSWER]
     assert torch.allclose(found.effect.sum(-1), logits, atol=1e-5)
@@ -147,7 +149,7 @@ def test_where_the_stream_is_no_sum_by_layer_alone_is_there() -> None:
 def test_a_model_that_is_not_validated() -> None:
     hf = zoo.shared("jamba")
     one, other = (
-        direct_logit_attribution(StandardizedTransformer(hf, validate=check), zoo.ids(hf), ANSWER, by="head")
+        direct_logit_attribution(StandardizedTransformer(hf, validate=check), zoo.ids(hf), answer=ANSWER, by="head")
         for check in (True, False)
     )
     assert one.parts == other.parts
@@ -157,16 +159,16 @@ def test_a_model_that_is_not_validated() -> None:
 def test_what_cannot_be_is_said() -> None:
     model = StandardizedTransformer("demo:gpt2")
     with pytest.raises(InputError, match=r"The answer ' Paris Rome' is 2 tokens, .*Give one token"):
-        direct_logit_attribution(model, "The capital of France is", " Paris Rome")
+        direct_logit_attribution(model, "The capital of France is", answer=" Paris Rome")
     with pytest.raises(InputError, match="3 answers for 1 rows of logits: give one, or one for each"):
-        direct_logit_attribution(model, "The capital of France is", [1, 2, 3])
+        direct_logit_attribution(model, "The capital of France is", answer=[1, 2, 3])
     prompts = ["The capital of France is", "Japan is in"]
     with pytest.raises(InputError, match=r"prompt 1 has 3 tokens, at 0 to 2 \(or -3 to -1\); there is no position -5"):
-        direct_logit_attribution(model, prompts, 1, position=-5)
+        direct_logit_attribution(model, prompts, answer=1, position=-5)
     with pytest.raises(InputError, match="by='neuron': take 'layer', 'component' or 'head'"):
-        direct_logit_attribution(model, prompts, 1, by="neuron")
+        direct_logit_attribution(model, prompts, answer=1, by="neuron")
     with pytest.raises(InputError, match="The answer ' Paris' is text: give the model whose tokenizer"):
-        direct_logit_attribution(StandardizedTransformer(shared("llama")), [[3, 4]], " Paris")
+        direct_logit_attribution(StandardizedTransformer(shared("llama")), [[3, 4]], answer=" Paris")
 
 
 COUNTRIES = {"France": " Paris", "Italy": " Rome", "Japan": " Tokyo", "Egypt": " Cairo", "Peru": " Lima"}
@@ -178,7 +180,7 @@ def test_without_the_part_that_adds_most_the_answer_is_lost(name: str) -> None:
     model = StandardizedTransformer(name)
     prompts = [f"The capital of {country} is" for country in COUNTRIES]
     answers = list(COUNTRIES.values())
-    found = direct_logit_attribution(model, prompts, answers, answers[1:] + answers[:1])
+    found = direct_logit_attribution(model, prompts, answer=answers, wrong=answers[1:] + answers[:1])
     best, value = found.top(1)[0]
     assert value > 0
     with torch.no_grad(), model.trace(prompts):
@@ -195,6 +197,6 @@ def test_without_the_part_that_adds_most_the_answer_is_lost(name: str) -> None:
 
 
 def test_the_plot_shows_the_mean() -> None:
-    found = direct_logit_attribution(StandardizedTransformer(shared("llama")), ids("llama"), ANSWER)
+    found = direct_logit_attribution(StandardizedTransformer(shared("llama")), ids("llama"), answer=ANSWER)
     assert torch.allclose(torch.tensor(found.plot().data[0].x).float(), found.effect.mean(0), atol=1e-6)
     assert found.top(1)[0][1] == pytest.approx(float(found.effect.mean(0)[found.parts.index(found.top(1)[0][0])]))

@@ -33,7 +33,7 @@ CLEAN, CORRUPTED = 0, 1
 
 def attributed(model_type: str, **kwargs: Any) -> EdgeAttribution:
     model = StandardizedTransformer(shared(model_type))
-    return edge_attribution(model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric, **kwargs)
+    return edge_attribution(model, ids(model_type, CLEAN), ids(model_type, CORRUPTED), metric=metric, **kwargs)
 
 
 def points_of(model_type: str) -> dict[Any, tuple[nn.Module, str]]:
@@ -193,7 +193,7 @@ def test_what_is_not_by_heads_is_one_node(model_type: str, sources: list[str]) -
     """And the chain rule holds for it as well."""
     hf = zoo.shared(model_type)
     clean, corrupted = zoo.ids(hf, seed=CLEAN), zoo.ids(hf, seed=CORRUPTED)
-    found = edge_attribution(StandardizedTransformer(hf), clean, corrupted, metric)
+    found = edge_attribution(StandardizedTransformer(hf), clean, corrupted, metric=metric)
     assert list(found.sources[: len(sources)]) == sources
     layers = hf.backbone.layers if model_type == "mamba" else hf.model.layers
     for i in (0, 1):
@@ -211,7 +211,7 @@ def test_a_model_that_is_not_validated() -> None:
     hf = zoo.shared("jamba")
     clean, corrupted = zoo.ids(hf, seed=CLEAN), zoo.ids(hf, seed=CORRUPTED)
     one, other = (
-        edge_attribution(StandardizedTransformer(hf, validate=check), clean, corrupted, metric)
+        edge_attribution(StandardizedTransformer(hf, validate=check), clean, corrupted, metric=metric)
         for check in (True, False)
     )
     assert one.destinations == other.destinations
@@ -223,9 +223,12 @@ def test_padding_does_not_show() -> None:
     clean, corrupted = (prompt_ids(seed=seed).tolist() for seed in (CLEAN, CORRUPTED))
     short = [clean[0][:6]], [corrupted[0][:6]]
     both = [clean[0][:6], clean[1]], [corrupted[0][:6], corrupted[1]]
-    alone, found = edge_attribution(model, *short, metric), edge_attribution(model, *both, metric)
+    alone, found = edge_attribution(model, *short, metric=metric), edge_attribution(model, *both, metric=metric)
     assert torch.allclose(found.effect[:1], alone.effect, rtol=1e-3, atol=1e-4)
-    kept = [circuit_faithfulness(model, *given, metric, alone, [40]).effect[0] for given in (short, both)]
+    kept = [
+        circuit_faithfulness(model, *given, metric=metric, attribution=alone, sizes=[40]).effect[0]
+        for given in (short, both)
+    ]
     assert torch.allclose(*kept, rtol=1e-3, atol=1e-4)
 
 
@@ -243,7 +246,9 @@ def of_edges(
     """The metric of a circuit of given edges: those that have a score are the largest."""
     keep = keep & found.edges
     given = dataclasses.replace(found, effect=keep.float().expand_as(found.effect))
-    return circuit_faithfulness(model, clean, corrupted, measure, given, [int(keep.sum())]).effect[:, 0]
+    return circuit_faithfulness(
+        model, clean, corrupted, metric=measure, attribution=given, sizes=[int(keep.sum())]
+    ).effect[:, 0]
 
 
 @pytest.mark.parametrize("model_type", [*TYPES, "jamba", "qwen3_next", "mpt", "nanochat"])
@@ -253,8 +258,10 @@ def test_all_edges_are_the_clean_run_and_none_the_corrupted_one(model_type: str)
     clean, corrupted = (
         ids(model_type, seed) if model_type in TYPES else zoo.ids(hf, seed=seed) for seed in (CLEAN, CORRUPTED)
     )
-    edges = edge_attribution(model, clean, corrupted, metric)
-    found = circuit_faithfulness(model, clean, corrupted, metric, edges, [0, int(edges.edges.sum())])
+    edges = edge_attribution(model, clean, corrupted, metric=metric)
+    found = circuit_faithfulness(
+        model, clean, corrupted, metric=metric, attribution=edges, sizes=[0, int(edges.edges.sum())]
+    )
     with torch.no_grad():
         expected = torch.stack([metric(hf(x).logits[:, -1]) for x in (corrupted, clean)], 1)
     assert torch.allclose(found.effect, expected, rtol=1e-4, atol=1e-4)
@@ -345,18 +352,18 @@ def test_what_cannot_be_is_said() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = ids("llama", CLEAN), ids("llama", CORRUPTED)
     with pytest.raises(InputError, match="steps=0: it is a whole number, 1 or more"):
-        edge_attribution(model, clean, corrupted, metric, steps=0)
+        edge_attribution(model, clean, corrupted, metric=metric, steps=0)
     with pytest.raises(InputError, match="The scores are of another model"):
-        circuit_faithfulness(model, clean, corrupted, metric, attributed("gpt2"))
+        circuit_faithfulness(model, clean, corrupted, metric=metric, attribution=attributed("gpt2"))
     scores = attributed("llama")
     count = int(scores.edges.sum())
     for sizes in ([0, count + 1], [-1]):
         with pytest.raises(InputError, match=rf"{sizes[-1]} edges cannot be kept, there are {count} "):
-            circuit_faithfulness(model, clean, corrupted, metric, scores, sizes)
+            circuit_faithfulness(model, clean, corrupted, metric=metric, attribution=scores, sizes=sizes)
     with pytest.raises(InputError, match=r"compared token by token, but have \[9, 9\] and \[8, 8\] tokens"):
-        edge_attribution(model, clean, corrupted[:, 1:], metric)
+        edge_attribution(model, clean, corrupted[:, 1:], metric=metric)
     with pytest.raises(NotInThisModelError, match="the stream is normalised on its way through the layer"):
-        edge_attribution(StandardizedTransformer(zoo.shared("bert")), clean, corrupted, metric)
+        edge_attribution(StandardizedTransformer(zoo.shared("bert")), clean, corrupted, metric=metric)
 
 
 def test_the_plots_show_the_means() -> None:
@@ -368,7 +375,9 @@ def test_the_plots_show_the_means() -> None:
     every = found.plot(k=None)
     assert sum("→" in (trace.text or "") for trace in every.data) == int((found.effect.mean(0) != 0).sum())
     model = StandardizedTransformer(shared("llama"))
-    curve = circuit_faithfulness(model, ids("llama", CLEAN), ids("llama", CORRUPTED), metric, found, [0, 5])
+    curve = circuit_faithfulness(
+        model, ids("llama", CLEAN), ids("llama", CORRUPTED), metric=metric, attribution=found, sizes=[0, 5]
+    )
     assert torch.allclose(torch.tensor(curve.plot().data[0].y).float(), curve.recovered, atol=1e-6)
 
 
@@ -387,23 +396,24 @@ def test_a_small_circuit_tells_capitals_apart_that_it_was_not_found_on(name: str
     """64 of the 2188 or 2349 edges, found on three pairs of countries, on three others; against as many at random."""
     model = StandardizedTransformer(name)
 
-    def pairs(countries: list[str]) -> tuple[list[str], list[str], Any]:
+    def pairs(countries: list[str]) -> dict[str, Any]:
         others = countries[1:] + countries[:1]
         right, wrong = (
             torch.tensor([model.tokenizer.encode(CAPITALS[country])[0] for country in one])[:, None]
             for one in (countries, others)
         )
         clean, corrupted = ([f"The capital of {country} is" for country in one] for one in (countries, others))
-        return clean, corrupted, lambda logits: (logits.gather(1, right) - logits.gather(1, wrong))[:, 0]
+        metric = lambda logits: (logits.gather(1, right) - logits.gather(1, wrong))[:, 0]  # noqa: E731
+        return {"clean": clean, "corrupted": corrupted, "metric": metric}
 
     countries = list(CAPITALS)
-    found = edge_attribution(model, *pairs(countries[:3]), steps=5)
-    there = circuit_faithfulness(model, *pairs(countries[:3]), found, [64])
-    elsewhere = circuit_faithfulness(model, *pairs(countries[3:]), found, [64])
+    found = edge_attribution(model, **pairs(countries[:3]), steps=5)
+    there = circuit_faithfulness(model, **pairs(countries[:3]), attribution=found, sizes=[64])
+    elsewhere = circuit_faithfulness(model, **pairs(countries[3:]), attribution=found, sizes=[64])
     assert float(there.recovered[0]) > 0.9
     assert float(elsewhere.recovered[0]) > 0.8
     order = torch.rand(found.edges.shape, generator=torch.Generator().manual_seed(0)) * found.edges
     keep = order >= order.flatten().topk(64).values[-1]
-    clean, corrupted, difference = pairs(countries[:3])
+    clean, corrupted, difference = pairs(countries[:3]).values()
     at_random = of_edges(model, clean, corrupted, difference, found, keep) - found.corrupted
     assert abs(float(at_random.mean())) < 0.1 * float((found.clean - found.corrupted).mean())

@@ -179,7 +179,10 @@ def test_every_public_method_is_here() -> None:
 
 
 def test_heads_of_one_prompt_are_refused(model: StandardizedTransformer) -> None:
-    for call in (lambda: head_scores(model, LONG), lambda: head_ablation(model, LONG, lambda logits: logits[:, 0])):
+    for call in (
+        lambda: head_scores(model, LONG),
+        lambda: head_ablation(model, LONG, metric=lambda logits: logits[:, 0]),
+    ):
         refused(call, NotInThisModelError, "has an encoder and a decoder")
 
 
@@ -187,14 +190,14 @@ def test_heads_of_one_prompt_are_refused(model: StandardizedTransformer) -> None
 def test_activations_of_the_encoder_are_by_its_own_tokens(model: StandardizedTransformer, point: str) -> None:
     encoding = dict(model.tokenizer(LONG))
     for prompts in ([LONG, SHORT], [ids(model, LONG), ids(model, SHORT)], [encoding, {"text": SHORT}]):
-        found = collect_activations(model, prompts, {point: [1, 2]}, positions="all", progress=False)
+        found = collect_activations(model, prompts, points={point: [1, 2]}, positions="all", progress=False)
         assert found.token_ids.tolist() == [*ids(model, LONG), *ids(model, SHORT)]
         assert found.offsets.tolist() == [0, 5, 8]
         for i, text in enumerate((LONG, SHORT)):
             for layer in (1, 2):
                 expected = seen(model, point, layer, **arguments(model, [text]))[0]
                 torch.testing.assert_close(found.of_prompt(i)[point, layer], expected, **CLOSE)
-    last = collect_activations(model, [SHORT, LONG], {point: [1]}, progress=False)
+    last = collect_activations(model, [SHORT, LONG], points={point: [1]}, progress=False)
     expected = seen(model, point, 1, **arguments(model, [SHORT]))[0, -1]
     torch.testing.assert_close(last[point, 1][0], expected, **CLOSE)
 
@@ -208,12 +211,12 @@ def test_activations_of_the_decoder_are_by_what_it_reads(model: StandardizedTran
         {"text": SHORT, "decoder_input_ids": [decoded[1]]},
         {"input_ids": torch.tensor([ids(model, SHORT)]), "decoder_input_ids": torch.tensor([decoded[2]])},
     ]
-    found = collect_activations(model, prompts, {point: [2]}, positions="all", progress=False)
+    found = collect_activations(model, prompts, points={point: [2]}, positions="all", progress=False)
     assert found.token_ids.tolist() == [token for one in decoded for token in one]
     for i, text in enumerate(texts):
         expected = seen(model, point, 2, **arguments(model, [text], [decoded[i]]))[0]
         torch.testing.assert_close(found.of_prompt(i)[point, 2], expected, **CLOSE)
-    alone = collect_activations(model, [LONG, SHORT], {point: [2]}, positions="all", progress=False)
+    alone = collect_activations(model, [LONG, SHORT], points={point: [2]}, positions="all", progress=False)
     assert alone.token_ids.tolist() == [START, START]
     for i, text in enumerate((LONG, SHORT)):
         expected = seen(model, point, 2, **arguments(model, [text]))[0]
@@ -236,13 +239,13 @@ def test_what_cannot_be_collected_is_refused(model: StandardizedTransformer) -> 
         ),
     ):
         refused(
-            lambda: collect_activations(model, [LONG], points, positions=positions, progress=False),  # noqa: B023
+            lambda: collect_activations(model, [LONG], points=points, positions=positions, progress=False),  # noqa: B023
             InputError,
             text,
         )
     plain = StandardizedTransformer("demo:gpt2", validate=False)
     refused(
-        lambda: collect_activations(plain, [LONG], "encoder_layers_output", progress=False),
+        lambda: collect_activations(plain, [LONG], points="encoder_layers_output", progress=False),
         NotInThisModelError,
         "encoder_layers_output: there is none: the model is no encoder-decoder",
     )
@@ -251,7 +254,7 @@ def test_what_cannot_be_collected_is_refused(model: StandardizedTransformer) -> 
 def test_a_folder_is_of_what_the_decoder_reads_too(model: StandardizedTransformer, tmp_path: Path) -> None:
     def collect(decoded: list[int]) -> Any:
         prompts = [{"text": LONG, "decoder_input_ids": decoded}]
-        return collect_activations(model, prompts, {"layers_output": [1]}, folder=tmp_path, progress=False)
+        return collect_activations(model, prompts, points={"layers_output": [1]}, folder=tmp_path, progress=False)
 
     store = collect([20, 21])
     assert isinstance(store, ActivationStore)
@@ -270,7 +273,7 @@ def test_token_activations(model: StandardizedTransformer) -> None:
         torch.testing.assert_close(found[0], expected[:, idx], **CLOSE)
     alone = seen(model, "layers_output", 2, **arguments(model, [LONG, SHORT, OTHER]))[:, -1]
     for collect in (collect_token_activations_batched, collect_last_token_activations_session):
-        found = collect(model, [LONG, SHORT, OTHER], 2, layers=[2])
+        found = collect(model, [LONG, SHORT, OTHER], batch_size=2, layers=[2])
         torch.testing.assert_close(found[0], alone, **CLOSE)
     # What the user reads of the encoder has the encoder's positions.
     of_encoder = seen(model, "encoder_layers_output", 2, **inputs)
@@ -532,7 +535,7 @@ def test_attributions_are_gradients_through_hooks(model: StandardizedTransformer
     texts = ["Italy is in", LONG], [SHORT, OTHER]  # one is padded
     clean, corrupted = (given(model, each, DECODED) for each in texts)
     one, other = (arguments(model, each, DECODED) for each in texts)
-    found = attribution_patching(model, clean, corrupted, metric, point=point, layers=[1, 3])
+    found = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=[1, 3])
     mask = other["attention_mask"] if point.startswith("encoder_") else torch.ones(2, 3)
     for i, expected in enumerate(by_gradient(model, point, [1, 3], one, other)):
         torch.testing.assert_close(found.effect[:, i], expected * mask, **CLOSE)
@@ -542,7 +545,7 @@ def test_attributions_are_gradients_through_hooks(model: StandardizedTransformer
     assert found.tokens == tuple(model.tokenizer.decode([token]) for token in read[0])
     with torch.no_grad():
         torch.testing.assert_close(found.clean, metric(model.hf_model(**one).logits[:, -1]), **CLOSE)
-    dropped = attribution_patching(model, clean, corrupted, metric, point=point, layers=[1], grad_drop=True)
+    dropped = attribution_patching(model, clean, corrupted, metric=metric, point=point, layers=[1], grad_drop=True)
     each = torch.stack([by_gradient(model, point, [1], one, other, drop)[0] for drop in range(4)])
     count = 4 if point.endswith("layers_output") else 3
     torch.testing.assert_close(dropped.effect[:, 0], each.abs().sum(0) / count * mask, **CLOSE)
@@ -553,7 +556,7 @@ def test_integrated_gradients_are_those_on_the_way(model: StandardizedTransforme
     texts = [["Italy is in", LONG], [SHORT, OTHER]]
     one, other = (arguments(model, each, DECODED) for each in texts)
     both = (given(model, each, DECODED) for each in texts)
-    found = integrated_gradients(model, *both, metric, point=point, layers=2, steps=2)
+    found = integrated_gradients(model, *both, metric=metric, point=point, layers=2, steps=2)
     own, _ = module(model, point, 2)
     start, change = (
         seen(model, point, 2, **other),
@@ -575,11 +578,11 @@ def test_integrated_gradients_are_those_on_the_way(model: StandardizedTransforme
 def test_attributions_refuse_what_does_not_fit(model: StandardizedTransformer) -> None:
     for point in ("encoder_layers_output", "cross_attention_probabilities"):
         refused(
-            lambda: attribution_patching(model, LONG, SHORT, metric, point=point),  # noqa: B023
+            lambda: attribution_patching(model, LONG, SHORT, metric=metric, point=point),  # noqa: B023
             InputError,
             r"compared token by token, but have \[5\] and \[3\] tokens",
         )
-    found = attribution_patching(model, LONG, SHORT, metric, point="layers_output", layers=2)
+    found = attribution_patching(model, LONG, SHORT, metric=metric, point="layers_output", layers=2)
     (expected,) = by_gradient(model, "layers_output", [2], arguments(model, [LONG]), arguments(model, [SHORT]))
     torch.testing.assert_close(found.effect[:, 0], expected, **CLOSE)
 
@@ -676,7 +679,7 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
     with torch.no_grad():
         logits = model.hf_model(**inputs).logits
     for position in (-1, 1):
-        found = direct_logit_attribution(model, prompts, 30, by="layer", position=position)
+        found = direct_logit_attribution(model, prompts, answer=30, by="layer", position=position)
         torch.testing.assert_close(found.logits, logits[:, position, 30], **CLOSE)
         last = seen(model, "layers_output", 3, **inputs)[:, position]
         for layer in (1, 3):
@@ -688,17 +691,17 @@ def test_parts_of_a_logit_are_at_the_decoders_position(model: StandardizedTransf
             )
     if hasattr(model.hf_model, "model"):
         refused(
-            lambda: direct_logit_attribution(model, prompts, 30),
+            lambda: direct_logit_attribution(model, prompts, answer=30),
             NotInThisModelError,
             r"mixers_contribution\[0\]: this layer has none: the stream is normalised",
         )
         return
-    found = direct_logit_attribution(model, prompts, 30, by="component")
+    found = direct_logit_attribution(model, prompts, answer=30, by="component")
     crossing = seen(model, "cross_attentions_output", 2, **inputs)[:, -1]
     last = seen(model, "layers_output", 3, **inputs)[:, -1]
     expected = (crossing * head_direction(model, last)).sum(-1)
     torch.testing.assert_close(found.effect[:, found.parts.index("L2 cross-attention")], expected, **CLOSE)
-    heads = direct_logit_attribution(model, prompts, 30, by="head")
+    heads = direct_logit_attribution(model, prompts, answer=30, by="head")
     torch.testing.assert_close(heads.effect.sum(-1), logits[:, -1, 30], **CLOSE)
 
 
@@ -766,7 +769,7 @@ def test_what_the_decoders_attention_is_given_is_put_at_the_decoders_position(
     model: StandardizedTransformer,
 ) -> None:
     source = given(model, [SHORT], [[50, 51]])
-    found = patch_object_attn_lens(model, source, given(model, [LONG, SHORT], DECODED), 1, num_patches=1)
+    found = patch_object_attn_lens(model, source, given(model, [LONG, SHORT], DECODED), attn_idx_patch=1, num_patches=1)
     inputs = arguments(model, [LONG, SHORT], DECODED)
     for layer in (0, 2):
         state = seen(model, "attentions_input", layer, **arguments(model, [SHORT], [[50, 51]]))[:, -1]
@@ -779,7 +782,7 @@ def test_what_the_decoders_attention_is_given_is_put_at_the_decoders_position(
         logits = logits_with(model, "attentions_input", layer, put, **inputs)
         torch.testing.assert_close(found[:, layer], logits.softmax(-1), **CLOSE)
     refused(
-        lambda: patch_object_attn_lens(model, SHORT, LONG, 3),
+        lambda: patch_object_attn_lens(model, SHORT, LONG, attn_idx_patch=3),
         InputError,
         "prompt 0 has 1 tokens",
     )
@@ -806,10 +809,14 @@ def test_methods_that_know_no_encoder_say_so(model: StandardizedTransformer) -> 
         NotInThisModelError,
         crossing,
     )
-    refused(lambda: edge_attribution(model, LONG, OTHER, metric), NotInThisModelError, crossing)
+    refused(lambda: edge_attribution(model, LONG, OTHER, metric=metric), NotInThisModelError, crossing)
     plain = StandardizedTransformer("demo:gpt2", validate=False)
-    edges = edge_attribution(plain, LONG, OTHER, metric)
-    refused(lambda: circuit_faithfulness(model, LONG, OTHER, metric, edges), NotInThisModelError, crossing)
+    edges = edge_attribution(plain, LONG, OTHER, metric=metric)
+    refused(
+        lambda: circuit_faithfulness(model, LONG, OTHER, metric=metric, attribution=edges),
+        NotInThisModelError,
+        crossing,
+    )
     for subject in ("France", 3):
         refused(
             lambda: causal_tracing(model, LONG, subject=subject, progress=False),  # noqa: B023

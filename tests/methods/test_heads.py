@@ -80,7 +80,7 @@ def test_a_head_map_names_heads() -> None:
     assert "Attention to previous token" in repr(scores)
     figure = scores.plot()
     assert figure.data[0].z.shape == scores.effect.shape
-    assert figure.layout.title.text == "Attention to previous token"
+    assert figure.layout.title.text.startswith("Attention to previous token: ")
 
 
 def by_hooks(hf: Any, model_type: str, layer: int, head: int, how: str, heads: int) -> Tensor:
@@ -104,7 +104,7 @@ def by_hooks(hf: Any, model_type: str, layer: int, head: int, how: str, heads: i
 @pytest.mark.parametrize("how", ["zero", "mean"])
 def test_ablation_is_a_pass_without_the_head(model_type: str, how: Any) -> None:
     hf = shared(model_type)
-    found = head_ablation(StandardizedTransformer(hf), prompt_ids(seed=1), METRIC, how=how, progress=False)
+    found = head_ablation(StandardizedTransformer(hf), prompt_ids(seed=1), metric=METRIC, how=how, progress=False)
     _, layers, heads = found.effect.shape
     assert found.heads == tuple(range(heads))
     expected = torch.stack(
@@ -121,7 +121,7 @@ def test_ablation_is_a_pass_without_the_head(model_type: str, how: Any) -> None:
 def test_prompts_of_other_lengths_have_the_mean_of_their_own_tokens() -> None:
     hf = shared("llama")
     model = StandardizedTransformer(hf)
-    found = head_ablation(model, PROMPTS, ONE, how="mean", layers=1, heads=[2], progress=False)
+    found = head_ablation(model, PROMPTS, metric=ONE, how="mean", layers=1, heads=[2], progress=False)
     out = hf.get_submodule(PLACES["llama"][0])[1].self_attn.o_proj
     kept: list[Tensor] = []
     handle = out.register_forward_pre_hook(
@@ -150,8 +150,8 @@ def test_prompts_of_other_lengths_have_the_mean_of_their_own_tokens() -> None:
 
 def test_one_prompt_has_no_axis_of_prompts() -> None:
     model = StandardizedTransformer(shared("gpt2"))
-    found = head_ablation(model, torch.tensor([PROMPTS[0]]), ONE, layers=[0, 1], progress=False)
-    several = head_ablation(model, [PROMPTS[0]], ONE, layers=[0, 1], progress=False)
+    found = head_ablation(model, torch.tensor([PROMPTS[0]]), metric=ONE, layers=[0, 1], progress=False)
+    several = head_ablation(model, [PROMPTS[0]], metric=ONE, layers=[0, 1], progress=False)
     assert found.effect.numel() == several.effect.numel() == 2 * model.num_heads
     assert found.effect.flatten().tolist() == several.effect.flatten().tolist()
 
@@ -159,8 +159,8 @@ def test_one_prompt_has_no_axis_of_prompts() -> None:
 def test_what_is_refused() -> None:
     model = StandardizedTransformer(shared("llama"))
     with pytest.raises(InputError, match=r"^how='median': give 'zero' or 'mean'\.$"):
-        head_ablation(model, PROMPTS, METRIC, how="median")
+        head_ablation(model, PROMPTS, metric=METRIC, how="median")
     with pytest.raises(InputError, match=r"^heads=\[99\]: heads_output has \d+ heads"):
-        head_ablation(model, PROMPTS, METRIC, heads=[99])
+        head_ablation(model, PROMPTS, metric=METRIC, heads=[99])
     with pytest.raises(NotInThisModelError):
         head_scores(StandardizedTransformer(zoo.build("rwkv")))

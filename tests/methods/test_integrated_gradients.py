@@ -47,7 +47,7 @@ def test_each_is_the_mean_gradient_on_the_way(model_type: str, point: str) -> No
         StandardizedTransformer(hf),
         ids(model_type, CLEAN),
         ids(model_type, CORRUPTED),
-        metric,
+        metric=metric,
         point=point,
         layers=[0, 1],
         steps=steps,
@@ -61,7 +61,7 @@ def test_the_effects_add_up_to_what_patching_the_whole_layer_does(point: str) ->
     hf = shared("gpt2")
     model = StandardizedTransformer(hf)
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
-    few, many = (integrated_gradients(model, clean, corrupted, metric, point=point, steps=n) for n in (2, 200))
+    few, many = (integrated_gradients(model, clean, corrupted, metric=metric, point=point, steps=n) for n in (2, 200))
     for i, layer in enumerate(hf.transformer.h):
         module = layer if point == "layers_output" else layer.mlp
         kept: list[Tensor] = []
@@ -86,8 +86,8 @@ def test_for_a_metric_that_is_linear_one_step_is_attribution_patching() -> None:
 
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
     last = model.num_layers - 1
-    one = integrated_gradients(model, clean, corrupted, first_entry, layers=last, steps=1)
-    other = attribution_patching(model, clean, corrupted, first_entry, layers=last)
+    one = integrated_gradients(model, clean, corrupted, metric=first_entry, layers=last, steps=1)
+    other = attribution_patching(model, clean, corrupted, metric=first_entry, layers=last)
     handle.remove()
     assert torch.allclose(one.effect, other.effect, atol=1e-6)
     assert torch.allclose(one.effect.sum((1, 2)), one.clean - one.corrupted, atol=1e-5)
@@ -96,7 +96,7 @@ def test_for_a_metric_that_is_linear_one_step_is_attribution_patching() -> None:
 def test_scores_that_are_masked() -> None:
     model = StandardizedTransformer(shared("llama"))
     clean, corrupted = prompt_ids(seed=CLEAN), prompt_ids(seed=CORRUPTED)
-    found = integrated_gradients(model, clean, corrupted, metric, point="attention_scores", layers=1, steps=2)
+    found = integrated_gradients(model, clean, corrupted, metric=metric, point="attention_scores", layers=1, steps=2)
     assert bool(found.effect.isfinite().all())
     assert float(found.effect.abs().max()) > 1e-3
 
@@ -104,7 +104,7 @@ def test_scores_that_are_masked() -> None:
 def test_no_steps_are_refused() -> None:
     model = StandardizedTransformer(shared("llama"))
     with pytest.raises(InputError, match="steps=0: it is a whole number, 1 or more"):
-        integrated_gradients(model, prompt_ids(), prompt_ids(), metric, steps=0)
+        integrated_gradients(model, prompt_ids(), prompt_ids(), metric=metric, steps=0)
 
 
 @pytest.mark.parametrize("name", ["demo:gpt2", "demo:llama"])
@@ -115,7 +115,7 @@ def test_the_country_counts_early_and_the_last_token_late(name: str) -> None:
         model,
         "The capital of Japan is",
         "The capital of Egypt is",
-        lambda logits: logits[:, right] - logits[:, wrong],
+        metric=lambda logits: logits[:, right] - logits[:, wrong],
         steps=32,
     )
     share = found.normalized[0]

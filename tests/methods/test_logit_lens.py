@@ -220,7 +220,7 @@ def test_the_lens_shows_the_answer_form_and_is_drawn() -> None:
     assert (found.kl[:, 0, -1] > found.kl[:, -2, -1]).all()
     figure = found.plot()
     assert figure.data[0].z.shape == (demo().num_layers, 5)
-    assert figure.layout.title.text == "logit lens: probability"
+    assert figure.layout.title.text == "Lens statistics, probability: 'The capital of France is'"
     assert found.plot("target_rank", prompt=1).data[0].z.tolist() == found.target_rank[1, :, -3:].tolist()
 
 

@@ -81,13 +81,17 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
     "tuned lens": lambda m, p: logit_lens(m, p, lens=TUNED),
     "get_token_activations": lambda m, p: get_token_activations(m, p).transpose(0, 1),
     "get_token_activations at 0": lambda m, p: get_token_activations(m, p, idx=0).transpose(0, 1),
-    "get_token_activations at -3": lambda m, p: get_token_activations(m, p, [2, 0], idx=-3).transpose(0, 1),
-    "direct_logit_attribution": lambda m, p: direct_logit_attribution(m, p, 3, 9).effect,
-    "direct_logit_attribution at 0": lambda m, p: direct_logit_attribution(m, p, 3, by="layer", position=0).effect,
-    "direct_logit_attribution by head": lambda m, p: direct_logit_attribution(m, p, 3, by="head", position=-2).effect,
+    "get_token_activations at -3": lambda m, p: get_token_activations(m, p, layers=[2, 0], idx=-3).transpose(0, 1),
+    "direct_logit_attribution": lambda m, p: direct_logit_attribution(m, p, answer=3, wrong=9).effect,
+    "direct_logit_attribution at 0": lambda m, p: (
+        direct_logit_attribution(m, p, answer=3, by="layer", position=0).effect
+    ),
+    "direct_logit_attribution by head": lambda m, p: (
+        direct_logit_attribution(m, p, answer=3, by="head", position=-2).effect
+    ),
     "patchscope_lens": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], 1)),
     "patchscope_lens from 1": lambda m, p: patchscope_lens(m, p, TargetPrompt([4, 5, 6], -1), source_position=1),
-    "patch_object_attn_lens of targets": lambda m, p: patch_object_attn_lens(m, [4, 5, 6, 7], p, 1),
+    "patch_object_attn_lens of targets": lambda m, p: patch_object_attn_lens(m, [4, 5, 6, 7], p, attn_idx_patch=1),
     "activation_patching": lambda m, p: _patched(m, p).effect[..., -3:],
     "activation_patching at -2": lambda m, p: _patched(m, p, positions=[-2]).effect,
     "path_patching": lambda m, p: (
@@ -95,9 +99,11 @@ BY_PROMPT: dict[str, Callable[[Model, Any], Any]] = {
             m, clean=p, corrupted=_others(p), sender="mlps_contribution[0]", receivers="logits", metric=METRIC
         ).effect
     ),
-    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), METRIC).effect[..., -3:],
-    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), METRIC, steps=2).effect[..., -3:],
-    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), METRIC).effect,
+    "attribution_patching": lambda m, p: attribution_patching(m, p, _others(p), metric=METRIC).effect[..., -3:],
+    "integrated_gradients": lambda m, p: integrated_gradients(m, p, _others(p), metric=METRIC, steps=2).effect[
+        ..., -3:
+    ],
+    "edge_attribution": lambda m, p: edge_attribution(m, p, _others(p), metric=METRIC).effect,
     "circuit_faithfulness": lambda m, p: _faithful(m, p),
     "collect_activations": lambda m, p: torch.stack(
         list(collect_activations(m, _each(p), progress=False).tensors.values()), 1
@@ -127,8 +133,8 @@ def _patched(model: Model, given: Any, **kwargs: Any) -> Any:
 
 
 def _faithful(model: Model, given: Any) -> Tensor:
-    scores = edge_attribution(model, [[4, 5, 6]], [[7, 8, 9]], METRIC)
-    return circuit_faithfulness(model, given, _others(given), METRIC, scores, [0, 20]).effect
+    scores = edge_attribution(model, [[4, 5, 6]], [[7, 8, 9]], metric=METRIC)
+    return circuit_faithfulness(model, given, _others(given), metric=METRIC, attribution=scores, sizes=[0, 20]).effect
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -161,10 +167,10 @@ def test_statistics_of_every_position(side: str) -> None:
 def test_the_sources_of_an_attention_patchscope(side: str) -> None:
     model, each = loaded("gpt2"), prompts(side)
     targets = [[4, 5, 6, 7]] * 3
-    found = patch_object_attn_lens(model, padded(each, side), targets, -2)
+    found = patch_object_attn_lens(model, padded(each, side), targets, attn_idx_patch=-2)
     for i, ids in enumerate(each):
         torch.testing.assert_close(
-            found[i], patch_object_attn_lens(model, [ids], [targets[i]], -2)[0], atol=1e-4, rtol=1e-3
+            found[i], patch_object_attn_lens(model, [ids], [targets[i]], attn_idx_patch=-2)[0], atol=1e-4, rtol=1e-3
         )
 
 
@@ -192,10 +198,12 @@ def test_on_which_side_the_tokenizer_pads_makes_no_difference() -> None:
         "collect": lambda: torch.stack(
             [*collect_activations(model, each, positions=[0, -2], progress=False).tensors.values()]
         ),
-        "batched": lambda: collect_token_activations_batched(model, each, 2, idx=-2),
+        "batched": lambda: collect_token_activations_batched(model, each, batch_size=2, idx=-2),
         "targets": lambda: patchscope_lens(model, [3, 4], TargetPromptBatch.from_prompts(each, [0, 1, -1])[1]),
         "several targets": lambda: patchscope_lens(model, each, TargetPromptBatch.from_prompts(each, [0, 1, -1])),
-        "generate": lambda: patchscope_generate(model, each, TargetPrompt("words", -2), 2, 0, min_new_tokens=2)[0],
+        "generate": lambda: patchscope_generate(
+            model, each, TargetPrompt("words", -2), max_length=2, layers=0, min_new_tokens=2
+        )[0],
         "causal": lambda: causal_tracing(model, each[0], subject=[1, 2], samples=2, progress=False).effect,
         "vector": lambda: SteeringVector.from_prompts(model, each, each[::-1][:1], progress=False).directions[1],
         "projections": lambda: SteeringVector({1: torch.ones(32)}, "layers_output", "", "").projections(model, each[0]),
@@ -226,4 +234,4 @@ def test_where_padding_on_the_left_shows_it_is_not_moved_there() -> None:
     for i, ids in enumerate(each):
         torch.testing.assert_close(found[i : i + 1], compute_next_token_probs(model, ids), atol=1e-4, rtol=1e-3)
     with pytest.raises(Exception, match="of 7, 4, 5 tokens. On this model padding is no way to one length: it shows"):
-        attribution_patching(model, given, _others(given), METRIC)
+        attribution_patching(model, given, _others(given), metric=METRIC)

@@ -156,10 +156,10 @@ def test_from_another_model(log: Callable[[], str]) -> None:
 def test_attention_lens(model_type: str, log: Callable[[], str]) -> None:
     """The whole way, which its own test holds against hooks, and from keys and values."""
     model, sources, target = wrapped(model_type), [tokens(5, i) for i in range(SOURCES)], tokens(SEQ, 3)
-    found = patch_object_attn_lens(model, sources, [target] * SOURCES, -1, 2)
+    found = patch_object_attn_lens(model, sources, [target] * SOURCES, attn_idx_patch=-1, num_patches=2)
     assert log().startswith(GOES_ON)
     for i in range(SOURCES):
-        alone = patch_object_attn_lens(model, [sources[i]], [target], -1, 2, batch_size=1)
+        alone = patch_object_attn_lens(model, [sources[i]], [target], attn_idx_patch=-1, num_patches=2, batch_size=1)
         assert log().startswith("Whole prompts")
         close(found[i : i + 1], alone)
 

@@ -99,14 +99,14 @@ def test_layers_and_positions_of_source_and_target_may_differ(model_type: str) -
     model = wrapped(model_type)
     (source,), (text,) = ids(model_type, 7), ids(model_type, 6)
     target = TargetPrompt(text, 1)
-    found = patchscope_lens(model, [source], target, [-1, 0, 1], target_layers=[0, 2, -2], source_position=3)
+    found = patchscope_lens(model, [source], target, layers=[-1, 0, 1], target_layers=[0, 2, -2], source_position=3)
     for i, (layer, into) in enumerate([(2, 0), (0, 2), (1, 1)]):
         state = state_of(model_type, source, layer, 3)
         close(found[0, i], naive(model_type, text, 1, into, state))
     every = patchscope_lens(model, [source], target, target_layers=0)
     for layer in range(model.num_layers):
         close(every[0, layer], naive(model_type, text, 1, 0, state_of(model_type, source, layer)))
-    assert patchscope_lens(model, [source], target, 1).shape[1] == 1
+    assert patchscope_lens(model, [source], target, layers=1).shape[1] == 1
 
 
 def test_another_model_through_a_mapping() -> None:
@@ -141,10 +141,10 @@ def test_latents_are_by_the_layers_asked_for_or_by_all() -> None:
     expected = patchscope_lens(model, [source], target)
     close(patchscope_lens(model, None, target, latents=latents), expected)
     close(patchscope_lens(model, target_patch_prompts=target, latents=list(latents)), expected)
-    close(patchscope_lens(model, None, target, [0, 2], latents), expected[:, [0, 2]])
-    close(patchscope_lens(model, None, target, [0, 2], latents[[0, 2]]), expected[:, [0, 2]])
+    close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents), expected[:, [0, 2]])
+    close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents[[0, 2]]), expected[:, [0, 2]])
     with pytest.raises(InputError, match=r"latents are of 2 layers: give one for each of the 1 layers"):
-        patchscope_lens(model, None, target, 0, latents[:2])
+        patchscope_lens(model, None, target, layers=0, latents=latents[:2])
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -174,8 +174,8 @@ def test_generation_goes_on_from_each_layer(model_type: str, max_batch_size: int
         model,
         sources,
         TargetPrompt(text, 2),
-        4,
-        [0, -1],
+        max_length=4,
+        layers=[0, -1],
         max_batch_size=max_batch_size,
         do_sample=False,
         eos_token_id=-1,
@@ -193,9 +193,9 @@ def test_beams_are_patched_as_their_prompt_is() -> None:
     model, sources = wrapped("llama"), ids("llama", 5, 8)
     target = TargetPrompt(ids("llama", 6)[0], 2)
     kwargs: dict[str, Any] = {"do_sample": False, "num_beams": 3, "eos_token_id": -1}
-    both = patchscope_generate(model, sources, target, 4, **kwargs)
+    both = patchscope_generate(model, sources, target, max_length=4, **kwargs)
     for i, source in enumerate(sources):
-        alone = patchscope_generate(model, [source], target, 4, max_batch_size=1, **kwargs)
+        alone = patchscope_generate(model, [source], target, max_length=4, max_batch_size=1, **kwargs)
         for layer in range(3):
             assert torch.equal(both[layer][i], alone[layer][0])
 
@@ -209,7 +209,7 @@ def test_attention_reads_the_source(model_type: str, sources: int) -> None:
     assert len(layers) == model.num_layers
     lengths = ((7, 7), (6, 6)) if model_type in HYBRIDS else ((5, 9), (8, 6))
     given, texts = ids(model_type, *lengths[0])[:sources], ids(model_type, *lengths[1])
-    found = patch_object_attn_lens(model, given, texts, 1, num_patches=2, batch_size=5)
+    found = patch_object_attn_lens(model, given, texts, attn_idx_patch=1, num_patches=2, batch_size=5)
     assert found.shape == (2, model.num_layers, model.vocab_size)
     for i, text in enumerate(texts):
         source = torch.tensor([given[i % sources]])
@@ -226,10 +226,10 @@ def test_attention_reads_the_source(model_type: str, sources: int) -> None:
 
 def test_attention_lens_says_what_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"There are 2 sources and 3 target prompts"):
-        patch_object_attn_lens(wrapped("llama"), ids("llama", 4, 4), ids("llama", 5, 5, 5), 0)
+        patch_object_attn_lens(wrapped("llama"), ids("llama", 4, 4), ids("llama", 5, 5, 5), attn_idx_patch=0)
     mamba = StandardizedTransformer(zoo_shared("mamba"))
     with pytest.raises(NotInThisModelError, match=r"attentions_input\[0\]: this layer has none"):
-        patch_object_attn_lens(mamba, [[20, 21]], [[22, 23]], 0)
+        patch_object_attn_lens(mamba, [[20, 21]], [[22, 23]], attn_idx_patch=0)
 
 
 def test_a_country_put_into_another_prompt_is_asked_for_its_capital() -> None:

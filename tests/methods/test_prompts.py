@@ -155,7 +155,7 @@ def test_run_prompts_passes_arguments_on_and_shows_progress() -> None:
         return torch.full((len(texts), 1, 5), value)
 
     prompts = [Prompt("x", {"a": [1, 2]})] * 3
-    found = run_prompts(demo(), prompts, 2, constant, {"value": 0.25}, tqdm=bar)
+    found = run_prompts(demo(), prompts, batch_size=2, get_probs_func=constant, func_kwargs={"value": 0.25}, tqdm=bar)
     assert found["a"].tolist() == [[0.5]] * 3
     assert shown == [([0, 2], "Running prompts")]
     assert run_prompts(demo(), []) == {}

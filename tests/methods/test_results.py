@@ -40,7 +40,9 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def _faithful(m: Any) -> Any:
-    return circuit_faithfulness(m, PROMPT, OTHER, metric, edge_attribution(m, PROMPT, OTHER, metric), sizes=[1, 20])
+    return circuit_faithfulness(
+        m, PROMPT, OTHER, metric=metric, attribution=edge_attribution(m, PROMPT, OTHER, metric=metric), sizes=[1, 20]
+    )
 
 
 ASKS: dict[str, Any] = {
@@ -51,12 +53,12 @@ ASKS: dict[str, Any] = {
     "path_patching": lambda m: path_patching(
         m, clean=PROMPT, corrupted=OTHER, sender="mlps_contribution[0]", receivers="logits", metric=metric
     ),
-    "attribution_patching": lambda m: attribution_patching(m, PROMPT, OTHER, metric),
-    "edge_attribution": lambda m: edge_attribution(m, PROMPT, OTHER, metric),
+    "attribution_patching": lambda m: attribution_patching(m, PROMPT, OTHER, metric=metric),
+    "edge_attribution": lambda m: edge_attribution(m, PROMPT, OTHER, metric=metric),
     "circuit_faithfulness": _faithful,
-    "direct_logit_attribution": lambda m: direct_logit_attribution(m, PROMPT, " Paris", by="component"),
+    "direct_logit_attribution": lambda m: direct_logit_attribution(m, PROMPT, answer=" Paris", by="component"),
     "head_scores": lambda m: head_scores(m)["induction"],
-    "head_ablation": lambda m: head_ablation(m, PROMPT, metric),
+    "head_ablation": lambda m: head_ablation(m, PROMPT, metric=metric),
     "lens_statistics": lambda m: lens_statistics(m, PROMPT),
     "logit_lens": lambda m: logit_lens(m, PROMPT),
 }
@@ -181,3 +183,5 @@ def test_a_folder_that_is_not_there_is_said(found: dict[str, Result], tmp_path: 
     for one in (next(iter(found.values())), cache):
         with pytest.raises(FileNotFoundError, match=r"There is no folder '.*away' to write 'x' into: make it first\."):
             one.save(tmp_path / "away" / "x")
+        with pytest.raises(IsADirectoryError, match=r"is a folder: give the path of a file to write\."):
+            one.save(tmp_path)

@@ -52,14 +52,14 @@ def test_one_token_of_each_prompt_after_each_layer(model_type: str, idx: int | N
     found = get_token_activations(model, PROMPTS, idx=idx)
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
     for function in (collect_token_activations_batched, collect_last_token_activations_session):
-        batched = function(model, PROMPTS, 2, idx=idx)
+        batched = function(model, PROMPTS, batch_size=2, idx=idx)
         torch.testing.assert_close(batched, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_in_any_order_and_other_values() -> None:
     model = StandardizedTransformer(shared("llama"))
     found = collect_token_activations_batched(
-        model, PROMPTS, 2, layers=[2, -3], get_activations=lambda model, layer: model.mlps_output[layer]
+        model, PROMPTS, batch_size=2, layers=[2, -3], get_activations=lambda model, layer: model.mlps_output[layer]
     )
     torch.testing.assert_close(found, expected("llama", -1, "mlp")[[2, 0]], rtol=1e-4, atol=1e-4)
 
@@ -81,7 +81,7 @@ def test_progress_is_shown_with_what_is_given() -> None:
             shown.append(start)
             yield start
 
-    collect_token_activations_batched(StandardizedTransformer(shared("gpt2")), PROMPTS, 2, tqdm=bar)
+    collect_token_activations_batched(StandardizedTransformer(shared("gpt2")), PROMPTS, batch_size=2, tqdm=bar)
     assert shown == [0, 2]
 
 
@@ -104,4 +104,4 @@ def test_errors() -> None:
     ):
         get_token_activations(model, PROMPTS, idx=3)
     with pytest.raises(InputError, match=re.escape("There are no prompts to collect activations of.")):
-        collect_token_activations_batched(model, [], 2)
+        collect_token_activations_batched(model, [], batch_size=2)

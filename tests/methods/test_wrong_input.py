@@ -99,9 +99,9 @@ def test_methods_that_take_answers_warn(model: StandardizedTransformer) -> None:
         UserWarning,
         match=r"The answer 'Paris' .* and ' Paris' .*If it is that one that is meant, give ' Paris'",
     ):
-        direct_logit_attribution(model, PROMPT, "Paris")
+        direct_logit_attribution(model, PROMPT, answer="Paris")
     with pytest.warns(UserWarning, match="The answer 'Rome'"):
-        direct_logit_attribution(model, PROMPT, " Paris", "Rome")
+        direct_logit_attribution(model, PROMPT, answer=" Paris", wrong="Rome")
     with pytest.warns(UserWarning, match="The answer 'Paris'"):
         lens_statistics(model, ["Japan is in", PROMPT], targets=[" Asia", "Paris"])
     with pytest.warns(UserWarning, match="The answer 'Paris'"):
@@ -134,7 +134,7 @@ def test_two_prompts_that_are_the_same_are_no_pair(model: StandardizedTransforme
     ):
         for ask in (
             lambda: activation_patching(model, clean=clean, corrupted=corrupted, metric=metric),  # noqa: B023
-            lambda: attribution_patching(model, clean, corrupted, metric),  # noqa: B023
+            lambda: attribution_patching(model, clean, corrupted, metric=metric),  # noqa: B023
         ):
             with pytest.raises(
                 InputError,

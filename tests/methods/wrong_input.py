@@ -22,7 +22,7 @@ nanv = torch.full((H,), N)
 met = of.logit_difference(" Paris", " Tokyo", m)
 sv = of.SteeringVector({1: torch.ones(H)}, "layers_output", "gpt2", "given")
 lens = of.TunedLens.identity(m)
-edges = of.edge_attribution(m, P, Q, met)
+edges = of.edge_attribution(m, P, Q, metric=met)
 
 
 def t(ask: Callable[[], Any]) -> None:
@@ -51,11 +51,12 @@ def ct(**given: Any) -> Any:
 
 
 def at(*args: Any, **given: Any) -> Any:
-    return of.attribution_patching(m, *(args or (P, Q, met)), **given)
+    clean, corrupted, metric = args or (P, Q, met)
+    return of.attribution_patching(m, clean, corrupted, metric=metric, **given)
 
 
 def ig(**given: Any) -> Any:
-    return of.integrated_gradients(m, P, Q, met, **{"steps": 1, **given})
+    return of.integrated_gradients(m, P, Q, metric=met, **{"steps": 1, **given})
 
 
 #: What is called, what is raised, and how its text begins.
@@ -250,37 +251,37 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "2 layers are read and 3 are to be written: give one target layer for all, or one each.",
     ),
     (
-        lambda: of.patchscope_generate(m, P, of.TargetPrompt("a", -1), 0, layers=0),
+        lambda: of.patchscope_generate(m, P, of.TargetPrompt("a", -1), max_length=0, layers=0),
         "InputError",
         "max_length=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.patchscope_generate(m, P, None, 1, layers=0),
+        lambda: of.patchscope_generate(m, P, None, max_length=1, layers=0),
         "InputError",
         "target prompts=None: give several, in a list.",
     ),
     (
-        lambda: of.patchscope_generate(m, P, of.TargetPrompt("a", -1), 1, layers=0, max_batch_size=0),
+        lambda: of.patchscope_generate(m, P, of.TargetPrompt("a", -1), max_length=1, layers=0, max_batch_size=0),
         "InputError",
         "max_batch_size=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.patch_object_attn_lens(m, P, Q, 99),
+        lambda: of.patch_object_attn_lens(m, P, Q, attn_idx_patch=99),
         "InputError",
         "positions: prompt 0 has 5 tokens, at 0 to 4 (or -5 to -1); there is no position 99.",
     ),
     (
-        lambda: of.patch_object_attn_lens(m, P, Q, "last"),
+        lambda: of.patch_object_attn_lens(m, P, Q, attn_idx_patch="last"),
         "InputError",
         "attn_idx_patch='last': it is a whole number.",
     ),
     (
-        lambda: of.patch_object_attn_lens(m, P, Q, 0, 0),
+        lambda: of.patch_object_attn_lens(m, P, Q, attn_idx_patch=0, num_patches=0),
         "InputError",
         "num_patches=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.patch_object_attn_lens(m, [P, Q], [P, Q, P], 0),
+        lambda: of.patch_object_attn_lens(m, [P, Q], [P, Q, P], attn_idx_patch=0),
         "InputError",
         "There are 2 sources and 3 target prompts: give one source for all, or one each.",
     ),
@@ -352,7 +353,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "prompts=['a']: give a list of Prompts, [Prompt.from_strings(text, targets, model), ...].",
     ),
     (
-        lambda: of.run_prompts(m, [of.Prompt.from_strings(P, " Paris", m)], 0, tqdm=None),
+        lambda: of.run_prompts(m, [of.Prompt.from_strings(P, " Paris", m)], batch_size=0, tqdm=None),
         "InputError",
         "batch_size=0: it is a whole number, 1 or more.",
     ),
@@ -600,70 +601,74 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: ig(steps=0), "InputError", "steps=0: it is a whole number, 1 or more."),
     (lambda: ig(steps=1.5), "InputError", "steps=1.5: it is a whole number, 1 or more."),
     (
-        lambda: of.edge_attribution(m, P, Q, met, steps=0),
+        lambda: of.edge_attribution(m, P, Q, metric=met, steps=0),
         "InputError",
         "steps=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.edge_attribution(m, P, Q, met, steps="5"),
+        lambda: of.edge_attribution(m, P, Q, metric=met, steps="5"),
         "InputError",
         "steps='5': it is a whole number, 1 or more.",
     ),
     (lambda: edges.kept(-1).sum(), "InputError", "k=-1: it is a whole number, 0 or more."),
     (
-        lambda: of.circuit_faithfulness(m, P, Q, met, edges, [10**6]),
+        lambda: of.circuit_faithfulness(m, P, Q, metric=met, attribution=edges, sizes=[10**6]),
         "InputError",
         "sizes=[1000000]: 1000000 edges cannot be kept, there are 2188 (sizes: 0 to 2188).",
     ),
-    (lambda: of.circuit_faithfulness(m, P, Q, met, edges, []), "InputError", "sizes: give at least one."),
     (
-        lambda: of.circuit_faithfulness(m, P, Q, met, 3, [1]),
+        lambda: of.circuit_faithfulness(m, P, Q, metric=met, attribution=edges, sizes=[]),
+        "InputError",
+        "sizes: give at least one.",
+    ),
+    (
+        lambda: of.circuit_faithfulness(m, P, Q, metric=met, attribution=3, sizes=[1]),
         "InputError",
         "attribution is a int: give what edge_attribution gave.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, " Paris", by="x"),
+        lambda: of.direct_logit_attribution(m, P, answer=" Paris", by="x"),
         "InputError",
         "by='x': take 'layer', 'component' or 'head'.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, " Paris", position=99),
+        lambda: of.direct_logit_attribution(m, P, answer=" Paris", position=99),
         "InputError",
         "positions: prompt 0 has 5 tokens, at 0 to 4 (or -5 to -1); there is no position 99.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, " Paris", position="last"),
+        lambda: of.direct_logit_attribution(m, P, answer=" Paris", position="last"),
         "InputError",
         "position='last': it is a whole number.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, " Paris is"),
+        lambda: of.direct_logit_attribution(m, P, answer=" Paris is"),
         "InputError",
         "The answer ' Paris is' is 2 tokens, ['ĠParis', 'Ġis']: a metric looks at the next token alone. Give ",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, 10**6),
+        lambda: of.direct_logit_attribution(m, P, answer=10**6),
         "InputError",
         "The answer 1000000 is no token id of a vocabulary of 742.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, None),
+        lambda: of.direct_logit_attribution(m, P, answer=None),
         "InputError",
         "The answer None is neither a token id nor a text.",
     ),
     (
-        lambda: of.direct_logit_attribution(m, P, [1, 2]),
+        lambda: of.direct_logit_attribution(m, P, answer=[1, 2]),
         "InputError",
         "2 answers for 1 rows of logits: give one, or one for each.",
     ),
     (
-        lambda: of.get_token_activations(m, P, [99]),
+        lambda: of.get_token_activations(m, P, layers=[99]),
         "LayerIndexError",
         "layers_output[99]: the model has 6 layers, 0 to 5.",
     ),
-    (lambda: of.get_token_activations(m, P, []), "InputError", "layers=[]: give at least one."),
+    (lambda: of.get_token_activations(m, P, layers=[]), "InputError", "layers=[]: give at least one."),
     (
-        lambda: of.get_token_activations(m, P, "all"),
+        lambda: of.get_token_activations(m, P, layers="all"),
         "InputError",
         "layers='all': it is one layer, or several; they are counted from 0.",
     ),
@@ -675,12 +680,12 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: of.get_token_activations(m, P, idx="last"), "InputError", "idx='last': it is a whole number."),
     (lambda: of.get_token_activations(m, P, idx=False), "InputError", "idx=False: it is a whole number."),
     (
-        lambda: of.get_token_activations(m, P, None, 3),
+        lambda: of.get_token_activations(m, P, layers=None, get_activations=3),
         "InputError",
         "get_activations=3: it is a function from the model and a layer to a value of (batch, seq, hidden).",
     ),
     (
-        lambda: of.get_token_activations(m, P, None, lambda a, b: 3),
+        lambda: of.get_token_activations(m, P, layers=None, get_activations=lambda a, b: 3),
         "InputError",
         "get_activations gave a int of layer 0, and no tensor of (batch, seq, ...).",
     ),
@@ -690,33 +695,33 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "There are no prompts: give some, or a trace that is open (tracer=...).",
     ),
     (
-        lambda: of.collect_token_activations_batched(m, [P], 0),
+        lambda: of.collect_token_activations_batched(m, [P], batch_size=0),
         "InputError",
         "batch_size=0: it is a whole number, 1 or more.",
     ),
     (
-        lambda: of.collect_token_activations_batched(m, [], 2),
+        lambda: of.collect_token_activations_batched(m, [], batch_size=2),
         "InputError",
         "There are no prompts to collect activations of.",
     ),
     (
-        lambda: of.collect_activations(m, [P], "x", progress=False),
+        lambda: of.collect_activations(m, [P], points="x", progress=False),
         "InputError",
         "'x' is no name with values by position; there are layers_input",
     ),
-    (lambda: of.collect_activations(m, [P], {}, progress=False), "InputError", "points={} names no layer."),
+    (lambda: of.collect_activations(m, [P], points={}, progress=False), "InputError", "points={} names no layer."),
     (
-        lambda: of.collect_activations(m, [P], 3, progress=False),
+        lambda: of.collect_activations(m, [P], points=3, progress=False),
         "InputError",
         "points=3: give several, in a list.",
     ),
     (
-        lambda: of.collect_activations(m, [P], {"layers_output": 99}, progress=False),
+        lambda: of.collect_activations(m, [P], points={"layers_output": 99}, progress=False),
         "LayerIndexError",
         "layers_output[99]: the model has 6 layers, 0 to 5.",
     ),
     (
-        lambda: of.collect_activations(m, [P], {"layers_output": "x"}, progress=False),
+        lambda: of.collect_activations(m, [P], points={"layers_output": "x"}, progress=False),
         "LayerIndexError",
         "layers_output['x']: layers are counted, 0 to 5, or sliced.",
     ),
@@ -898,12 +903,12 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "The direction is of shape (3,), the model's residual stream of width 96.",
     ),
     (
-        lambda: t(lambda: of.ablate_direction(m, torch.ones(H), 99)),
+        lambda: t(lambda: of.ablate_direction(m, torch.ones(H), layers=99)),
         "LayerIndexError",
         "layers_input[99]: the model has 6 layers, 0 to 5.",
     ),
     (
-        lambda: t(lambda: of.ablate_direction(m, torch.ones(H), [])),
+        lambda: t(lambda: of.ablate_direction(m, torch.ones(H), layers=[])),
         "InputError",
         "layers=[]: give at least one.",
     ),

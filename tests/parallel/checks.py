@@ -312,7 +312,7 @@ def several_blocks(case: str) -> None:
                 positions=[-1],
                 progress=False,
             ).effect
-        parts = direct_logit_attribution(model, ids, 3, by="head").effect
+        parts = direct_logit_attribution(model, ids, answer=3, by="head").effect
         results.append((pattern, heads, logits, doubled, lens, patched, parts))
     for k, (first, second) in enumerate(zip(*results, strict=True)):
         near(first, second, f"result {k}")

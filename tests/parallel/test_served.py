@@ -102,7 +102,7 @@ def test_generations(models: tuple[Any, Any]) -> None:
 
 
 def test_methods(models: tuple[Any, Any]) -> None:
-    near([[direct_logit_attribution(model, IDS.tolist(), 3, by="head").effect] for model in models])
+    near([[direct_logit_attribution(model, IDS.tolist(), answer=3, by="head").effect] for model in models])
 
 
 def test_a_sessions_error_is_told_and_the_next_is_right(models: tuple[Any, Any]) -> None:

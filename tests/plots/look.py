@@ -96,7 +96,7 @@ def plots() -> dict[str, Callable[[], Any]]:
 
     def edges() -> Any:
         metric = logit_difference(" Paris", " Rome", model)
-        found = edge_attribution(model, PROMPT, "The capital of Italy is", metric)
+        found = edge_attribution(model, PROMPT, "The capital of Italy is", metric=metric)
         return circuit(
             found.effect.mean(0),
             sources=found.sources,

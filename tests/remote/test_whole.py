@@ -109,13 +109,13 @@ def test_each_is_one_round_trip(remote: Any) -> None:
         "logit_lens": lambda: logit_lens(remote, [A, B]),
         "activation_patching": lambda: activation_patching(remote, **pair),
         "attribution_patching": lambda: attribution_patching(remote, **pair),
-        "integrated_gradients": lambda: integrated_gradients(remote, A, B, metric, steps=2),
-        "edge_attribution": lambda: edge_attribution(remote, A, B, metric),
+        "integrated_gradients": lambda: integrated_gradients(remote, A, B, metric=metric, steps=2),
+        "edge_attribution": lambda: edge_attribution(remote, A, B, metric=metric),
         "head_scores": lambda: head_scores(remote),
-        "head_ablation": lambda: head_ablation(remote, A, metric),
+        "head_ablation": lambda: head_ablation(remote, A, metric=metric),
         "path_patching": lambda: path_patching(remote, sender="mlps_contribution[1]", receivers="logits", **pair),
         "causal_tracing": lambda: causal_tracing(remote, A, subject="France", samples=2),
-        "direct_logit_attribution": lambda: direct_logit_attribution(remote, A, " Paris"),
+        "direct_logit_attribution": lambda: direct_logit_attribution(remote, A, answer=" Paris"),
     }
     assert {name: trips(remote, call) for name, call in calls.items()} == dict.fromkeys(calls, 1)
 
@@ -179,9 +179,9 @@ def test_beams_run_whole(local: Any, remote: Any) -> None:
     """A cache that is reordered here could not be sent."""
     target, options = TargetPrompt(B, -1), {"num_beams": 3, "do_sample": False}
     before = remote._connection.trips
-    found = patchscope_generate(remote, [A], target, 3, **options)
+    found = patchscope_generate(remote, [A], target, max_length=3, **options)
     assert remote._connection.trips == before + 1
-    wanted = patchscope_generate(local, [A], target, 3, **options)
+    wanted = patchscope_generate(local, [A], target, max_length=3, **options)
     assert {layer: each.tolist() for layer, each in found.items()} == {
         layer: each.tolist() for layer, each in wanted.items()
     }
@@ -266,10 +266,10 @@ def test_warnings_are_those_of_the_method_and_come_once(local: Any, remote: Any)
 
 
 def test_progress_is_shown_here(remote: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    integrated_gradients(remote, A, B, logit_difference(3, 4), steps=40, progress=True)
+    integrated_gradients(remote, A, B, metric=logit_difference(3, 4), steps=40, progress=True)
     told = capsys.readouterr().err
     assert re.search("layers.*6/6", told)
-    integrated_gradients(remote, A, B, logit_difference(3, 4), steps=2)
+    integrated_gradients(remote, A, B, metric=logit_difference(3, 4), steps=2)
     assert not capsys.readouterr().err
 
 
@@ -277,7 +277,7 @@ def test_ctrl_c_here_ends_it_there(remote: Any) -> None:
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        integrated_gradients(remote, A, B, logit_difference(3, 4), steps=100_000)
+        integrated_gradients(remote, A, B, metric=logit_difference(3, 4), steps=100_000)
     assert time.monotonic() - began < 10
     wait_until(lambda: running(remote) == 0)
     with remote.trace(A):  # this session goes on
@@ -306,13 +306,13 @@ def test_a_connection_that_breaks_while_it_runs(local: Any, remote: Any, server:
     metric = logit_difference(3, 4)
     threading.Timer(0.3, remote._connection._socket.socket.shutdown, (2,)).start()
     with pytest.raises(ConnectionLostError, match=r"the run goes on.*fetch\('([0-9a-f]{32})'\)") as caught:
-        integrated_gradients(remote, A, B, metric, steps=60)
+        integrated_gradients(remote, A, B, metric=metric, steps=60)
     name = str(caught.value).partition("fetch('")[2][:32]
     for wrong, key in ((name, keys[1][1]), (secrets.token_hex(16), keys[1][0])):
         with pytest.raises(RemoteError, match="there is no run of that name"):
             Server(server.address, key).fetch(wrong).result()
     found = Server(server.address, keys[1][0]).fetch(name).result()
-    assert torch.equal(found.effect, integrated_gradients(local, A, B, metric, steps=60).effect)
+    assert torch.equal(found.effect, integrated_gradients(local, A, B, metric=metric, steps=60).effect)
 
 
 def test_a_connection_that_breaks_while_a_result_is_fetched(
@@ -357,7 +357,7 @@ def test_what_is_not_run_there(remote: Any, tmp_path: Path) -> None:
             remote.server.run(name)
     with pytest.raises(NotRemoteError, match="is drawn|are drawn by its client"):
         remote.server.run("patchscope_generate", prompts=A, target_patch_prompt=_target(), max_length=2, do_sample=True)
-    assert collect_activations(remote, [A], ["layers_output"]) is not None  # from here
+    assert collect_activations(remote, [A], points=["layers_output"]) is not None  # from here
 
 
 def _target() -> Any:

@@ -155,7 +155,9 @@ def test_it_stands_aside_where_others_wait_and_ends_when_cancelled(server: Serve
 
 
 def test_two_by_turns_do_not_see_one_another(server: Served) -> None:
-    wanted = integrated_gradients(server._model, A, B, logit_difference(" Paris", " Tokyo", server._model), steps=5)
+    wanted = integrated_gradients(
+        server._model, A, B, metric=logit_difference(" Paris", " Tokyo", server._model), steps=5
+    )
     two = [job(server, "integrated_gradients", **PAIR, steps=5) for _ in range(2)]
     other = job(server, "logit_lens", prompts=[A, B])
     while not all(one.ended for one in (*two, other)):

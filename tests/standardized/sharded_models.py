@@ -200,15 +200,16 @@ def methods_and_modules_of_ones_own(model_type: str) -> None:
     plain, sharded = both(model_type)
     one, other, ids = StandardizedTransformer(plain), StandardizedTransformer(sharded), prompt_ids()
     prompts = ids.tolist()
-    expected, found = (direct_logit_attribution(model, prompts, 3) for model in (one, other))
+    expected, found = (direct_logit_attribution(model, prompts, answer=3) for model in (one, other))
     near(found.effect, expected.effect)
     effects = [
-        attribution_patching(model, prompts[:1], prompts[1:], logit_difference(3, 4)).effect for model in (one, other)
+        attribution_patching(model, prompts[:1], prompts[1:], metric=logit_difference(3, 4)).effect
+        for model in (one, other)
     ]
     near(effects[1], effects[0])
     for name, call in {
-        "direct_logit_attribution(by='head')": lambda: direct_logit_attribution(other, prompts, 3, by="head"),
-        "A graph of edges": lambda: edge_attribution(other, prompts[:1], prompts[1:], logit_difference(3, 4)),
+        "direct_logit_attribution(by='head')": lambda: direct_logit_attribution(other, prompts, answer=3, by="head"),
+        "A graph of edges": lambda: edge_attribution(other, prompts[:1], prompts[1:], metric=logit_difference(3, 4)),
     }.items():
         try:
             call()
@@ -233,7 +234,7 @@ def methods_and_modules_of_ones_own(model_type: str) -> None:
         same(first, second)
     with tempfile.TemporaryDirectory() as folder:
         stores = [
-            collect_activations(model, prompts, {"layers_output": [1]}, folder=Path(folder) / str(i))
+            collect_activations(model, prompts, points={"layers_output": [1]}, folder=Path(folder) / str(i))
             for i, model in enumerate((one, other))
         ]
         first, second = (torch.stack([kept["layers_output", 1] for kept in store]) for store in stores)

@@ -326,7 +326,7 @@ def test_positions_count_on_in_what_is_generated(kwargs: dict[str, Any]) -> None
     model, each = loaded("llama"), [prompt_ids(1, 7)[0].tolist(), prompt_ids(1, 4, seed=3)[0].tolist()]
     greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **kwargs}
     edited_view = model.edit(
-        lambda: SteeringVector({1: VECTOR}, "layers_output", "llama", "").apply(model, 3, slice(6, 7))
+        lambda: SteeringVector({1: VECTOR}, "layers_output", "llama", "").apply(model, 3, positions=slice(6, 7))
     )
     steered_view = model.edit(lambda: model.steer(1, VECTOR, 3.0, slice(6, 7)))
     found = edited_view.generate(each, **greedy).run()

@@ -494,6 +494,24 @@ def test_it_is_read_by_name_and_layer() -> None:
 
 
 @torch.no_grad()
+def test_axes_are_named() -> None:
+    _, cache = wrapped("llama").run_with_cache(prompt_ids(), layers=[0, 2])
+    for name, axes in (
+        ("layers_output", ("layer", "batch", "seq", "hidden")),
+        ("attention_probabilities", ("layer", "batch", "head", "query", "key")),
+    ):
+        found = cache.to_xarray(name)
+        assert (found.name, found.dims) == (name, axes)
+        for layer in (0, 2):
+            assert torch.equal(torch.tensor(found.sel(layer=layer).values), cache[name, layer])
+    assert found.identical(cache[name].to_xarray())
+    half = ActivationCache({("layers_output", 1): torch.ones(1, 2, 3).bfloat16()}, {"layers_output": 2})
+    assert half.to_xarray("layers_output").sel(layer=1, seq=1).values.tolist() == [[1.0] * 3]
+    with pytest.raises(CacheError, match="'queries' is not in the cache"):
+        half.to_xarray("queries")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
 def test_it_is_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
     model, path = wrapped(model_type), tmp_path / "cache.safetensors"
@@ -543,7 +561,7 @@ def test_a_logit_is_taken_apart_as_the_method_does(model_type: str, by: str) -> 
         plain, cache = model.run_with_cache(PROMPTS)
     for position in (-1, 1):
         found = cache.logit_attribution(20, 31, by=by, position=position)
-        expected = direct_logit_attribution(model, PROMPTS, 20, 31, by=by, position=position)
+        expected = direct_logit_attribution(model, PROMPTS, answer=20, wrong=31, by=by, position=position)
         assert found.parts == expected.parts
         assert torch.equal(found.effect, expected.effect)
         columns = [pad + position % length for pad, length in zip(PADDED, LENGTHS, strict=True)]
@@ -586,7 +604,7 @@ def test_of_an_edited_view_and_an_encoder_decoder() -> None:
         with torch.no_grad():
             _, cache = one.run_with_cache(prompts)
         for by in ("layer", "component", "head"):
-            expected = direct_logit_attribution(one, prompts, 20, by=by)
+            expected = direct_logit_attribution(one, prompts, answer=20, by=by)
             assert torch.equal(cache.logit_attribution(20, by=by).effect, expected.effect)
 
 
@@ -598,7 +616,7 @@ def test_where_the_stream_is_no_sum_the_method_says_why(model_type: str, by: str
     with torch.no_grad():
         _, cache = model.run_with_cache(ids)
     try:
-        expected = direct_logit_attribution(model, ids, 5, by=by)
+        expected = direct_logit_attribution(model, ids, answer=5, by=by)
     except NotInThisModelError as error:
         with pytest.raises(NotInThisModelError) as found:
             cache.logit_attribution(5, by=by)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import encoder_decoders
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
+from nnatomy.methods.result import Result
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCAB))]
 IDS = {word: i for i, word in enumerate(WORDS)}
@@ -141,6 +143,31 @@ def test_an_answer_is_asked_for_token_by_token(model_type: str, capsys: pytest.C
     (first,), *found = rows(capsys.readouterr().out)
     assert first == "3 tokens: 'w10' 'w11' 'w12'"
     assert found == expected_rows(model.hf_model(torch.tensor([[10, 11, 12, 20]])).logits[0, 2:], [20, 21])
+
+
+@torch.no_grad()
+def test_what_is_printed_is_returned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = wrapped("llama", begins=True)
+    found = model.test_prompt(PROMPT, ANSWER, top=2)
+    assert repr(found) + "\n" == capsys.readouterr().out
+    probs = model.hf_model(torch.tensor([[1, 10, 11, 12, 20]])).logits[0, 3:].softmax(-1)
+    assert torch.equal(found.effect, probs[[0, 1], [20, 21]])
+    table = found.to_dataframe()
+    assert table["answer"].tolist() == ["w20", "w21"]
+    assert table["rank"].tolist() == [int((row > row[i]).sum()) + 1 for row, i in zip(probs, (20, 21), strict=True)]
+    assert table["effect"].tolist() == [float(probs[0, 20]), float(probs[1, 21])]
+    for place, row in enumerate(probs):
+        order = sorted(range(len(row)), key=lambda i: -float(row[i]))[:10]
+        names = [*WORDS, *[""] * len(row)]
+        assert found.top(answer=place) == [(names[i], float(row[i])) for i in order]
+    assert list(found.plot().data[0].x) == found.effect.tolist()
+    found.save(tmp_path / "found")
+    assert repr(Result.load(tmp_path / "found")) == repr(found)
+    with pytest.raises(InputError, match=r"k=11: the 10 most probable tokens are kept: test_prompt\(\.\.\., top=11\)"):
+        found.top(11)
+    with pytest.raises(InputError, match=r"answer=2: the answer has 2 tokens, 0 to 1\."):
+        found.top(answer=2)
+    assert len(model.test_prompt(PROMPT, ANSWER, top=12).top(12)) == 12
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ A script, and no test module: the suite's own checks of types would speak first.
 from __future__ import annotations
 
 import pickle
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,10 @@ import torch
 import nnatomy
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import NnatomyError
+from nnatomy.methods import ActivationStore, LogitLens, SteeringVector, TunedLens, collect_activations, logit_lens
+from nnatomy.methods.result import Result
+from nnatomy.plans import from_control_vector, from_pyvene, load_plan
+from nnatomy.standardized import ActivationCache
 
 LIBRARY = Path(nnatomy.__file__).parent
 warnings.simplefilter("error")
@@ -24,6 +29,21 @@ m = StandardizedTransformer("demo:gpt2")
 P = "The capital of France is"
 v = torch.ones(96)
 _, C = m.run_with_cache(P, ["layers_output"], layers=[1])
+
+
+# Files of each kind, each of which is handed to what reads another kind.
+FILES = tempfile.TemporaryDirectory()
+D = Path(FILES.name)
+PLAN = m.record(lambda: m.skip_layer(1))
+PLAN.save(D / "plan")
+LENS = logit_lens(m, P)
+LENS.save(D / "lens")
+C.save(D / "cache")
+SteeringVector({1: v}, "layers_output", "gpt2", "given").save(D / "vector")
+TunedLens.identity(m).save(D / "tuned")
+collect_activations(m, [P], points={"layers_output": [1]}, folder=D / "store", progress=False)
+(D / "text").write_text("hello")
+(D / "empty").mkdir()
 
 
 def tr(ask: Callable[[], Any]) -> Callable[[], None]:
@@ -682,6 +702,126 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "UsageError",
         "attach(point, module): it takes a torch.nn.Module; got a function.",
     ),
+    # Plans and files.
+    (
+        lambda: load_plan(3),
+        "PlanError",
+        "path=3: give the path of a folder that Plan.save wrote, as a text or a pathlib.Path.",
+    ),
+    (lambda: load_plan(""), "PlanError", "path='': give the path of a folder that Plan.save wrote"),
+    (lambda: load_plan(PLAN), "PlanError", "This is a plan already, and no path of one: apply it, plan.apply(model)."),
+    (
+        lambda: load_plan(D / "no"),
+        "PlanError",
+        f"{D / 'no' / 'plan.json'}: there is no plan: No such file or directory.",
+    ),
+    (
+        lambda: load_plan(D / "store"),
+        "PlanError",
+        f"{D / 'store' / 'plan.json'}: there is no plan: No such file or directory. It holds activations: ActivationStore(path).",
+    ),
+    (
+        lambda: load_plan(D / "plan" / "plan.json"),
+        "PlanError",
+        f"{D / 'plan' / 'plan.json'} is a file: give the path of a folder that Plan.save wrote. It is a part of a plan: "
+        "load_plan takes the path of its folder.",
+    ),
+    (
+        lambda: load_plan(D / "lens"),
+        "PlanError",
+        f"{D / 'lens'} is a file: give the path of a folder that Plan.save wrote. It is a result of a method, LogitLens: "
+        "nnatomy.methods.result.Result.load(path).",
+    ),
+    (
+        lambda: PLAN.apply("demo:gpt2"),
+        "PlanError",
+        "A plan is applied to a StandardizedTransformer; got a str: StandardizedTransformer('demo:gpt2').",
+    ),
+    (
+        lambda: PLAN.apply(m.hf_model),
+        "PlanError",
+        "A plan is applied to a StandardizedTransformer; got a GPT2LMHeadModel: StandardizedTransformer(model, tokenizer).",
+    ),
+    (
+        lambda: PLAN.check(3),
+        "PlanError",
+        "A plan is applied to a StandardizedTransformer; got a int: plan.apply(model).",
+    ),
+    (lambda: PLAN.apply(m, check="no"), "PlanError", "check='no': it is True or False."),
+    (lambda: PLAN.summary(9), "PlanError", "block=9: the plan has 1, 0 to 0."),
+    (lambda: PLAN.save(None), "PlanError", "path=None: give the path of a folder to write"),
+    (
+        lambda: PLAN.save(D / "text"),
+        "PlanError",
+        f"{D / 'text'} is a file: a plan is written to a folder, of several files.",
+    ),
+    (lambda: from_control_vector(3, m), "PlanError", "path=3: give the path of a GGUF file of a control vector"),
+    (lambda: from_pyvene(3, m), "PlanError", "path=3: give the path of a config of pyvene's"),
+    (lambda: Result.load(3), "InputError", "path=3: give the path of a file that a result's save wrote, as a text or"),
+    (
+        lambda: LogitLens.load(LENS),
+        "InputError",
+        "path=a LogitLens: give the path of a file that a result's save wrote",
+    ),
+    (lambda: Result.load(D / "no"), "InputError", f"There is no file {D / 'no'}."),
+    (
+        lambda: Result.load(D / "plan"),
+        "InputError",
+        f"{D / 'plan'} is a folder: give the path of a file that a result's save wrote. It holds a plan: load_plan(path).",
+    ),
+    (
+        lambda: Result.load(D / "vector"),
+        "InputError",
+        f"{D / 'vector'} is no file that a result's save wrote (KeyError: 'nnatomy.Result'): give one of these. It is a "
+        "steering vector: SteeringVector.load(path).",
+    ),
+    (
+        lambda: Result.load(D / "text"),
+        "InputError",
+        f"{D / 'text'} is no file that a result's save wrote (SafetensorError: ",
+    ),
+    (lambda: LENS.save(3), "InputError", "path=3: give the path of a file to write, as a text or a pathlib.Path."),
+    (
+        lambda: SteeringVector.load(D / "tuned"),
+        "InputError",
+        f"{D / 'tuned'} is no file that SteeringVector.save wrote: KeyError('nnatomy.SteeringVector'). It is a tuned lens: "
+        "TunedLens.load(path).",
+    ),
+    (
+        lambda: SteeringVector.load(None),
+        "InputError",
+        "path=None: give the path of a file that SteeringVector.save wrote",
+    ),
+    (
+        lambda: SteeringVector.load(D / "empty"),
+        "InputError",
+        f"{D / 'empty'} is a folder: give the path of a file that SteeringVector.save wrote.",
+    ),
+    (
+        lambda: TunedLens.load(D / "cache"),
+        "InputError",
+        f"{D / 'cache'} holds no tuned lens: it has to be written by TunedLens.save. It is a cache: ActivationCache.load(path).",
+    ),
+    (lambda: TunedLens.load([]), "InputError", "path=[]: give the path of a file that TunedLens.save wrote"),
+    (lambda: TunedLens.load(D / "tuned", 3), "InputError", "model is a int: methods take a StandardizedTransformer, "),
+    (
+        lambda: ActivationCache.load(D / "lens"),
+        "InputError",
+        f"{D / 'lens'} was not written by ActivationCache.save. It is a result of a method, LogitLens: ",
+    ),
+    (lambda: ActivationCache.load(5), "InputError", "path=5: give the path of a file that ActivationCache.save wrote"),
+    (
+        lambda: ActivationCache.load(D / "cache", 3),
+        "InputError",
+        "model is a int: give the StandardizedTransformer that was run.",
+    ),
+    (lambda: C.save(3), "InputError", "path=3: give the path of a file to write"),
+    (lambda: ActivationStore(3), "InputError", "path=3: give the path of a folder that collect_activations wrote"),
+    (
+        lambda: ActivationStore(D / "plan"),
+        "InputError",
+        f"{D / 'plan'}: there are no activations here (no index.json). It holds a plan: load_plan(path).",
+    ),
     (lambda: m.W_Q(), "UsageError", "W_Q(...): a layer stands in square brackets, W_Q[0]."),
 ]
 
@@ -707,4 +847,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with FILES:
+        main()

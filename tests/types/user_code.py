@@ -125,8 +125,8 @@ def users() -> None:
     )
     assert_type(found, Patching)
     assert_type(found.normalized, Tensor)
-    head_ablation(model, "Japan is in", logit_difference(" Paris", " Tokyo", model), how="mean")
-    direct_logit_attribution(model, "Japan is in", " Asia", by="head")
+    head_ablation(model, "Japan is in", metric=logit_difference(" Paris", " Tokyo", model), how="mean")
+    direct_logit_attribution(model, "Japan is in", answer=" Asia", by="head")
     steering = SteeringVector.from_prompts(model, ["good"], ["bad"], method="mean_difference", point="layers_output")
     assert_type(steering, SteeringVector)
 

@@ -40,5 +40,5 @@ def users() -> None:
     activation_patching(model, clean="a", corrupted="b", metric=metric, mode="denoise")  # wrong
     activation_patching(model, clean="a", corrupted="b", metric=metric, point="heads")  # wrong
     activation_patching(model, clean="a", corrupted="b", metric=metric, heads="all")  # wrong
-    head_ablation(model, "Japan is in", metric, how="average")  # wrong
-    direct_logit_attribution(model, "Japan is in", " Asia", by="heads")  # wrong
+    head_ablation(model, "Japan is in", metric=metric, how="average")  # wrong
+    direct_logit_attribution(model, "Japan is in", answer=" Asia", by="heads")  # wrong

@@ -37,7 +37,7 @@ def patchscope_lens(
         latents = latents[
             : 1 if isinstance(layers, int) else len(layers)
         ]  # the i-th of them goes into the i-th of `layers`
-    return methods.patchscope_lens(nn_model, source_prompts, target_patch_prompts, layers, latents)
+    return methods.patchscope_lens(nn_model, source_prompts, target_patch_prompts, layers=layers, latents=latents)
 
 
 def patchscope_generate(
@@ -52,7 +52,7 @@ def patchscope_generate(
     """`nnatomy.methods.patchscope_generate`: token ids by layer, on the CPU."""
     refuse_remote("patchscope_generate", remote)
     return methods.patchscope_generate(
-        nn_model, prompts, target_patch_prompt, max_length, layers, max_batch_size=max_batch_size
+        nn_model, prompts, target_patch_prompt, max_length=max_length, layers=layers, max_batch_size=max_batch_size
     )
 
 
@@ -60,7 +60,9 @@ def patch_object_attn_lens(
     nn_model: Any, source_prompts: Any, target_prompts: Any, attn_idx_patch: int, num_patches: int = 5
 ) -> Tensor:
     """`nnatomy.methods.patch_object_attn_lens`: (target, layer, vocab), on the CPU."""
-    return methods.patch_object_attn_lens(nn_model, source_prompts, target_prompts, attn_idx_patch, num_patches)
+    return methods.patch_object_attn_lens(
+        nn_model, source_prompts, target_prompts, attn_idx_patch=attn_idx_patch, num_patches=num_patches
+    )
 
 
 def steer(nn_model: Any, layers: Any, steering_vector: Tensor, **kwargs: Any) -> None:

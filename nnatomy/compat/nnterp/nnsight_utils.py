@@ -153,7 +153,9 @@ def get_token_activations(
 ) -> Tensor:
     """`nnatomy.methods.get_token_activations`: (layer, prompt, hidden), on the CPU."""
     refuse_remote("get_token_activations", remote)
-    return methods.get_token_activations(nn_model, prompts, layers, get_activations, idx=idx, tracer=tracer)
+    return methods.get_token_activations(
+        nn_model, prompts, layers=layers, get_activations=get_activations, idx=idx, tracer=tracer
+    )
 
 
 def collect_token_activations_batched(
@@ -170,7 +172,7 @@ def collect_token_activations_batched(
     """`nnatomy.methods.collect_token_activations_batched`."""
     refuse_remote("collect_token_activations_batched", remote)
     return methods.collect_token_activations_batched(
-        nn_model, prompts, batch_size, layers, get_activations, idx=idx, tqdm=tqdm
+        nn_model, prompts, batch_size=batch_size, layers=layers, get_activations=get_activations, idx=idx, tqdm=tqdm
     )
 
 

@@ -33,4 +33,6 @@ def run_prompts(
 ) -> dict[str, Tensor]:
     """`nnatomy.methods.run_prompts`: the targets' probabilities of many prompts. `tqdm=None` shows no progress."""
     refuse_remote("run_prompts", remote)
-    return methods.run_prompts(nn_model, prompts, batch_size, get_probs_func, func_kwargs, **kwargs)
+    return methods.run_prompts(
+        nn_model, prompts, batch_size=batch_size, get_probs_func=get_probs_func, func_kwargs=func_kwargs, **kwargs
+    )
