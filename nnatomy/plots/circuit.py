@@ -111,6 +111,11 @@ def circuit(
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "title": {"text": f"{label(value_name)} "}},
     )
     laid_out(figure, title, height=150 + _ROW * len(rows), least=max(560, 64 * widest))
+    figure.layout.height += (
+        24  # the buttons that plotly shows are above the legend, whose line may be as long as the plot is wide
+    )
+    figure.layout.margin.t += 24
+    figure.layout.title.pad.b += 24
     steps = [*(step for step in _STEPS if step < len(edges)), len(edges)]
     if len(edges) > 1:
         figure.update_layout(sliders=[_slider(steps, edges)])
