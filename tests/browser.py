@@ -135,6 +135,13 @@ class Tab:
             raise RuntimeError(f"{expression}: {told['exceptionDetails'].get('exception', {}).get('description')}")
         return told["result"].get("value")
 
+    def until(self, condition: str) -> None:
+        """Wait until JavaScript says that it is so. Raises RuntimeError where it does not come to be."""
+        self.value(
+            f"new Promise((done, fail) => {{ const end = Date.now() + 60000, look = () => ({condition}) ? done() :"
+            f" Date.now() > end ? fail(new Error({json.dumps(condition)})) : setTimeout(look, 20); look(); }})"
+        )
+
     def middle(self, selector: str) -> tuple[float, float]:
         """Of the element, scrolled into sight."""
         x, y = self.value(

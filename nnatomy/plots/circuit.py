@@ -79,7 +79,7 @@ def circuit(
             line={"width": 0.8 + (_WIDEST - 0.8) * abs(value) / most, "color": SIGNED[value >= 0]},
             opacity=0.3 + 0.6 * abs(value) / most,
             text=f"{label(sources[source])} → {label(destinations[destination])}<br>{label(value_name)}: {value:.4g}",
-            hovertemplate="%{text}<extra></extra>",
+            hoverinfo="text",
         )
     names = sorted(places, key=lambda name: places[name][::-1])
     figure.add_scatter(
