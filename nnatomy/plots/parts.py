@@ -86,6 +86,7 @@ def parts(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "
         diverging=True,
         value_name=value_name,
     )
+    figure.layout.xaxis.title.text = "heads and other parts"
     for i, value in bands.items():
         figure.add_heatmap(
             z=[[value]],
