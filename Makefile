@@ -50,7 +50,7 @@ load: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/remote/load.py
 
 # To be looked at. CHROMIUM names the browser; a page that it cannot draw is an error. PAGES="lens circuit" draws these alone,
-# PAGES="390 2000" all at these widths.
+# PAGES="600 2000" all at these widths.
 CHROMIUM ?= chromium
 look: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/plots/look.py out/look $(CHROMIUM) $(PAGES)

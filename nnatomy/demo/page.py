@@ -14,7 +14,7 @@ import nnatomy.demo.analysis as analysis
 from nnatomy.demo.analysis import Lens, Patching, Results, Steering
 from nnatomy.demo.tables import patching_sentence
 from nnatomy.plots import attention, curves, heat_map
-from nnatomy.plots.look import Figure, css
+from nnatomy.plots.look import Figure, cell_texts, css
 from nnatomy.plots.save import look
 
 _STYLE = """
@@ -43,8 +43,9 @@ _SCRIPT = """
 const dark = matchMedia("(prefers-color-scheme: dark)");
 function paint() {
   for (const plot of document.querySelectorAll(".plotly-graph-div")) {
-    const [light, night] = JSON.parse(plot.closest("[data-looks]").dataset.looks);
-    Plotly.relayout(plot, dark.matches ? night : light).then(() => Plotly.Plots.resize(plot));
+    const {looks, texts, traces} = JSON.parse(plot.closest("[data-looks]").dataset.looks), i = +dark.matches;
+    const done = traces.length ? Plotly.update(plot, {text: texts[i]}, looks[i], traces) : Plotly.relayout(plot, looks[i]);
+    done.then(() => Plotly.Plots.resize(plot));
   }
 }
 dark.addEventListener("change", paint);
@@ -151,11 +152,16 @@ def _layers(count: int) -> list[str]:
 def _card(results: Results, figure: Figure, note: str = "") -> str:
     plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
     below = f"<p class=soft>{html.escape(note)}</p>" if note else ""
-    looks = html.escape(json.dumps([look(figure, dark) for dark in (False, True)]))
+    texts = [cell_texts(figure, dark) for dark in (False, True)]
+    looks = {
+        "looks": [look(figure, dark) for dark in (False, True)],
+        "texts": [[*one.values()] for one in texts],
+        "traces": [*texts[0]],
+    }
     least = f"{(figure.layout.meta or {}).get('least') or 0}px"
     return (
         f"<h3>demo:{html.escape(results.name)}</h3>"
-        f'<div class=plot data-looks="{looks}"><div style="min-width:{least}">{plot}</div></div>{below}'
+        f'<div class=plot data-looks="{html.escape(json.dumps(looks))}"><div style="min-width:{least}">{plot}</div></div>{below}'
     )
 
 

@@ -89,7 +89,7 @@ let cell = 1, edge = 0;  // of the large map, in CSS pixels
 function large() {
   const wide = left.clientWidth || 300, ratio = devicePixelRatio || 1, css = getComputedStyle(document.documentElement);
   const step = () => Math.max(1, Math.ceil(11 / cell));
-  edge = Math.min(96, wide * .28); cell = Math.min((wide - edge) / K, 56);
+  edge = Math.min(96, wide * .28); cell = Math.min((wide - edge) / K, 80);
   const high = cell * Q + edge + TOP;
   canvas.width = wide * ratio; canvas.height = high * ratio; canvas.style.height = high + "px";
   const pen = canvas.getContext("2d"); pen.scale(ratio, ratio); pen.translate(0, TOP);

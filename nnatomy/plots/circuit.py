@@ -79,7 +79,7 @@ def circuit(
             line={"width": 0.8 + (_WIDEST - 0.8) * abs(value) / most, "color": SIGNED[value >= 0]},
             opacity=0.3 + 0.6 * abs(value) / most,
             text=f"{label(sources[source])} → {label(destinations[destination])}<br>{label(value_name)}: {value:.4g}",
-            hovertemplate="%{text}<extra></extra>",
+            hoverinfo="text",
         )
     names = sorted(places, key=lambda name: places[name][::-1])
     figure.add_scatter(
@@ -111,6 +111,11 @@ def circuit(
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "title": {"text": f"{label(value_name)} "}},
     )
     laid_out(figure, title, height=150 + _ROW * len(rows), least=max(560, 64 * widest))
+    figure.layout.height += (
+        24  # the buttons that plotly shows are above the legend, whose line may be as long as the plot is wide
+    )
+    figure.layout.margin.t += 24
+    figure.layout.title.pad.b += 24
     steps = [*(step for step in _STEPS if step < len(edges)), len(edges)]
     if len(edges) > 1:
         figure.update_layout(sliders=[_slider(steps, edges)])

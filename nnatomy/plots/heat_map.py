@@ -10,12 +10,13 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.plots.labels import label, lines, visible, width
-from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import Figure, cell_texts, color_axis, graph_objects, laid_out
 
 _LETTER = 7.5  # pixels
 _PAGE = 900  # pixels
 _NARROW = 13  # pixels of a column whose label stands upright
 _LABEL, _TEXT = 18, 12  # letters at most, of a label and in a cell
+_LEGIBLE = 6  # letters of a longer text in a cell that are worth showing
 
 
 def heat_map(
@@ -40,7 +41,8 @@ def heat_map(
         values: NaN leaves a cell empty.
         rows, columns: the labels of both axes, such as layer numbers and tokens.
         title, row_title, column_title: the title of the plot and of its axes.
-        texts: what is written in each cell. Where a page has no room for it (a long prompt), the hover text has it alone.
+        texts: what is written in each cell, in black or white as can be read on it. Where a page has no room for them long
+            ones are cut, and with many columns the hover text has them alone.
         hover: more about each cell, under its row, column and value; "\\n" begins a line.
         diverging: colors that part values above and below zero, with zero in the middle.
         value_name: what the values are.
@@ -62,16 +64,17 @@ def heat_map(
     """
     _check(tuple(values.shape), rows, columns, texts=texts, hover=hover)
     room = _PAGE - 60 - round(_LETTER * _wide(rows, _LABEL))
-    letters = max(_wide([text for row in texts or [] for text in row], _TEXT), 5)
-    written = round(len(columns) * _LETTER * letters)
-    cells = texts if written <= room else None
+    most = min(_TEXT, int(room / (_LETTER * max(len(columns), 1))) - 1)  # letters that a cell has room for
+    longest = _wide([text for row in texts or [] for text in row], _TEXT) - 1
+    cells = texts if most >= min(longest, _LEGIBLE) else None
+    written = len(columns) * _LETTER * max(min(longest, most) + 1, 5)
     flat = len(columns) * _LETTER * _wide(columns, _LABEL) <= room
     shown = values.detach().double().cpu()
     go = graph_objects()
     figure = go.Figure(
         go.Heatmap(
             z=shown.where(shown.isfinite(), float("nan")).numpy(),
-            text=None if cells is None else [[label(text, _TEXT) for text in row] for row in cells],
+            text=None if cells is None else [[label(text, most) for text in row] for row in cells],
             texttemplate=None if cells is None else "%{text}",
             textfont={"size": 12},
             hovertext=_hover(shown, (row_title, rows), (column_title, columns), value_name, hover or texts),
@@ -89,20 +92,22 @@ def heat_map(
             showgrid=False,
             zeroline=False,
         )
-    figure.layout.xaxis.tickangle = 0 if flat else -90
+    figure.layout.xaxis.autotickangles = [0, -90]  # side by side where its place is wide enough for that
     kind = "diverging" if diverging else "sequential"
-    figure.layout.coloraxis = color_axis(kind, value_name, *_limits(shown, diverging))
+    figure.layout.coloraxis = color_axis(kind, value_name, *color_limits(shown, diverging))
+    for i, inked in cell_texts(figure, dark=False).items():
+        figure.data[i].text = inked
     wide = len(columns) * _NARROW
     return laid_out(
         figure,
         title,
         height=120 + (20 if flat else round(_LETTER * _wide(columns, _LABEL))) + 22 * max(5, len(rows)),
         width=None if wide <= room else _PAGE - room + wide,
-        least=_PAGE - room + min(wide, room) if cells is None else _PAGE - room + written,
+        least=_PAGE - room + round(min(wide, room) if cells is None else written),
     )
 
 
-def _limits(values: Tensor, diverging: bool) -> tuple[float, float]:
+def color_limits(values: Tensor, diverging: bool) -> tuple[float, float]:
     """From zero, where the values are all above it; as far below as above, where they diverge."""
     finite = values[values.isfinite()].tolist() or [0.0]
     low, high = min(finite), max(finite)

@@ -5,7 +5,10 @@ Each color is here once, light and dark; pages take theirs from `css()`.
 
 from __future__ import annotations
 
+import math
+import re
 import textwrap
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +68,35 @@ _COLORBAR = {
     "title": {"side": "top"},
 }
 _BAR_HEIGHT = 52  # pixels above the plot
+
+
+def color_at(colors: Sequence[str], share: float) -> str:
+    """The color at a share, 0 to 1, of a scale.
+
+    Example:
+        >>> color_at(["#000000", "#ffffff"], 0.5), color_at(["#000000", "#ffffff"], 2.0)
+        ('#808080', '#ffffff')
+    """
+    at = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    i = min(int(at), len(colors) - 2)
+    pairs = zip(_rgb(colors[i]), _rgb(colors[i + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in pairs)
+
+
+def ink_on(color: str) -> str:
+    """Black or white, whichever can be read better on a color; at least 4.5 to 1, as WCAG asks.
+
+    Example:
+        >>> ink_on("#4b8fcb"), ink_on("#1f64a8")
+        ('#000000', '#ffffff')
+    """
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (c / 255 for c in _rgb(color))]
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+
+
+def _rgb(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def css() -> str:
@@ -158,6 +190,34 @@ def color_axis(kind: str, name: str, low: float | None, high: float | None) -> d
         "cmin": low,
         "cmax": high,
         "colorbar": {"title": {"text": label(name)}},
+    }
+
+
+def scale_of(figure: Figure, dark: bool) -> list[str] | None:
+    """The colors of the figure's cells, light or dark; None where they are none of `SCALES`."""
+    shown = [(float(at), color) for at, color in figure.layout.coloraxis.colorscale or ()]
+    return next((both[dark] for both in SCALES.values() if spaced(both[0]) == shown), None)
+
+
+def cell_texts(figure: Figure, dark: bool) -> dict[int, list[list[str]]]:
+    """By trace: the texts of its cells, each in black or white as its cell's color asks."""
+    axis, colors = figure.layout.coloraxis, scale_of(figure, dark)
+    if colors is None:
+        return {}
+    low, high = axis.cmin, axis.cmax
+
+    def inked(text: str, value: float) -> str:
+        bare = re.sub(r'^<span style="color:#\w{6}">(.*)</span>$', r"\1", text, flags=re.DOTALL)
+        back = color_at(colors, (value - low) / (high - low)) if math.isfinite(value) else COLORS["paper"][dark]
+        return f'<span style="color:{ink_on(back)}">{bare}</span>' if bare else ""
+
+    return {
+        i: [
+            [inked(text, float(value)) for text, value in zip(*row, strict=True)]
+            for row in zip(trace.text, trace.z, strict=True)
+        ]
+        for i, trace in enumerate(figure.data)
+        if trace.type == "heatmap" and trace.text is not None
     }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError
-from nnatomy.plots.look import FONT, SCALES, Figure, css, spaced, theme
-from nnatomy.plots.view import View
+from nnatomy.plots.look import FONT, Figure, cell_texts, css, scale_of, spaced, theme
+from nnatomy.plots.view import View, within_script
 
 # The policy lets nothing in but what stands in the page itself.
 _PAGE = """<!doctype html>
@@ -21,7 +21,11 @@ h1 {{ margin: 0 0 .25rem; max-width: 60rem; font-size: 1.1rem; font-weight: 500;
 .plot {{ overflow-x: auto }} .plotly-graph-div {{ max-width: {most}; min-width: {least} }}</style></head>
 <body>{heading}<div class="plot">{plot}</div><script>
 const looks = {looks}, dark = matchMedia("(prefers-color-scheme: dark)");
-const paint = () => Plotly.relayout(document.querySelector(".plotly-graph-div"), looks[+dark.matches]);
+const texts = {texts}, traces = {traces};
+const paint = () => {{
+  const plot = document.querySelector(".plotly-graph-div"), i = +dark.matches;
+  return traces.length ? Plotly.update(plot, {{text: texts[i]}}, looks[i], traces) : Plotly.relayout(plot, looks[i]);
+}};
 dark.addEventListener("change", paint); paint();
 </script></body></html>
 """
@@ -54,7 +58,13 @@ def save(figure: Figure | View, path: str | Path) -> None:
 def page(figure: Figure) -> str:
     """The figure as a page with all that it needs in it."""
     looks = [look(figure, dark) for dark in (False, True)]
-    config = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
+    texts = [cell_texts(figure, dark) for dark in (False, True)]
+    config = {
+        "responsive": True,
+        "displaylogo": False,
+        "showSendToCloud": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d"],  # for what nothing is done with
+    }
     title = figure.layout.title.text or ""
     drawn = figure
     if title:  # above the plot, where it is folded as its reader's window is wide
@@ -74,14 +84,15 @@ def page(figure: Figure) -> str:
         least=f"{(figure.layout.meta or {}).get('least') or 0}px",
         plot=plot,
         looks=json.dumps(looks),
+        texts=within_script([[*one.values()] for one in texts]),
+        traces=[*texts[0]],
     )
 
 
 def look(figure: Figure, dark: bool) -> dict[str, Any]:
     """What makes a drawn figure light or dark."""
-    scale = [(float(at), color) for at, color in figure.layout.coloraxis.colorscale or ()]
-    kind = next((both for both in SCALES.values() if spaced(both[0]) == scale), None)
-    return {"template": theme(dark)} | ({"coloraxis.colorscale": spaced(kind[dark])} if kind else {})
+    colors = scale_of(figure, dark)
+    return {"template": theme(dark)} | ({"coloraxis.colorscale": spaced(colors)} if colors else {})
 
 
 def _picture(figure: Figure, path: Path) -> None:

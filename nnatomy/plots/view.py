@@ -57,9 +57,13 @@ function colorAt(kind, share) {  // share: 0 to 1
   const at = Math.min(Math.max(share, 0), 1) * (scale.length - 1), i = Math.min(Math.floor(at), scale.length - 2);
   return scale[i].map((part, j) => Math.round(part + (scale[i + 1][j] - part) * (at - i)));
 }
-function paint(button, color) {  // its text dark or light, as can be read on it
+function ink(color) {  // black or white, whichever can be read better: by the luminance of WCAG
+  const [r, g, b] = color.map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+  return (.2126 * r + .7152 * g + .0722 * b + .05) ** 2 > .05 * 1.05 ? "#000000" : "#ffffff";
+}
+function paint(button, color) {
   button.style.background = color ? `rgb(${color})` : "";
-  button.style.color = color ? (color[0] * .299 + color[1] * .587 + color[2] * .114 > 140 ? "#14181f" : "#ffffff") : "";
+  button.style.color = color ? ink(color) : "";
 }
 function legend(inside, kind, low, high) {
   const box = make("span", inside, undefined, "scale");
@@ -118,7 +122,7 @@ class View:
             title=shown or "nnatomy",
             heading=f"<h1>{shown}</h1>" if shown else "",
             style=css() + _STYLE.replace("FONT", FONT) + style,
-            data=_within_script({**data, **scales}),
+            data=within_script({**data, **scales}),
             script=_SCRIPT + script,
         )
 
@@ -133,6 +137,6 @@ class View:
         return "<a view: the last line of a notebook's cell shows it, nnatomy.plots.save(view, 'view.html') writes it>"
 
 
-def _within_script(data: dict[str, Any]) -> str:
+def within_script(data: Any) -> str:
     """JSON that no token ends the script with."""
     return json.dumps(data, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,25 +1,43 @@
 """Pictures of every plot, viewer and page in Chromium, to be looked at: `make look` writes them to out/look.
 
-Each at two widths, or at those given, light and dark: `make look PAGES="circuit 390 2000"` draws one page at two others.
+Each at two widths, or at those given, light and dark: `make look PAGES="circuit 600 2000"` draws one page at two others. What a
+page complains of, and where it can be scrolled sideways, is printed.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from browser import opened
 
 from nnatomy import StandardizedTransformer
 from nnatomy.methods import edge_attribution, logit_difference
 from nnatomy.methods.prompts import token_texts
 from nnatomy.plots import attention, attention_view, bars, circuit, curves, heat_map, parts, save, token_view
 
-WIDTHS = (600, 1400)  # unless others are given
+WIDTHS = (390, 1400)  # unless others are given
+LINES = (  # of commands that write a page
+    "check demo:gpt2",
+    "anatomy demo:llama",
+    'lens demo:gpt2 "The capital of France is" --top 2',
+    'patch demo:gpt2 "The capital of France is" "The capital of Japan is" --answer " Paris" --wrong " Tokyo"',
+    'attend demo:llama "The capital of France is" --layer 5',
+    'attribute demo:llama "The capital of France is" --answer " Paris" --wrong " Rome" --by head',
+    'steer demo:llama "The capital of France is" --toward "The capital of Japan is" --away "The capital of France is" --layer 4',
+)
 PROMPT = "The capital of France is"
 LONG = " ".join(["The capital of Italy is Rome and the capital of France is Paris."] * 5)
 
@@ -29,39 +47,20 @@ def main(folder: Path, browser: str, names: Sequence[str]) -> None:
     widths = [int(name) for name in names if name.isdecimal()] or WIDTHS
     names = [name for name in names if not name.isdecimal()]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in {**plots(), **pages()}.items():
-        if names and name not in names:
-            continue
-        page = folder / f"{name}.html"
-        drawn = draw()
-        page.write_text(drawn, encoding="utf-8") if isinstance(drawn, str) else save(drawn, page)
-        for width in widths:
-            for mode in ("light", "dark"):
-                picture(browser, page, folder / f"{name}-{width}-{mode}.png", width, dark=mode == "dark")
-
-
-def picture(browser: str, page: Path, path: Path, width: int, *, dark: bool) -> None:
-    """What the browser shows of a page. Raises CalledProcessError if it shows nothing."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            "--virtual-time-budget=4000",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            f"--user-data-dir={profile}",
-            f"--window-size={width},1100",
-            f"--screenshot={path}",
-            page.resolve().as_uri(),
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with opened(browser) as tab, TemporaryDirectory() as elsewhere:
+        for name, draw in {**plots(), **pages(Path(elsewhere))}.items():
+            if names and name not in names:
+                continue
+            page = folder / f"{name}.html"
+            drawn = draw()
+            page.write_text(drawn, encoding="utf-8") if isinstance(drawn, str) else save(drawn, page)
+            for width in widths:
+                for mode in ("light", "dark"):
+                    tab.show(page, width=width, dark=mode == "dark")
+                    tab.picture(folder / f"{name}-{width}-{mode}.png")
+                    wrong = [*tab.errors, *([f"{over} pixels too wide"] if (over := tab.too_wide()) > 0 else [])]
+                    sys.stdout.write(": ".join([f"{name}-{width}-{mode}", *wrong]) + "\n")
+                    sys.stdout.flush()
 
 
 def plots() -> dict[str, Callable[[], Any]]:
@@ -140,8 +139,8 @@ def plots() -> dict[str, Callable[[], Any]]:
     }
 
 
-def pages() -> dict[str, Callable[[], str]]:
-    """The demo's page."""
+def pages(folder: Path) -> dict[str, Callable[[], str]]:
+    """The demo's page, the server's, and those that the command line writes."""
 
     def demo() -> str:
         from nnatomy.demo.analysis import analyse
@@ -149,7 +148,35 @@ def pages() -> dict[str, Callable[[], str]]:
 
         return page([analyse("gpt2"), analyse("llama")])
 
-    return {"demo": demo}
+    def server() -> str:
+        command = [sys.executable, "-m", "nnatomy", "serve", "demo:gpt2", "--port", "0"]
+        process = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            address = next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line)))
+            for _ in range(100):
+                try:
+                    with urlopen(address) as answer:
+                        return str(answer.read(), "utf-8")
+                except URLError:  # it says its address before it takes connections
+                    time.sleep(0.3)
+            raise SystemExit("The server does not answer.")
+        finally:
+            process.terminate()
+            process.communicate()
+
+    def written(line: str) -> Callable[[], str]:
+        def run() -> str:
+            from nnatomy.cli import main
+
+            out = folder / "page.html"
+            if main([*shlex.split(line), "--out", str(out)]):
+                raise SystemExit(f"nnatomy {line} fails.")
+            return out.read_text(encoding="utf-8")
+
+        return run
+
+    return {"demo": demo, "server": server, **{f"cli-{line.split()[0]}": written(line) for line in LINES}}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 import torch
+from contrast import contrast
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
 from nnatomy.plots import attention, bars, circuit, curves, heat_map, parts
-from nnatomy.plots.look import COLORS, SCALES, SIGNED, theme
+from nnatomy.plots.look import COLORS, SCALES, SIGNED, cell_texts, color_at, ink_on, theme
 
 TOKENS = ["The", " the", " the", "<b>x</b>"]
 VALUES = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, float("nan"), 0.7, 0.8]])
@@ -45,9 +47,52 @@ def test_hover_has_row_column_value_and_what_is_added() -> None:
 def test_texts_stand_in_the_cells() -> None:
     texts = [[" a", "b", "c", "<u>"], ["1", "2", "3", "x" * 30]]
     (trace,) = a_map(texts=texts).data
-    assert list(trace.text[0]) == ["·a", "b", "c", "&lt;u&gt;"]
-    assert trace.text[1][3] == "x" * 11 + "…"
+    assert list(map(bare, trace.text[0])) == ["·a", "b", "c", "&lt;u&gt;"]
+    assert bare(trace.text[1][3]) == "x" * 11 + "…"
     assert trace.texttemplate == "%{text}"
+
+
+def bare(text: str) -> str:
+    """A cell's text without its color."""
+    return re.fullmatch(r'<span style="color:#[0-9a-f]{6}">(.*)</span>', text)[1]  # type: ignore[index]
+
+
+def test_long_texts_are_cut_where_all_of_them_fit_no_page() -> None:
+    def texts(columns: int, text: str) -> object:
+        drawn = heat_map(torch.ones(1, columns), rows=["0"], columns=["a"] * columns, texts=[[text] * columns]).data[0]
+        assert drawn.hovertext[0][0].endswith(f"<br>{text}")
+        return None if drawn.text is None else bare(drawn.text[0][0])
+
+    assert texts(12, "Washington") == "Washing…"
+    assert texts(8, "Washington") == "Washington"
+    assert texts(18, "0.53") == "0.53"
+    assert texts(18, "Washington") is None
+    assert texts(60, "a") is None
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("kind", SCALES)
+def test_text_can_be_read_on_every_color_of_a_scale(kind: str, dark: bool) -> None:
+    for i in range(1001):
+        color = color_at(SCALES[kind][dark], i / 1000)
+        assert contrast(ink_on(color), color) >= 4.5
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("diverging", [False, True])
+def test_each_cell_has_the_ink_of_its_color(dark: bool, diverging: bool) -> None:
+    values = torch.linspace(-1.0 if diverging else 0.0, 1.0, 21)[None]
+    values[0, 5] = torch.nan
+    figure = heat_map(values, rows=["0"], columns=["a"] * 21, texts=[["x"] * 21], diverging=diverging)
+    (texts,) = cell_texts(figure, dark)[0]
+    scale = SCALES["diverging" if diverging else "sequential"][dark]
+    colors = [color_at(scale, i / 20) for i in range(21)]
+    colors[5] = COLORS["paper"][dark]  # empty
+    inks = [re.search("#[0-9a-f]{6}", text)[0] for text in texts]  # type: ignore[index]
+    assert len(set(inks)) == 2
+    assert min(contrast(ink, color) for ink, color in zip(inks, colors, strict=True)) >= 4.5
+    if not dark:
+        assert [list(row) for row in figure.data[0].text] == [texts]
 
 
 @pytest.mark.parametrize(
@@ -246,12 +291,18 @@ def test_parts_of_heads_are_a_map_of_layer_by_head() -> None:
     values = torch.arange(float(len(names)))
     figure = parts(values, labels=names, value_name="logit")
     z = torch.tensor(figure.data[0].z)
-    assert list(figure.layout.xaxis.ticktext) == ["H0", "H1", "H2", "H3", "H10", "mlp", "other"]
+    assert list(figure.layout.xaxis.ticktext) == ["H0", "H1", "H2", "H3", "H10", "mlp"]
     assert list(figure.layout.yaxis.ticktext) == ["embeddings", "0", "1", "2", "3", "rest"]
     assert z[2, 4] == names.index("L1H10")
     assert z[4, 5] == names.index("L3 mlp")
-    assert z[0].isfinite().tolist() == [False] * 6 + [True]
-    assert z.isfinite().sum() == len(names)
+    assert not z[[0, 5]].isfinite().any()
+    assert z.isfinite().sum() == len(names) - 2
+    for band, row, value in zip(figure.data[1:], (0, 5), (0, 25), strict=True):  # across all columns
+        assert [list(line) for line in band.z] == [[value]]
+        assert (list(band.x), list(band.y)) == ([-0.5, 5.5], [row - 0.5, row + 0.5])
+        assert bare(band.text[0][0]) == str(value)
+        assert band.hovertext[0][0] == f"{names[value]}<br>logit: {value}"
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-25, 25)
     assert figure.layout.height < 500
     assert figure.data[0].hovertext[2][4].endswith("<br>L1H10")
 

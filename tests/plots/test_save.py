@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from contrast import contrast
 
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.plots import attention, bars, curves, heat_map, save
@@ -92,18 +93,6 @@ def test_text_can_be_read_on_its_background(dark: bool) -> None:
     look = theme(dark)["layout"]
     for color in [look["font"]["color"], *look["colorway"]]:
         assert contrast(color, look["paper_bgcolor"]) > (4.5 if color == look["font"]["color"] else 3)
-
-
-def contrast(one: str, other: str) -> float:
-    """The contrast ratio of WCAG 2."""
-
-    def luminance(color: str) -> float:
-        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.fixture
