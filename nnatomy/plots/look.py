@@ -159,7 +159,7 @@ def theme(dark: bool) -> dict[str, Any]:
 
 def laid_out(figure: Figure, title: str, *, height: int, width: int | None = None, least: int | None = None) -> Figure:
     """`figure` in the common look; it is as wide as its place where no width is given, in a saved page not below `least`."""
-    shown = textwrap.wrap(visible(title), min(110, (width or 900) // 8), max_lines=3, placeholder=" …") if title else []
+    shown = textwrap.wrap(visible(title), min(110, (width or 680) // 8), max_lines=3, placeholder=" …") if title else []
     figure.update_layout(
         template=theme(dark=False),
         title={"text": "<br>".join(label(line) for line in shown)},
