@@ -30,6 +30,9 @@ warnings.simplefilter("error")
 warnings.filterwarnings("ignore", message="IProgress not found")
 from transformers.utils import logging
 logging.disable_progress_bar()
+from tqdm.auto import tqdm
+start = tqdm.__init__
+tqdm.__init__ = lambda *args, **kwargs: start(*args, **{{**kwargs, "disable": True}})
 from plotly.basedatatypes import BaseFigure
 BaseFigure._repr_mimebundle_ = lambda figure, **_: {{"{FIGURE}": json.loads(figure.to_json())}}
 if hasattr(BaseFigure, "_ipython_display_"):
