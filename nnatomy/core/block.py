@@ -111,9 +111,11 @@ class Block:
                 f" The model is in step {step} and this question means step {self.step}: to ask in "
                 "another step, do so inside `for step in tracer.iter[...]:`."
             )
+        here = user_line()
+        mend = f"ask for {question} before {last}" if line == here else f"move this line above {line}"
         return OutOfOrderError(
-            f"{question} was asked for at {user_line()}, but the forward pass is already past it: it stands behind {last}, "
-            f"asked for at {line}. Ask for values in the order the model computes them: move this line above {line}.{steps}"
+            f"{question} was asked for at {here}, but the forward pass is already past it: it stands behind {last}, "
+            f"asked for at {line}. Ask for values in the order the model computes them: {mend}.{steps}"
         )
 
     def _not_reached(self, question: Question) -> NotReachedError:

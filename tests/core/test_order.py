@@ -29,6 +29,16 @@ def test_both_points_and_both_lines_are_named() -> None:
     assert "move this line above" in text
 
 
+def test_two_of_one_line_are_told_by_their_points() -> None:
+    """The line could not be moved above itself."""
+    view = Traceable(net())
+    with (
+        pytest.raises(OutOfOrderError, match=r"ask for layers\.0\.output before layers\.1\.output\.$"),
+        view.trace(x()),
+    ):
+        [view.layers[i].output for i in (1, 0)]
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [

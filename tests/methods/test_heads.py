@@ -80,7 +80,7 @@ def test_a_head_map_names_heads() -> None:
     assert "Attention to previous token" in repr(scores)
     figure = scores.plot()
     assert figure.data[0].z.shape == scores.effect.shape
-    assert figure.layout.title.text.startswith("Attention to previous token: ")
+    assert figure.layout.title.text == f"Attention to previous token: '{PROMPTS[0]}' / '{PROMPTS[1]}'"
 
 
 def by_hooks(hf: Any, model_type: str, layer: int, head: int, how: str, heads: int) -> Tensor:
