@@ -257,7 +257,8 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
 
     By the config, else by the model's own word, else as they show.
 
-    (Of an encoder-decoder, that word is of the encoder's embedding, or of one that nobody calls.)
+    (Of an encoder-decoder, and of an encoder that is part of one, that word is of the encoder's embedding, or of one that nobody
+    calls.)
     """
     ends: list[Any] = []
     for path, getter in (
@@ -267,7 +268,7 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
         try:
             if path is not None:
                 ends.append(_module(model, path))
-            elif getter == "get_input_embeddings" and has_decoder(model):
+            elif getter == "get_input_embeddings" and (has_decoder(model) or _has_twin(model)):
                 ends.append(None)
             else:
                 ends.append(getattr(model, getter, lambda: None)())
@@ -287,6 +288,13 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
         ends = [end if isinstance(end, Module) else other for end, other in zip(ends, found, strict=False)]
         return ends[0], ends[1], ends[1] is not None or found[2]
     return ends[0], ends[1], True
+
+
+def _has_twin(model: Any) -> bool:
+    """Whether another embedding has the weight of the one that the model names, so that either may be what is called."""
+    own = model.get_input_embeddings()
+    weights = [one.weight for one in model.modules() if isinstance(one, Embedding) and one is not own]
+    return any(weight is getattr(own, "weight", None) for weight in weights)
 
 
 def _has(root: Module, path: str) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from nnatomy.diffusion.accessors import Accessor, At
 from nnatomy.diffusion.arguments import checked
+from nnatomy.diffusion.encoders import encoders_of
 from nnatomy.diffusion.halves import Halves, given_to
 from nnatomy.diffusion.names import OF_LAYERS, OF_STEPS
 from nnatomy.diffusion.stage import Stage, Whole
@@ -55,7 +56,8 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
         pipeline: the pipeline.
         denoiser: the module that predicts the noise.
         halves: how its guidance is computed (`nnatomy.diffusion.halves.Halves`).
-        validation: a table of each name on each layer: verified or refused, with errors and reasons.
+        validation: a table of each name on each layer: verified or refused, with errors and reasons. (Each text encoder, which has
+            the standard names of a transformer of its own, has one as well: `model.text_encoder.validation`.)
     """
 
     def __init__(self, pipeline: Any, *, validate: bool = True, **kwargs: Any) -> None:
@@ -67,6 +69,7 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
         self.steps_of = self._whole.begin
         self.halves = Halves("none", why_not="nothing was checked")
         self._refused = {}
+        self._encoders = encoders_of(pipeline.components, self._blocks, validate)
         self._read(validate)
 
     def _read(self, validate: bool) -> None:
@@ -183,6 +186,9 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
         whole = self.module
         assert isinstance(whole, Whole)
         return whole
+
+    def _child(self, name: str) -> Any:
+        return self._encoders.get(name) or super()._child(name)
 
     def _no_such(self, name: str) -> NoSuchModuleError:
         error = super()._no_such(name)

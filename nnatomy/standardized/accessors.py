@@ -84,6 +84,7 @@ class LayerAccessor(NotPickled):
         self.row = row
         self.name = row.name
         self.modules = tuple(modules)
+        self.call = 0  #: which call of the module in a step
         self.kind = row.kind
         self.tap = tap
         self.get, self.put = _TENSOR_IN.get(row.kind, (lambda value: value, lambda _, new: new))
@@ -207,10 +208,11 @@ class LayerAccessor(NotPickled):
         """Whether its values are of what an encoder-decoder's encoder reads."""
         return self._extent.of_encoder
 
-    def of_part(self, name: str, blocks: OpenBlocks) -> LayerAccessor:
-        """The same points under another name, in the traces of a model of which this one's is a part."""
+    def of_part(self, name: str, blocks: OpenBlocks, call: int = 0) -> LayerAccessor:
+        """The same points under another name, in the traces of a model of which this one's is a part, which is called several
+        times in a step, perhaps."""
         part = copy.copy(self)
-        part.name, part._blocks = name, blocks
+        part.name, part._blocks, part.call = name, blocks, call
         part._extent = part._extent._replace(of_encoder=True)
         return part
 
@@ -245,7 +247,7 @@ class LayerAccessor(NotPickled):
         module = self.module(layer)
         block = block or self._blocks.current(self.name)
         try:
-            slot = block.reach(module, self.kind, f"{self.name}[{layer}]", tap=self.tap)
+            slot = block.reach(module, self.kind, f"{self.name}[{layer}]", self.call, self.tap)
             self._check_whole(whole(slot), layer, block.run)
             if isinstance(slot, RowSlot) and is_closed(slot.value):
                 raise RowsError(
@@ -280,7 +282,7 @@ class LayerAccessor(NotPickled):
     def _check_ahead(self, layers: Sequence[int], block: Block) -> None:
         """Raise OutOfOrderError if one of them has been passed."""
         for layer in layers:
-            first = Question(self.module(layer), self.kind, 0, block.step, self.tap, self.name)
+            first = Question(self.module(layer), self.kind, self.call, block.step, self.tap, self.name)
             if block.run.place(first) is Place.PASSED:
                 self._reach(layer, block)  # raises
 
@@ -345,7 +347,7 @@ class _Collected(Collector):
         self._step = block.step
 
     def take(self, slot: Slot) -> None:
-        if slot.step != self._step or slot.call != 0 or slot.module in self.values:
+        if slot.step != self._step or slot.call != self._accessor.call or slot.module in self.values:
             return
         accessor = self._accessor
         accessor._check_whole(slot, accessor.modules.index(slot.module), self._block.run)

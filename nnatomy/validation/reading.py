@@ -62,7 +62,10 @@ class Reading:
 
     def _seq(self) -> int:
         inputs = self._passes.inputs
-        if not self._passes.reads_tokens and "decoder_input_ids" not in inputs:
+        says_one_thing = (
+            self.logits.ndim != 3
+        )  # of a whole prompt: what it gives first is projected, and has no positions
+        if says_one_thing or (not self._passes.reads_tokens and "decoder_input_ids" not in inputs):
             first = self.seen.of(self.model._anatomy.layers[0], "input")[0]
             return int(self.model.layers_input.get(first).shape[1])
         # A soft prompt, which a wrapper puts before the tokens, has positions too, and so have patches.

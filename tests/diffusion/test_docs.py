@@ -30,7 +30,7 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda figure: None)
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for number, block in enumerate(blocks):
         block = re.sub(
             r"num_inference_steps=\d+", "num_inference_steps=4" if "step=3" in block else "num_inference_steps=3", block

@@ -25,9 +25,11 @@ CLASSES: dict[str, tuple[str, dict[str, Any], str, str, bool]] = {
     "T5EncoderModel": ("t5", {"is_decoder": False}, "encoder.block", "layer.0.SelfAttention", False),
     "LlamaModel": ("llama", {}, "layers", "self_attn", True),
     "CLIPTextModel": ("clip_text_model", {}, "encoder.layers", "self_attn", True),
+    "CLIPTextModelWithProjection": ("clip_text_model", {}, "text_model.encoder.layers", "self_attn", True),
     "ViTModel": ("vit", _IMAGE, "layers", "attention", False),
     "Dinov2Model": ("dinov2", _IMAGE, "encoder.layer", "attention", False),
     "CLIPVisionModel": ("clip_vision_model", _IMAGE, "encoder.layers", "self_attn", False),
+    "CLIPVisionModelWithProjection": ("clip_vision_model", _IMAGE, "vision_model.encoder.layers", "self_attn", False),
     "SiglipVisionModel": ("siglip_vision_model", _IMAGE, "encoder.layers", "self_attn", False),
 }
 VISION = [name for name, row in CLASSES.items() if row[1] is _IMAGE]
@@ -70,6 +72,21 @@ def test_names_are_what_hooks_see_and_do(name: str) -> None:
         result = tracer.result[0]
     assert torch.equal(result, expected)
     assert not torch.allclose(result, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in VISION])
+def test_the_embedding_is_the_one_that_is_called(name: str) -> None:
+    """T5's encoder has two of one weight: the one it names is never called."""
+    hf = build(name)
+    called = [
+        one for one in hf.modules() if isinstance(one, nn.Embedding) and one.num_embeddings == hf.config.vocab_size
+    ]
+    points = {("embedding", i): (one, "output") for i, one in enumerate(called)}
+    seen = hooked(hf, lambda: hf(input_ids=zoo.ids(hf)), points)
+    model = StandardizedTransformer(hf)
+    with torch.no_grad(), model.trace(input_ids=zoo.ids(hf)):
+        embedded = model.token_embeddings
+    assert any(torch.equal(embedded, one) for one in seen.values())
 
 
 @pytest.mark.parametrize("name", CLASSES)
