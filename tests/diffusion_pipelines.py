@@ -469,6 +469,213 @@ def wan() -> Any:
     )
 
 
+def cogvideox() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=WIDTH,
+        num_layers=2,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=16,
+    )
+    decoder = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+    return diffusers.CogVideoXPipeline(
+        tokenizer=tokenizer(20, False),
+        text_encoder=t5(),
+        vae=decoder,
+        transformer=lively(transformer),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+    )
+
+
+def ltx() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=WIDTH,
+        num_layers=2,
+        caption_channels=WIDTH,
+    )
+    decoder = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    ).eval()
+    decoder.use_framewise_encoding = decoder.use_framewise_decoding = False
+    return diffusers.LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=decoder,
+        text_encoder=t5(),
+        tokenizer=tokenizer(20, False),
+        transformer=lively(transformer),
+    )
+
+
+def hunyuan_dit() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanDiT2DModel(
+        sample_size=16,
+        num_layers=4,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=16,
+        hidden_size=32,
+        text_len=77,
+        text_len_t5=256,
+        activation_fn="gelu-approximate",
+    )
+    bert = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    return diffusers.HunyuanDiTPipeline(
+        transformer=lively(transformer),
+        vae=vae(),
+        text_encoder=lively(transformers.BertModel(bert)),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(20, False),
+        scheduler=diffusers.DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def chatty(length: int) -> PreTrainedTokenizerFast:
+    """One with a chat template."""
+    one = tokenizer.__wrapped__(length)
+    one.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return one
+
+
+def z_image() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    config = transformers.Qwen3Config(
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=lively(transformers.Qwen3Model(config)),
+        tokenizer=chatty(20),
+        transformer=lively(transformer),
+    )
+
+
+def qwen_image() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    decoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 32,
+            "hidden_size": WIDTH,
+            "intermediate_size": 37,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=4,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=decoder,
+        text_encoder=lively(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer=tokenizer(60),
+        transformer=lively(transformer),
+    )
+
+
 #: What the tests of names, edits and methods run on: a U-Net, and a transformer of each kind.
 PIPELINES: dict[str, Callable[[], Any]] = {
     "stable_diffusion": stable_diffusion,
@@ -488,6 +695,11 @@ ALL: dict[str, Callable[[], Any]] = {
     "cogview4": cogview4,
     "lumina2": lumina2,
     "wan": wan,
+    "cogvideox": cogvideox,
+    "ltx": ltx,
+    "hunyuan_dit": hunyuan_dit,
+    "z_image": z_image,
+    "qwen_image": qwen_image,
 }
 
 

@@ -145,6 +145,7 @@ def _metadata(module: Module) -> Any:
 
 def _known(call: Call, known: Any) -> Layer:
     image, text = known.hidden_states_argument_name, known.encoder_hidden_states_argument_name
+    image = image if image in call.names else call.names[0]
     return Layer(
         call.module,
         call,
@@ -175,7 +176,7 @@ def stream_at(layer: Layer, which: str, end: str) -> At | str:
         name = layer.image_argument if which == "image" else layer.text_argument
         if name is None or not isinstance(layer.call.arguments.get(name), Tensor):
             return f"the block is given no {name}"
-        return At(layer.module, "input", *_argument(layer.call.names, name))
+        return At(layer.module, "input", *argument(layer.call.names, name))
     place = layer.image if which == "image" else layer.text
     if not isinstance(layer.gave(place), Tensor):
         return f"the block gives none of the {'picture' if which == 'image' else 'text'}"
@@ -184,7 +185,8 @@ def stream_at(layer: Layer, which: str, end: str) -> At | str:
     return At(layer.module, "output", partial(_output, place), put, copies=layer.call.written)
 
 
-def _argument(names: tuple[str, ...], name: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]:
+def argument(names: tuple[str, ...], name: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]:
+    """How an argument of a call is got from its (args, kwargs), and another put there."""
     place = names.index(name)
 
     def get(value: Any) -> Any:
@@ -223,3 +225,8 @@ def modulations(layer: Layer, taps: dict[Module, Any]) -> list[At]:
 def names_of(module: Module) -> tuple[str, ...]:
     """The names of the arguments of a module's forward."""
     return tuple(inspect.signature(module.forward).parameters)
+
+
+def timestep_argument(denoiser: Module) -> str:
+    """What a denoiser calls the timestep."""
+    return next((name for name in ("timestep", "t") if name in names_of(denoiser)), "timestep")

@@ -14,6 +14,8 @@ from nnatomy.errors import InputError
 
 #: What says what is to be drawn, by the name of an argument; the first that a pipeline has is its main one.
 _SUBJECTS = ("prompt", "class_labels", "prompt_embeds")
+#: How many pixels of a side are one of its latents, by the name of an attribute of the pipeline.
+_SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 #: The modes of pictures that a pipeline takes, by the name of an argument.
 _MODES = {"image": ("RGB",), "mask_image": ("L", "1", "RGB"), "control_image": ("RGB", "L")}
 
@@ -102,23 +104,28 @@ def example(pipeline: Any, denoiser: Any) -> dict[str, Any]:
     known = inspect.signature(type(pipeline).__call__).parameters
     config = getattr(denoiser, "config", {})
     sample = config.get("sample_size")
-    side = int(getattr(pipeline, "vae_scale_factor", 8)) * min(16, sample if isinstance(sample, int) else 16)
+    side = next((int(getattr(pipeline, name)) for name in _SCALES if hasattr(pipeline, name)), 8) * min(
+        16, sample if isinstance(sample, int) else 16
+    )
     candidates: dict[str, Any] = {
         "prompt": "a photo of a cat",
         "class_labels": [min(1, int(config.get("num_embeds_ada_norm") or 2) - 1)],
         "height": side,
         "width": side,
+        "num_frames": 9,  # of a video: one more than a multiple of what its decoder takes together, 4 or 8
         "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
         "output_type": "latent" if "class_labels" not in known else "pt",
         "use_resolution_binning": False,
-        "max_sequence_length": 64,
+        "max_sequence_length": config.get("max_text_seq_length") or 64,
         "clean_caption": False,
         "cfg_normalization": False,
         "generator": torch.Generator().manual_seed(0),
     }
     if "true_cfg_scale" in known:
         candidates |= {"true_cfg_scale": GUIDANCE, "negative_prompt": "a dog"}
+        if not config.get("guidance_embeds"):  # the other scale is for a denoiser that is given it
+            del candidates["guidance_scale"]
     if "strength" in known and "image" in known:  # it begins with a picture
         from PIL import Image
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
@@ -55,12 +56,13 @@ class Recorder(Collector):
 
 
 def tensor_of(output: Any) -> Any:
-    """The prediction in what a denoiser gives: a tensor, the first of a tuple, or the first field of an output."""
-    if isinstance(output, (tuple, list)):
-        return tensor_of(output[0])
+    """The prediction in what a denoiser gives: a tensor, the first of a tuple, the first field of an output, a list with one for each
+    picture (as a tensor with those along its first axis)."""
     if isinstance(output, dict):
         return tensor_of(next(iter(output.values())))
-    return output
+    if isinstance(output, list) and output and all(isinstance(one, Tensor) for one in output):
+        return torch.stack(output)
+    return tensor_of(output[0]) if isinstance(output, (tuple, list)) else output
 
 
 def with_tensor(output: Any, new: Tensor) -> Any:
@@ -68,6 +70,8 @@ def with_tensor(output: Any, new: Tensor) -> Any:
     if isinstance(output, dict):
         first = next(iter(output))
         return type(output)(**{**output, first: with_tensor(output[first], new)})
+    if isinstance(output, list) and output and all(isinstance(one, Tensor) for one in output):
+        return list(new.unbind())
     if isinstance(output, (tuple, list)):
         return type(output)((with_tensor(output[0], new), *output[1:]))
     return new

@@ -10,7 +10,7 @@ from torch.nn import Module
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
 from nnatomy.diffusion.accessors import Accessor
-from nnatomy.diffusion.anatomy import TEXT, names_of
+from nnatomy.diffusion.anatomy import TEXT, argument, names_of, timestep_argument
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
 from nnatomy.diffusion.names import OF_LAYERS
 from nnatomy.diffusion.recording import tensor_of, with_tensor
@@ -88,19 +88,14 @@ class StepNames:
     def timestep(self, value: Tensor) -> None:
         own, slot, rows = self._timestep()
         check_fits("timestep", own, value)
-        args, kwargs = slot.value
-        place = names_of(self.denoiser).index("timestep")
-        new = put_rows(kwargs["timestep"] if "timestep" in kwargs else args[place], rows, value)
-        if "timestep" in kwargs:
-            slot.value = args, {**kwargs, "timestep": new}
-        else:
-            slot.value = (*args[:place], new, *args[place + 1 :]), kwargs
+        get, put = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
+        slot.value = put(slot.value, put_rows(get(slot.value), rows, value))
 
     def _timestep(self) -> tuple[Any, Slot, slice]:
         self._check("timestep")
         slot, images = self._at_denoiser("timestep", "input")
-        args, kwargs = slot.value
-        value = kwargs["timestep"] if "timestep" in kwargs else args[names_of(self.denoiser).index("timestep")]
+        get, _ = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
+        value = get(slot.value)
         alike = not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1
         rows = slice(None) if alike else self.halves.rows(self._half, "timestep", len(value), images)
         return (value if alike else value[rows]), slot, rows

@@ -21,7 +21,16 @@ from torch.nn import Module
 
 from nnatomy.core.points import Slot
 from nnatomy.diffusion.accessors import Accessor, At
-from nnatomy.diffusion.anatomy import Layer, find_blocks, inside, is_attention, layers_of, modulations, stream_at
+from nnatomy.diffusion.anatomy import (
+    Layer,
+    find_blocks,
+    inside,
+    is_attention,
+    layers_of,
+    modulations,
+    stream_at,
+    timestep_argument,
+)
 from nnatomy.diffusion.arguments import GUIDANCE, STEPS, example
 from nnatomy.diffusion.blocks import BlockCheck, classify
 from nnatomy.diffusion.halves import Halves
@@ -108,7 +117,9 @@ class Validation:
             both = f"the block has two streams: image_layers_{end}[i] and text_layers_{end}[i]"
             found[f"layers_{end}"] = both if two else image
             found[f"image_layers_{end}"] = (
-                image if two or self._is_of_picture(layer) else (f"picture and text are in one stream: layers_{end}[i]")
+                image
+                if two or self._is_of_picture(layer)
+                else (f"picture and text are in one stream, or nothing shows whose it is: layers_{end}[i]")
             )
             found[f"text_layers_{end}"] = text if two else "the block has one stream"
         for row in TABLE:
@@ -120,8 +131,7 @@ class Validation:
 
     def _is_of_picture(self, layer: Layer) -> bool:
         """Whether a block's one stream is the picture's alone: the text comes to it by a cross-attention, or there is none."""
-        texts = any(one.text_given is not None or one.has_two for one in self.layers)
-        return not isinstance(layer.cross, str) or (not texts and "encoder_hidden_states" not in self._denoiser_given())
+        return not isinstance(layer.cross, str) or "prompt" not in self._given
 
     def _denoiser_given(self) -> dict[str, Any]:
         assert self._recorded is not None
@@ -159,16 +169,20 @@ class Validation:
         elif len(calls) == 2 and len(calls[0]) == images:
             how, (one, other) = "calls", calls
         if how == "none":
-            why = "its guidance is no sum of two predictions, or it has none"
+            why = "nothing shows a prediction with the prompt and one without, or it has no guidance"
             self.halves = Halves("none", why_not=why)
             return
         noise = noise[:images]
+        if one.numel() == noise.numel():
+            one, other = one.reshape(noise.shape), other.reshape(noise.shape)
         if one.ndim == noise.ndim and one.shape[1] > noise.shape[1]:  # learned variances behind the prediction
             one, other = one[:, : noise.shape[1]], other[:, : noise.shape[1]]
         tolerance = TOLERANCE.get(noise.dtype, 1e-4)
-        pairs = (one, other), (other, one)
         # (Some denoisers give the prediction with the other sign, which their pipelines turn.)
-        off = [min(distance(u + GUIDANCE * (c - u), sign * noise) for sign in (1, -1)) for u, c in pairs]
+        off = [
+            min(distance(guided, sign * noise) for guided in _guided(u, c) for sign in (1, -1))
+            for u, c in ((one, other), (other, one))
+        ]
         if min(off) > tolerance or max(off) <= tolerance:
             self.halves = Halves(
                 "none", why_not=f"the scheduler is not given u + s (c - u), off by {min(off):.1e} (relative)"
@@ -191,7 +205,7 @@ class Validation:
                 self.refused["latents", None] = (
                     "the scheduler is given other latents than those that the step begins with"
                 )
-        if "timestep" not in self._denoiser_given():
+        if timestep_argument(model.denoiser) not in self._denoiser_given():
             self.refused["timestep", None] = "the denoiser is given none by that name"
         # The second step, if there is one: what a pipeline draws inside its call shows there too.
         step = min(len(samples), STEPS) - 1
@@ -344,3 +358,12 @@ def _picture(result: Any) -> Tensor:
             f"The pipeline gives a {type(images).__name__} where latents were asked for, so nothing can be compared."
         )
     return images
+
+
+def _guided(without: Tensor, prompted: Tensor) -> Iterator[Tensor]:
+    """What guidance makes of the two predictions, in the ways that pipelines write it: u + s (c - u) or c + s (c - u), as that is or
+    with the length of c at each position (Qwen-Image)."""
+    for scale in (GUIDANCE, GUIDANCE + 1):
+        guided = without + scale * (prompted - without)
+        yield guided
+        yield guided * (prompted.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))

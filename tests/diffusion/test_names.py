@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nnatomy.diffusion import DiffusionTransformer
 from nnatomy.diffusion.names import OF_LAYERS
+from nnatomy.errors import NotInThisModelError
 
 NAMES = list(PIPELINES)
 #: The names in the order in which a block computes them.
@@ -231,3 +232,42 @@ def test_text_tokens_are_where_the_text_stands_in_the_joint_pattern(name: str) -
         found = model.text_tokens(0)
     assert pattern.shape[-1] == image + text
     assert found == (slice(image, image + text) if name == "sd3" else slice(0, text))
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_halves_of_pipelines_that_guide_by_another_formula(name: str) -> None:
+    """Qwen-Image gives the guided prediction the length of that with the prompt; Z-Image's denoiser gives a list of predictions."""
+    model = loaded(name)
+    negative = {"negative_prompt": "two birds"}
+    outputs: list[Any] = []
+    with hooked([model.denoiser], lambda *seen: outputs.append(seen[-1][0])):
+        expected = model.pipeline(**arguments(model, steps=1, **negative)).images
+    c, u = outputs if name == "qwen_image" else [one[None] for one in outputs[0]]
+    with model.generate(**arguments(model, steps=1, **negative)) as tracer:
+        prompted = model.conditional.noise_prediction
+        without = model.unconditional.noise_prediction
+        guided = model.noise_prediction
+        assert torch.equal(tracer.result.images, expected)
+    assert torch.equal(prompted, c)
+    assert torch.equal(without, u)
+    assert not torch.allclose(c, u, atol=1e-3)
+    naive = u + 4.0 * (c - u)
+    naive = naive * c.norm(dim=-1, keepdim=True) / naive.norm(dim=-1, keepdim=True)
+    if name == "z_image":
+        naive = -(c + 4.0 * (c - u)).squeeze(2)
+    torch.testing.assert_close(guided, naive, atol=1e-5, rtol=1e-4)
+
+    with model.generate(**arguments(model, steps=1, **negative)) as tracer:
+        model.unconditional.noise_prediction = c  # so that there is nothing to guide away from
+        guided = model.noise_prediction
+    torch.testing.assert_close(guided, c if name == "qwen_image" else -c.squeeze(2), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stream_is_the_pictures_only_where_that_shows() -> None:
+    """Z-Image's blocks have one stream each: of the picture, of the text, of both. Its text has a name of its own."""
+    model = loaded("z_image")
+    assert model.layers_output.layers == (0, 1, 2, 3)
+    with pytest.raises(
+        NotInThisModelError, match="picture and text are in one stream, or nothing shows whose it is: layers_o"
+    ):
+        model.image_layers_output[1]
