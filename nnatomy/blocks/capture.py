@@ -17,14 +17,12 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache
-from threading import Lock
 from types import CodeType, FrameType
 from typing import Any
 
+from nnatomy.call_sites import parsed
 from nnatomy.core.frames import frame_of_with
 from nnatomy.errors import CaptureError
-
-_parsing = Lock()  # CPython 3.11 counts the depth of all threads' trees in one number: SystemError
 
 
 class SkipBodyError(BaseException):
@@ -80,8 +78,8 @@ class Body:
     def left(self, error: type[BaseException] | None) -> bool:
         """The body has been left: debuggers and coverage go on. Returns whether it was by skipping it."""
         frame = self.frame
-        self.outer = dict(frame.f_locals)
-        self.outer |= {name: frame.f_globals[name] for name in self._globals & frame.f_globals.keys()}
+        own_globals = {name: frame.f_globals[name] for name in self._globals & frame.f_globals.keys()}
+        self.outer = {**frame.f_locals, **own_globals}
         if self._tracing_before is None:
             return False
         trace, frame.f_trace, frame.f_trace_opcodes = self._tracing_before
@@ -162,8 +160,8 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
     instead = "Give the block as a function, as in tracer.invoke(prompt, function) or model.edit(function)."
     if not lines:
         raise CaptureError(
-            f"The source of the `with` block at {where} cannot be had (typed into a plain "
-            f"Python prompt, or passed to `exec`), so it cannot be run later. {instead}"
+            f"The source of the `with` block at {where} cannot be had (typed into a plain Python prompt, or passed to `exec`), so it "
+            f"cannot be run later. {instead}"
         )
     for statement in ast.walk(parsed("".join(lines))):
         if isinstance(statement, ast.With):
@@ -200,16 +198,6 @@ def compiled_body(code: CodeType, filename: str, instruction: int) -> tuple[Code
 def _does_nothing(statement: ast.stmt) -> bool:
     is_remark = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return is_remark or isinstance(statement, (ast.Pass, ast.Global))
-
-
-@lru_cache(maxsize=8)
-def parsed(source: str) -> ast.Module:
-    """The tree of a source text: an empty one if that is no Python, which a file may be that is just being edited."""
-    try:
-        with _parsing:
-            return ast.parse(source)
-    except SyntaxError:
-        return ast.Module([], [])
 
 
 class _InFunction(ast.NodeTransformer):

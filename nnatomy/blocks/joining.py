@@ -14,8 +14,10 @@ from nnatomy.errors import InputError
 class Joining:
     """The call of a trace whose blocks bring the inputs.
 
+    Tensors are put together along their first axis; anything else has to be the same for all.
+
     Args:
-        call: what is called where none has brought any.
+        call: the module, or a function that calls it. It is called with nothing where no block has brought any.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
@@ -26,20 +28,6 @@ class Joining:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One block's inputs, checked. Raises InputError."""
-        raise NotImplementedError
-
-    def join(self, prepared: Sequence[Any]) -> tuple[Callable[[], Any], list[Rows]]:
-        """The call with all of them, and each one's rows."""
-        raise NotImplementedError
-
-
-class JoinTensors(Joining):
-    """Tensors are put together along their first axis; anything else has to be the same for all.
-
-    `call` is the module, or a function that calls it.
-    """
-
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, structure = flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
         if not tensors:
@@ -47,6 +35,7 @@ class JoinTensors(Joining):
         return leaves, structure, tensors[0].shape
 
     def join(self, prepared: Sequence[Any]) -> tuple[Callable[[], Any], list[Rows]]:
+        """The call with all of them, and each one's rows."""
         leaves, structures, shapes = zip(*prepared, strict=True)
         if any(structure != structures[0] for structure in structures):
             raise InputError("The blocks of one trace need inputs of the same form, to be joined to one batch.")

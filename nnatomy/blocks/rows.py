@@ -86,8 +86,7 @@ class Rows(NamedTuple):
         if self.axes == FIRST and mine.ndim > 3:
             raise RowsError(
                 f"In a later step of a generation without a KV cache nobody can tell which axes of a tensor of shape "
-                f"{tuple(apart.shape)} hold padded positions. Read it in a block without a prompt, or give prompts "
-                "of one length."
+                f"{tuple(apart.shape)} hold padded positions. Read it in a block without a prompt, or give prompts of one length."
             )
         for axis in others:
             size, pad = mine.shape[axis], self.pad
@@ -117,9 +116,8 @@ class Rows(NamedTuple):
         if not second and (shape[0] == seq or not tensor.is_floating_point()):
             return None
         raise RowsError(
-            f"A tensor of shape {tuple(shape)} in a batch of {batch} prompts of {seq} positions: nobody "
-            "can tell which of its rows are this block's. Read it in a block without a prompt "
-            "(`with tracer.invoke():`), which sees the whole batch."
+            f"A tensor of shape {tuple(shape)} in a batch of {batch} prompts of {seq} positions: nobody can tell which of its rows "
+            "are this block's. Read it in a block without a prompt (`with tracer.invoke():`), which sees the whole batch."
         )
 
 

@@ -119,9 +119,7 @@ class Schedule(SharedBlock):
                 continue
             if not other.done and name not in other.names:
                 where = f"{name!r}, needed at {user_line()}, is bound by the block at {other.line}"
-                self.block_here().let_others_go_on(
-                    Waiting(lambda: other.done or name in other.names, where)  # noqa: B023
-                )
+                self.block_here().let_others_go_on(Waiting(lambda: other.done or name in other.names, where))  # noqa: B023
             if name in other.names:
                 return other.names[name]
         return body.look_up(name)
@@ -132,12 +130,10 @@ class Schedule(SharedBlock):
         """Let the others come to their ends, and bind what they have bound."""
         waited_for = [invoke for invoke in self.invokes if not invoke.lasting]
         if waited_for:
-            self.let_others_go_on(
-                Waiting(lambda: all(one.done for one in waited_for), "the end of the trace waits for all")
-            )
+            all_done = Waiting(lambda: all(one.done for one in waited_for), "the end of the trace waits for all")
+            self.let_others_go_on(all_done)
         for invoke in self.invokes:
-            lost = invoke.lasting and invoke.coroutine.lost
-            if (error := invoke.coroutine.error) is not None and not lost:
+            if (error := invoke.coroutine.error) is not None and not (invoke.lasting and invoke.coroutine.lost):
                 raise error  # also one that was raised in the trace's own body before, and caught there
         for invoke in self.invokes:
             if invoke.body is not None:

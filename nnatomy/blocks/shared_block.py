@@ -146,8 +146,7 @@ class SharedBlock(Block):
         tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.ndim]
         if tensors:
             rows = rows.times(tensors[0].shape[0])
-        is_tokens = isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point()
-        if is_tokens:  # that have been generated
+        if isinstance(result, Tensor) and result.ndim == 2 and not result.is_floating_point():  # tokens, generated
             rows = rows._replace(seq=result.shape[1])
         return RowSlot(Slot(self.run.root, "output", 0, 0, result), rows).value
 
@@ -211,9 +210,8 @@ class _ReplaceOutput(Collector):
             # Where the value has no tensor (a skipped layer gives nothing beside its hidden states), the module's own stays.
             leaves, structure = flatten(mine.value)
             both = zip(flatten(self._value)[0], leaves, strict=True)
-            mine.value = pytree.tree_unflatten(
-                [new if isinstance(new, Tensor) else old for new, old in both], structure
-            )
+            leaves = [new if isinstance(new, Tensor) else old for new, old in both]
+            mine.value = pytree.tree_unflatten(leaves, structure)
             merge(slot, [mine])
             self._block.run.replacements.remove(self)  # the call is over: a generation makes many
             self._block.run.watch()

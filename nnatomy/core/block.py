@@ -57,14 +57,12 @@ class Block:
         """
         run = self.run
         question = Question(module, kind, call, self.step, tap, name)
-        place = before = run.place(question)
+        before = run.place(question)
+        if before is Place.AHEAD and run.started and module._compiled_call_impl is not None:
+            raise self._not_reached(question)
         if before is Place.AHEAD:
-            if run.started and module._compiled_call_impl is not None:
-                raise self._not_reached(question)
-            self.wait(question)
-            run.last = question, user_line()
-            place = run.place(question)
-        if place is not Place.HERE:
+            self.go_on(question)
+        if run.place(question) is not Place.HERE:
             if run.error is not None:
                 raise run.error
             never_came = before is Place.AHEAD or run.progress.never_came(question)
@@ -72,14 +70,17 @@ class Block:
         assert run.slot is not None
         return self.view(run.slot)
 
+    def go_on(self, question: Question | None) -> None:
+        """`wait`, unless the forward pass has ended, and note who asked for what."""
+        if not self.run.ended:
+            self.wait(question)
+            self.run.last = question or "its end", user_line()
+
     def reach_end(self) -> None:
-        """Let the forward pass run to its end."""
-        run = self.run
-        if not run.ended:
-            self.wait(None)
-            run.last = "its end", user_line()
-        if run.error is not None:
-            raise run.error
+        """Let the forward pass run to its end. Raises what the model raised on the way."""
+        self.go_on(None)
+        if self.run.error is not None:
+            raise self.run.error
 
     def complete(self) -> None:
         """The body has ended well: let the forward pass come to its end, if that is still wanted."""
@@ -125,8 +126,7 @@ class Block:
         if not seen or module._compiled_call_impl is not None:
             return NotReachedError(
                 f"{question} cannot be reached: the module is not among those of the traced model, or it is compiled "
-                "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without "
-                "compiling it."
+                "(torch.compile), so that Python does not see its calls. Trace the model it belongs to, without compiling it."
             )
         if progress.calls.get(module, 0) > call:
             hint = getattr(question.tap, "hint", lambda _: "")(question.name)

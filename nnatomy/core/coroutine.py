@@ -70,9 +70,8 @@ class Interruptible:
             self.interrupted = True
             if self.thread:
                 # Not to be taken back by sending None: that leaves CPython 3.11 looking for it for ever.
-                error = ctypes.py_object(Cancelled)
                 with starting:
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), error)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(Cancelled))
 
 
 class State(Enum):
@@ -217,11 +216,8 @@ class Coroutine:
     def _lose(self) -> None:
         self.lost = self.cancelled = True
         self.state = State.ENDED
-        text = (
-            "This trace was open when the process was forked, and its forward pass goes on in the parent alone. "
-            "Open a new trace in the child."
-        )
-        self._error = OutsideTraceError(text), None
+        text = "This trace was open when the process was forked, and its forward pass goes on in the parent alone. "
+        self._error = OutsideTraceError(f"{text}Open a new trace in the child."), None
 
 
 _at_work: set[Coroutine] = set()

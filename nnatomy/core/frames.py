@@ -20,8 +20,7 @@ def frames() -> Iterator[FrameType]:
 
 def _module(frame: FrameType) -> str:
     """The name of the module whose code a frame runs."""
-    name: str = frame.f_globals.get("__name__", "")
-    return name
+    return frame.f_globals.get("__name__", "")
 
 
 def is_ours(frame: FrameType) -> bool:

@@ -83,7 +83,6 @@ class Calls(Generic[Called]):
     def __getitem__(self, call: int) -> Called:
         if call < 0:
             raise IndexError(
-                f"{self._name}.calls[{call}]: how often it is called is not known beforehand, so calls count "
-                "from the first, 0."
+                f"{self._name}.calls[{call}]: calls count from the first, 0; how many there will be is not known."
             )
         return self._of_call(call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from torch.nn import Module
@@ -70,10 +70,7 @@ class ModuleView(Values):
 
     def __getitem__(self, which: int | slice | str) -> Any:
         if isinstance(which, str):
-            view = self
-            for name in which.split("."):
-                view = view._child(name)
-            return view
+            return reduce(lambda view, name: view._child(name), which.split("."), self)
         names = list(self.module._modules)
         if isinstance(which, slice):
             return [self._child(name) for name in names[which]]
@@ -97,13 +94,10 @@ class ModuleView(Values):
         paths = {}
         for given in modules:
             one = self[given] if isinstance(given, str) else given
-            if isinstance(one, ModuleView):
-                paths[one.module] = one.path
-            elif one in everything:
-                paths[one] = everything[one]
-            else:
-                mine = type(self.module).__name__
-                raise NoSuchModuleError(f"{type(one).__name__} is not a submodule of {mine}.")
+            module, path = (one.module, one.path) if isinstance(one, ModuleView) else (one, everything.get(one))
+            if path is None:
+                raise NoSuchModuleError(f"{type(one).__name__} is not a submodule of {type(self.module).__name__}.")
+            paths[module] = path
         return paths
 
     def _no_such(self, name: str) -> NoSuchModuleError:

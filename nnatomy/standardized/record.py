@@ -17,9 +17,9 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from nnatomy.call_sites import forward_code, frames_from
 from nnatomy.core.frames import frames
 from nnatomy.core.gates import is_call, runs
-from nnatomy.tracing.source import forward_code, frames_from
 
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 #: What leaves every entry what it is (dropout, when nothing is trained).

@@ -77,8 +77,7 @@ class Attachment(Collector):
         x = self._as_parameters(x)
         if self.how == "error":
             # With the same dropout as below.
-            devices = [x.device] if x.is_cuda else []
-            with unseen(), torch.no_grad(), fork_rng(devices, enabled=self.module.training):
+            with unseen(), torch.no_grad(), fork_rng([x.device] if x.is_cuda else [], enabled=self.module.training):
                 error = x - self.module(x)
         try:
             result = self.module(x)

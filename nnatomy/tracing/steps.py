@@ -43,6 +43,10 @@ class Steps:
         """
         block, run = self._block, self._block.run
         now = run.progress.step
+        question = Question(run.root, "input", 0, step, None, f"step {step}")
+        has_begun = step == now and run.progress.calls.get(run.root)
+        if step >= now and not has_begun:
+            block.go_on(question)
         if run.error is not None:
             raise run.error
         if step < now:
@@ -52,14 +56,8 @@ class Steps:
                 f"Step {step} was asked for at {user_line()}, but the model is already in step {now}. "
                 f"Begin with that one: `for step in tracer.iter[{now}:]:`."
             )
-        if step == now and run.progress.calls.get(run.root):  # it has begun
+        if has_begun:
             return True
-        question = Question(run.root, "input", 0, step, None, f"step {step}")
-        if not run.ended:
-            block.wait(question)
-            run.last = question, user_line()
-            if run.error is not None:
-                raise run.error
         if run.ended and run.progress.calls and not (run.progress.step or run.cancelled):
             raise NotReachedError(
                 f"There are no steps: {type(run.root).__name__} itself is not called in this generation, but a module within "
@@ -69,9 +67,7 @@ class Steps:
 
 
 def _warn_never_came(which: Any, step: int, count: int) -> None:
-    text = which
-    if isinstance(which, slice):
-        text = ":".join("" if part is None else str(part) for part in (which.start, which.stop))
+    text = f"{which.start or ''}:{which.stop or ''}" if isinstance(which, slice) else which
     warn(
         f"tracer.iter[{text}]: step {step} did not come, so the loop's body did not run for it: the generation ended "
         f"after {count} step{'s' * (count != 1)} (0 to {count - 1})."

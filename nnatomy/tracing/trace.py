@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from nnatomy import core
 from nnatomy.blocks.capture import EditBlock
-from nnatomy.blocks.joining import JoinTensors
+from nnatomy.blocks.joining import Joining
 from nnatomy.blocks.schedule import Barrier, Invoke, Schedule
 from nnatomy.core.block import Block
 from nnatomy.core.run import Run
@@ -52,9 +52,7 @@ class Trace(core.Trace):
 
     @property
     def _schedule(self) -> Schedule:
-        block = super().block
-        assert isinstance(block, Schedule)
-        return block
+        return super().block  # type: ignore[return-value]
 
     @property
     def iter(self) -> Steps:
@@ -165,7 +163,7 @@ class Traceable(ModuleView, core.Traceable):
 
     def _with_edit(self, edit: Edit) -> Any:
         """A view of the same module with one more edit."""
-        view = copy.copy(self)
+        view = self.without_edits()
         view.edits = (*self.edits, edit)
         return view
 
@@ -240,9 +238,8 @@ class Traceable(ModuleView, core.Traceable):
         return Point(point, module, kind, first_tensor, with_first_tensor)
 
     def _child(self, name: str) -> ModuleView:
-        if self.edits and name in self._attached:
-            return self._module_view(self._attached[name].module, name)
-        return super()._child(name)
+        attached = self._attached.get(name) if self.edits else None
+        return super()._child(name) if attached is None else self._module_view(attached.module, name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._attached]
@@ -261,7 +258,7 @@ class Traceable(ModuleView, core.Traceable):
         Args:
             early_stop: cancel the forward pass when the block ends; with False it runs to its end.
         """
-        call = partial(self.module, *args, **kwargs) if args or kwargs else JoinTensors(self.module)
+        call = partial(self.module, *args, **kwargs) if args or kwargs else Joining(self.module)
         return self._new_trace(call, early_stop)
 
     def _new_trace(self, call: Callable[[], Any], early_stop: bool) -> Trace:

@@ -519,10 +519,10 @@ def test_steps_of_a_generation_in_two_blocks() -> None:
             x = step_model(x)
         return x
 
-    from nnatomy.blocks.joining import JoinTensors
+    from nnatomy.blocks.joining import Joining
     from nnatomy.tracing import Trace
 
-    with torch.no_grad(), Trace(view, JoinTensors(generate)) as tracer:
+    with torch.no_grad(), Trace(view, Joining(generate)) as tracer:
         with tracer.invoke(ONE):
             for step in tracer.iter[1:3]:
                 view.child.output = view.child.output * 0

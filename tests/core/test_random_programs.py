@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nnatomy.blocks.joining import JoinTensors
+from nnatomy.blocks.joining import Joining
 from nnatomy.errors import NotReachedError, OutOfOrderError, RowsError
 from nnatomy.tracing import Trace, Traceable
 
@@ -211,7 +211,7 @@ class Traced:
     def trace(self, view: Traceable) -> Trace:
         play = self.play
         if play.blocks and play.steps is not None:
-            joining = JoinTensors(play.call(self.root))
+            joining = Joining(play.call(self.root))
             return Trace(view, joining, early_stop=play.early_stop)
         if play.blocks:
             return view.trace(early_stop=play.early_stop)

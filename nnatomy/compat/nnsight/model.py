@@ -8,7 +8,7 @@ from typing import Any
 from torch.nn import Module
 
 from nnatomy.blocks.capture import EditBlock
-from nnatomy.blocks.joining import JoinTensors
+from nnatomy.blocks.joining import Joining
 from nnatomy.blocks.schedule import Invoke
 from nnatomy.compat.nnsight.backward import operations_after
 from nnatomy.compat.nnsight.envoy import ROOT, Aliases, Envoy, Naming
@@ -83,7 +83,7 @@ class NNsight(Envoy, Traceable):
             return self(*args, **kwargs)
         opened = super().trace(*args, **kwargs)
         if not (args or kwargs):
-            opened._call = JoinTensors(partial(_called, self.module))
+            opened._call = Joining(partial(_called, self.module))
         return as_tracer(opened)
 
     def scan(self, *args: Any, **kwargs: Any) -> Any:
