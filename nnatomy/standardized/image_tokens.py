@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn import Module
 
-from nnatomy.errors import InputError, NotInThisModelError
-
-#: What a model without images does not have.
-OF_IMAGES = frozenset(("image_embeddings", "image_tokens", "projector_output", "vision_layers_output"))
+from nnatomy.errors import NotInThisModelError
 
 
 @dataclass(frozen=True)
@@ -55,53 +50,6 @@ class ImageTokens:
                 f"The image is of {rows} rows and {columns} columns of patches: there is no ({row}, {column})."
             )
         return int(self.positions[row % rows * columns + column % columns])
-
-
-def image_token_id(model: Any) -> int:
-    """The id of the token that stands for a patch.
-
-    Raises:
-        NotInThisModelError: if the model has none.
-    """
-    names = ("image_token_id", "image_token_index")
-    found = next((one for name in names if isinstance(one := getattr(model.config, name, None), int)), None)
-    if found is None:
-        raise NotInThisModelError(
-            f"{type(model.hf_model).__name__} has no token that stands for a patch of an image: an image is no positions of a prompt."
-        )
-    return found
-
-
-def places_of_images(
-    is_image: Bool[Tensor, "batch seq"], alone: Sequence[Sequence[dict[str, Any]]], token_id: int, merge: int
-) -> list[ImageTokens]:
-    """Where each image is.
-
-    Args:
-        is_image: which positions are any image's.
-        alone: of each prompt, what the processor makes of each of its images by itself.
-        token_id: the id of the token that stands for a patch.
-        merge: how many patches of the processor's, in each direction, are one token.
-
-    Raises:
-        InputError: if these are not as many tokens as the prompt has.
-    """
-    found = []
-    for prompt, images in enumerate(alone):
-        positions = is_image[prompt].nonzero().flatten().cpu()
-        masks = [image["input_ids"][0] == token_id for image in images]
-        counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != len(positions):
-            raise InputError(
-                f"Prompt {prompt} has {len(positions)} tokens of images, and its images by themselves are {counts}: nobody can "
-                "tell whose they are."
-            )
-        parts = positions.split(counts)
-        found += [
-            ImageTokens(prompt, image, part, *grid_of(inputs, merge, mask))
-            for image, (part, inputs, mask) in enumerate(zip(parts, images, masks, strict=True))
-        ]
-    return found
 
 
 def grid_of(inputs: dict[str, Any], merge: int, is_image: Bool[Tensor, " seq"]) -> tuple[tuple[int, int] | None, str]:
@@ -145,12 +93,3 @@ def _runs(is_image: Bool[Tensor, " seq"]) -> list[tuple[int, int]]:
         else:
             runs.append((position, 1))
     return runs
-
-
-def vision_encoder(model: Any) -> Module | None:
-    """The module that reads images in a Hugging Face model, if it has one."""
-    try:
-        encoder = model.get_encoder(modality="image")
-    except (AttributeError, TypeError):  # a model of somebody's; an encoder-decoder's own, which takes no modality
-        return None
-    return encoder if isinstance(encoder, Module) and encoder is not model else None
