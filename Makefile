@@ -65,11 +65,11 @@ cluster: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster.py
 
 # The index has torchvision for torch with CUDA alone, which breaks Transformers beside the CPU's torch: it stays out of the environment,
-# and tests/images/torchvision_without_operators.py makes its Python importable.
+# and tests/torchvision_without_operators.py makes its Python importable.
 VIDEOS := out/torchvision
 videos: $(VENV)/installed
 	test -d $(VIDEOS)/torchvision || $(BIN)/python -m pip install --quiet --no-deps --target $(VIDEOS) torchvision==0.28.0
-	PYTHONPATH=$(VIDEOS):tests/images HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 \
+	PYTHONPATH=$(VIDEOS):tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 \
 		-p torchvision_without_operators tests/images/videos.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.

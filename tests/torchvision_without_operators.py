@@ -12,10 +12,15 @@ from pathlib import Path
 import torch
 
 FOUND = importlib.util.find_spec("torchvision")
-if FOUND is None or FOUND.origin is None:
-    raise SystemExit("These tests need torchvision: make videos")
-_described = (Path(FOUND.origin).parent / "_meta_registrations.py").read_text(encoding="utf-8")
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for _name in re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', _described):
-    if not hasattr(torch.ops.torchvision, _name):
-        LIBRARY.define(f"{_name}() -> Tensor")
+if FOUND is not None and FOUND.origin is not None:
+    _described = (Path(FOUND.origin).parent / "_meta_registrations.py").read_text(encoding="utf-8")
+    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"', _described):
+        if not hasattr(torch.ops.torchvision, _name):
+            LIBRARY.define(f"{_name}() -> Tensor")
+
+
+def pytest_configure() -> None:
+    """The tests need it: without it they would be skipped for nothing."""
+    if FOUND is None:
+        raise SystemExit("These tests need torchvision: make videos")
