@@ -13,6 +13,7 @@ from nnatomy.errors import InputError
 from nnatomy.standardized.chats import is_chat
 from nnatomy.standardized.media_files import READ, media_list
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, Kind, a, place_token
+from nnatomy.standardized.media_tokens import Alone
 
 #: What processors raise at what they cannot read, or lack a package for.
 _REFUSALS = (ValueError, TypeError, IndexError, StopIteration, ImportError, OSError)
@@ -104,12 +105,15 @@ def texts_and_media(
     return texts, by_kind
 
 
-def media_alone(processor: Any, kind: Kind, prompts: Any, media: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Of each prompt, what the processor makes of each of its images (videos, sounds) by itself."""
+def media_alone(processor: Any, kind: Kind, prompts: Any, media: Mapping[str, Any]) -> list[list[Alone]]:
+    """Of each prompt, each of its images (videos, sounds) by itself."""
     _, by_kind = texts_and_media(processor, prompts, media, {})
     token = place_token(processor, kind)
     return [
-        [_processed(processor, [token], {kind.argument: _for_processor(kind, [[one]])}, "left") for one in mine]
+        [
+            Alone(one, _processed(processor, [token], {kind.argument: _for_processor(kind, [[one]])}, "left"))
+            for one in mine
+        ]
         for mine in by_kind[kind]
     ]
 

@@ -71,27 +71,39 @@ class AudioTokens:
     positions: Int[Tensor, " token"]
 
 
+@dataclass(frozen=True)
+class Alone:
+    """One image, video or sound by itself.
+
+    Attributes:
+        given: as it was given.
+        inputs: what the processor makes of it.
+    """
+
+    given: Any
+    inputs: dict[str, Any]
+
+
 def shared(
-    is_one: Bool[Tensor, "batch seq"], alone: Sequence[Sequence[dict[str, Any]]], token_id: int, kind: Kind
-) -> list[tuple[int, int, Tensor, dict[str, Any], Tensor]]:
+    is_one: Bool[Tensor, "batch seq"], alone: Sequence[Sequence[Alone]], token_id: int, kind: Kind
+) -> list[tuple[int, int, Tensor, Alone, Tensor]]:
     """Whose the positions are.
 
     Args:
         is_one: which positions are any one's of this kind.
-        alone: of each prompt, what the processor makes of each by itself.
+        alone: of each prompt, each by itself.
         token_id: the id of the token that stands for a piece of one.
 
     Returns:
-        Of each: its prompt, its number there, its positions, what the processor makes of it by itself, and which tokens of that
-        are its own.
+        Of each: its prompt, its number there, its positions, itself alone, and which tokens of that are its own.
 
     Raises:
         InputError: if these are not as many tokens as the prompt has.
     """
     found = []
-    for prompt, inputs in enumerate(alone):
+    for prompt, items in enumerate(alone):
         positions = is_one[prompt].nonzero().flatten().cpu()
-        masks = [one["input_ids"][0] == token_id for one in inputs]
+        masks = [one.inputs["input_ids"][0] == token_id for one in items]
         counts = [int(mask.sum()) for mask in masks]
         if sum(counts) != len(positions):
             raise InputError(
@@ -100,7 +112,7 @@ def shared(
             )
         parts = positions.split(counts)
         found += [
-            (prompt, i, part, one, mask) for i, (part, one, mask) in enumerate(zip(parts, inputs, masks, strict=True))
+            (prompt, i, part, one, mask) for i, (part, one, mask) in enumerate(zip(parts, items, masks, strict=True))
         ]
     return found
 

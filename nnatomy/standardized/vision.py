@@ -9,13 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
-from nnatomy.standardized.image_tokens import ImageTokens, grid_of
+from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
 from nnatomy.standardized.media import load_processor, media_alone
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
 from nnatomy.standardized.media_tokens import AudioTokens, VideoTokens, shared, video_grid
@@ -106,10 +106,13 @@ class Vision(Values):
                 corner = vlm.layers_output[5][0, photo.position_of(0, -1)]
         """
         found = self._places_of(IMAGE, prompts, {**others, "images": images})
-        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", 1)
-        return [
-            ImageTokens(prompt, i, positions, *grid_of(made, merge, mask)) for prompt, i, positions, made, mask in found
-        ]
+        reader = getattr(self.processor, "image_processor", None)
+        made = []
+        for prompt, i, positions, one, mask in found:
+            grid, why = grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
+            picture = None if grid is None else picture_seen(reader, one.inputs, one.given)
+            made.append(ImageTokens(prompt, i, positions, grid, why, picture))
+        return made
 
     def video_tokens(self, prompts: Any, videos: Any = None, **others: Any) -> list[VideoTokens]:
         """Where the videos are in their prompts: which positions are whose video, and which patch of which frame each is.
@@ -133,8 +136,8 @@ class Vision(Values):
         found = self._places_of(VIDEO, prompts, {**others, "videos": videos})
         merge = getattr(getattr(self.processor, "video_processor", None), "merge_size", 1)
         return [
-            VideoTokens(prompt, i, positions, *video_grid(made, merge, len(positions)))
-            for prompt, i, positions, made, _ in found
+            VideoTokens(prompt, i, positions, *video_grid(one.inputs, merge, len(positions)))
+            for prompt, i, positions, one, _ in found
         ]
 
     def audio_tokens(self, prompts: Any, audio: Any = None, **others: Any) -> list[AudioTokens]:
@@ -161,12 +164,38 @@ class Vision(Values):
             for prompt, i, positions, _, _ in self._places_of(AUDIO, prompts, {**others, "audio": audio})
         ]
 
+    def prompt_parts(self, prompts: Any, **media: Any) -> list[dict[str, Int[Tensor, " position"]]]:
+        """The positions of each prompt by what they are: "text", "image 0", "video 0", "sound 0", ...; without padding.
+
+        Args:
+            prompts, **media: as in `trace`.
+
+        Raises:
+            InputError: as `trace`.
+
+        Example (of a model `vlm` that reads images):
+            parts, = vlm.prompt_parts(prompt, images=picture)
+            with vlm.trace(prompt, images=picture):
+                pattern = vlm.attention_probabilities[5][0]
+            to_image = pattern[:, parts["text"]][:, :, parts["image 0"]].sum(-1)    # (head, query): of each text position
+        """
+        inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
+        text = inputs["attention_mask"].bool()
+        found: list[dict[str, Tensor]] = [{} for _ in text]
+        for kind in (IMAGE, VIDEO, AUDIO):
+            if media.get(kind.argument) is None:
+                continue
+            for prompt, i, positions, _, _ in self._places_of(kind, prompts, media):
+                found[prompt][f"{kind.name} {i}"] = positions
+                text[prompt, positions] = False
+        return [{"text": mask.nonzero().flatten(), **one} for mask, one in zip(text, found, strict=True)]
+
     def _places_of(self, kind: Kind, prompts: Any, media: dict[str, Any]) -> list[Any]:
         ids = token_ids(self, kind)
         inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
         alone = media_alone(self.processor, kind, prompts, media)
         stands = next(
-            (one for one in ids for mine in alone for made in mine if (made["input_ids"] == one).any()), ids[0]
+            (one for one in ids for mine in alone for made in mine if (made.inputs["input_ids"] == one).any()), ids[0]
         )
         return shared(inputs["input_ids"] == stands, alone, stands, kind)
 
