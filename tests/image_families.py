@@ -37,7 +37,7 @@ def tokenizer(**special: str) -> Any:
     return made
 
 
-def _pil(model_type: str, **arguments: Any) -> Any:
+def pil(model_type: str, **arguments: Any) -> Any:
     """The image processor of that type that needs no torchvision."""
     module = importlib.import_module(f"transformers.models.{model_type}.image_processing_pil_{model_type}")
     kind = next(
@@ -48,14 +48,14 @@ def _pil(model_type: str, **arguments: Any) -> Any:
     return kind(**arguments)
 
 
-def _without_videos(processor_class: Any, images: Any, words: Any, **arguments: Any) -> Any:
+def without_videos(processor_class: Any, images: Any, words: Any, **arguments: Any) -> Any:
     """A processor whose part for videos, which needs torchvision, is left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
         return processor_class(images, words, None, **arguments)
 
 
-def _with_ids(hf: nn.Module, processor: Any, **of_config: str) -> tuple[nn.Module, Any]:
+def with_ids(hf: nn.Module, processor: Any, **of_config: str) -> tuple[nn.Module, Any]:
     """The model, told the ids that the tokenizer gives to its special tokens."""
     for field, token in of_config.items():
         value = processor.tokenizer.convert_tokens_to_ids(token)
@@ -68,18 +68,18 @@ def _with_ids(hf: nn.Module, processor: Any, **of_config: str) -> tuple[nn.Modul
 
 def llava(class_name: str = "LlavaForConditionalGeneration", model_type: str = "llava") -> tuple[nn.Module, Any]:
     hf = zoo.build_class(class_name, model_type, **_SQUARE)
-    images = _pil("clip", size={"shortest_edge": 16}, crop_size=16)
+    images = pil("clip", size={"shortest_edge": 16}, crop_size=16)
     processor = transformers.LlavaProcessor(images, tokenizer(image_token="<image>"), **_CLIP)
-    return _with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
+    return with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
 
 
 def llava_next() -> tuple[nn.Module, Any]:
     hf = zoo.build_class(
         "LlavaNextForConditionalGeneration", "llava_next", **_SQUARE, image_grid_pinpoints=[[32, 16], [16, 32]]
     )
-    images = _pil("llava_next", size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[32, 16], [16, 32]])
+    images = pil("llava_next", size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[32, 16], [16, 32]])
     processor = transformers.LlavaNextProcessor(images, tokenizer(image_token="<image>"), **_CLIP)
-    return _with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
+    return with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
 
 
 def paligemma() -> tuple[nn.Module, Any]:
@@ -89,10 +89,10 @@ def paligemma() -> tuple[nn.Module, Any]:
         vision_config={"image_size": 16, "patch_size": 4, "projection_dim": 32},
         projection_dim=32,
     )
-    images = _pil("siglip", size={"height": 16, "width": 16})
+    images = pil("siglip", size={"height": 16, "width": 16})
     images.image_seq_length = 16
     processor = transformers.PaliGemmaProcessor(images, tokenizer(image_token="<image>"))
-    return _with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
+    return with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
 
 
 def gemma3() -> tuple[nn.Module, Any]:
@@ -102,10 +102,10 @@ def gemma3() -> tuple[nn.Module, Any]:
         vision_config={"image_size": 16, "patch_size": 4},
         mm_tokens_per_image=4,
     )
-    images = _pil("gemma3", size={"height": 16, "width": 16})
+    images = pil("gemma3", size={"height": 16, "width": 16})
     words = tokenizer(image_token="<patch>", boi_token="<begin>", eoi_token="<end>")
     processor = transformers.Gemma3Processor(images, words, image_seq_length=4)
-    return _with_ids(
+    return with_ids(
         hf,
         processor,
         image_token_id="<patch>",
@@ -123,15 +123,15 @@ def qwen(kind: str = "qwen2_vl", name: str = "Qwen2VL") -> tuple[nn.Module, Any]
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    images = _pil("qwen2_vl", **patch, min_pixels=1, max_pixels=100 * vision.patch_size**2)
+    images = pil("qwen2_vl", **patch, min_pixels=1, max_pixels=100 * vision.patch_size**2)
     words = tokenizer(
         image_token="<|image_pad|>",
         video_token="<|video_pad|>",
         vision_bos_token="<|vision_start|>",
         vision_eos_token="<|vision_end|>",
     )
-    processor = _without_videos(getattr(transformers, f"{name}Processor"), images, words)
-    return _with_ids(
+    processor = without_videos(getattr(transformers, f"{name}Processor"), images, words)
+    return with_ids(
         hf,
         processor,
         image_token_id="<|image_pad|>",
@@ -142,7 +142,7 @@ def qwen(kind: str = "qwen2_vl", name: str = "Qwen2VL") -> tuple[nn.Module, Any]
 
 def idefics3() -> tuple[nn.Module, Any]:
     hf = zoo.build_class("Idefics3ForConditionalGeneration", "idefics3", **_SQUARE, scale_factor=2)
-    images = _pil("idefics3", size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    images = pil("idefics3", size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
     words = tokenizer(
         image_token="<image>",
         fake_image_token="<fake_token_around_image>",
@@ -150,7 +150,7 @@ def idefics3() -> tuple[nn.Module, Any]:
         **{f"r{i}{j}": f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)},
     )
     processor = transformers.Idefics3Processor(images, words, image_seq_len=4)
-    return _with_ids(hf, processor, image_token_id="<image>")
+    return with_ids(hf, processor, image_token_id="<image>")
 
 
 def internvl() -> tuple[nn.Module, Any]:
@@ -160,17 +160,17 @@ def internvl() -> tuple[nn.Module, Any]:
         vision_config={"image_size": [16, 16], "patch_size": [4, 4]},
         image_seq_length=4,
     )
-    images = _pil("got_ocr2", size={"height": 16, "width": 16}, crop_to_patches=False)
+    images = pil("got_ocr2", size={"height": 16, "width": 16}, crop_to_patches=False)
     words = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
-    processor = _without_videos(transformers.InternVLProcessor, images, words, image_seq_length=4)
-    return _with_ids(hf, processor, image_token_id="<IMG_CONTEXT>")
+    processor = without_videos(transformers.InternVLProcessor, images, words, image_seq_length=4)
+    return with_ids(hf, processor, image_token_id="<IMG_CONTEXT>")
 
 
 def aya_vision() -> tuple[nn.Module, Any]:
     hf = zoo.build_class("AyaVisionForConditionalGeneration", "aya_vision", **_SQUARE)
-    images = _pil("got_ocr2", size={"height": 16, "width": 16}, crop_to_patches=False)
+    images = pil("got_ocr2", size={"height": 16, "width": 16}, crop_to_patches=False)
     words = tokenizer(
         image_token="<image>",
         patch_token="<|IMG_PATCH|>",
@@ -179,13 +179,13 @@ def aya_vision() -> tuple[nn.Module, Any]:
         tile="TILE_GLOBAL",
     )
     processor = transformers.AyaVisionProcessor(images, words, patch_size=4, img_size=16, downsample_factor=2)
-    return _with_ids(hf, processor, image_token_id="<|IMG_PATCH|>", image_token_index="<|IMG_PATCH|>")
+    return with_ids(hf, processor, image_token_id="<|IMG_PATCH|>", image_token_index="<|IMG_PATCH|>")
 
 
 def glm4v() -> tuple[nn.Module, Any]:
     hf = zoo.build_class("Glm4vForConditionalGeneration", "glm4v")
     vision = hf.config.vision_config
-    images = _pil(
+    images = pil(
         "glm4v",
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -195,19 +195,19 @@ def glm4v() -> tuple[nn.Module, Any]:
     words = tokenizer(
         image_token="<|image|>", video_token="<|video|>", begin="<|begin_of_image|>", end="<|end_of_image|>"
     )
-    processor = _without_videos(transformers.Glm4vProcessor, images, words)
-    return _with_ids(
+    processor = without_videos(transformers.Glm4vProcessor, images, words)
+    return with_ids(
         hf, processor, image_token_id="<|image|>", video_token_id="<|video|>", image_start_token_id="<|begin_of_image|>"
     )
 
 
 def deepseek_vl() -> tuple[nn.Module, Any]:
     hf = zoo.build_class("DeepseekVLForConditionalGeneration", "deepseek_vl", **_SQUARE)
-    images = _pil("deepseek_vl", size={"height": 16, "width": 16}, min_size=4)
+    images = pil("deepseek_vl", size={"height": 16, "width": 16}, min_size=4)
     processor = transformers.DeepseekVLProcessor(
         images, tokenizer(image_token="<image_placeholder>"), num_image_tokens=16
     )
-    return _with_ids(hf, processor, image_token_id="<image_placeholder>")
+    return with_ids(hf, processor, image_token_id="<image_placeholder>")
 
 
 FAMILIES = {

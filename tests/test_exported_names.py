@@ -50,10 +50,12 @@ def test_methods() -> None:
         "Activations",
         "HeadAblation",
         "HeadMap",
+        "ImageLens",
         "LensStatistics",
         "LogitLens",
         "Patching",
         "PathPatching",
+        "PicturePatching",
         "Prompt",
         "SteeringVector",
         "TargetPrompt",
@@ -74,6 +76,7 @@ def test_methods() -> None:
         "get_token_activations",
         "head_ablation",
         "head_scores",
+        "image_lens",
         "integrated_gradients",
         "it_repeat_prompt",
         "kl_divergence",
@@ -86,6 +89,7 @@ def test_methods() -> None:
         "patchscope_generate",
         "patchscope_lens",
         "path_patching",
+        "picture_patching",
         "probability",
         "repeat_prompt",
         "run_prompts",
@@ -93,7 +97,7 @@ def test_methods() -> None:
 
 
 def test_plots_and_command_line() -> None:
-    drawn = {"attention", "bars", "circuit", "curves", "heat_map", "parts", "save"}
+    drawn = {"attention", "bars", "circuit", "curves", "heat_map", "over_picture", "parts", "save"}
     assert public(nnatomy.plots) == drawn | {"attention_view", "token_view"}
     assert public(nnatomy.cli) == {"main"}
 

@@ -59,15 +59,16 @@ class WordMaps:
             words: all if None.
             step: the mean over the steps if None.
         """
-        from nnatomy.diffusion.overlay import overlays
+        from nnatomy.plots import over_picture
 
         wanted = [words] if isinstance(words, str) else list(self.words if words is None else words)
         when = "all steps" if step is None else f"step {step}"
-        return overlays(
+        return over_picture(
             self.picture,
             {word: self.map(word, step) for word in wanted},
             title=f"{self.prompt} ({when})" if title is None else title,
             value_name="attention",
+            smooth=True,
         )
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ from nnatomy.methods.collecting import collect_activations
 from nnatomy.methods.direct_logit_attribution import direct_logit_attribution
 from nnatomy.methods.edge_attribution import edge_attribution
 from nnatomy.methods.heads import HeadAblation, HeadMap, head_ablation, head_scores
+from nnatomy.methods.image_lens import ImageLens, image_lens
 from nnatomy.methods.integrated_gradients import integrated_gradients
 from nnatomy.methods.lens_result import LogitLens
 from nnatomy.methods.lens_statistics import LensStatistics, lens_statistics
@@ -18,6 +19,7 @@ from nnatomy.methods.logit_lens import logit_lens
 from nnatomy.methods.metrics import kl_divergence, log_probability, logit_difference, probability
 from nnatomy.methods.patchscopes import patch_object_attn_lens, patchscope_generate, patchscope_lens
 from nnatomy.methods.path_patching import PathPatching, path_patching
+from nnatomy.methods.picture_patching import PicturePatching, picture_patching
 from nnatomy.methods.prompts import (
     Prompt,
     compute_next_token_probs,
@@ -63,6 +65,8 @@ __all__ = [
     "get_token_activations",
     "head_ablation",
     "head_scores",
+    "ImageLens",
+    "image_lens",
     "integrated_gradients",
     "it_repeat_prompt",
     "kl_divergence",
@@ -75,6 +79,8 @@ __all__ = [
     "patchscope_generate",
     "patchscope_lens",
     "path_patching",
+    "PicturePatching",
+    "picture_patching",
     "probability",
     "repeat_prompt",
     "run_prompts",

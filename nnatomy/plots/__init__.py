@@ -6,6 +6,7 @@ from nnatomy.plots.bars import bars
 from nnatomy.plots.circuit import circuit
 from nnatomy.plots.curves import curves
 from nnatomy.plots.heat_map import heat_map
+from nnatomy.plots.over_picture import over_picture
 from nnatomy.plots.parts import parts
 from nnatomy.plots.save import save
 from nnatomy.plots.token_view import token_view
@@ -17,6 +18,7 @@ __all__ = [
     "circuit",
     "curves",
     "heat_map",
+    "over_picture",
     "parts",
     "save",
     "token_view",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
-from torch.nn import Module
 
 from nnatomy.errors import InputError, NotInThisModelError
-
-#: What a model without images does not have.
-OF_IMAGES = frozenset(("image_embeddings", "image_tokens", "projector_output", "vision_layers_output"))
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,8 @@ class ImageTokens:
         positions: (token): its positions, in the batch as it is padded.
         grid: (rows, columns) of its tokens, each of which is a patch; None where they are no grid.
         why: why they are none.
+        picture: what the model sees of the image, of bytes: some processors cut off its sides. The rows and columns of patches divide
+            it evenly. None where they are no grid, or the image was given as numbers that are no bytes.
     """
 
     prompt: int
@@ -35,6 +33,7 @@ class ImageTokens:
     positions: Int[Tensor, " token"]
     grid: tuple[int, int] | None
     why: str = ""
+    picture: UInt8[Tensor, "height width 3"] | None = None
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -56,52 +55,46 @@ class ImageTokens:
             )
         return int(self.positions[row % rows * columns + column % columns])
 
+    def region(self, rows: slice, columns: slice) -> Int[Tensor, " token"]:
+        """The positions of the patches in these rows and columns, such as `photo.region(slice(0, 2), slice(None))`.
 
-def image_token_id(model: Any) -> int:
-    """The id of the token that stands for a patch.
-
-    Raises:
-        NotInThisModelError: if the model has none.
-    """
-    names = ("image_token_id", "image_token_index")
-    found = next((one for name in names if isinstance(one := getattr(model.config, name, None), int)), None)
-    if found is None:
-        raise NotInThisModelError(
-            f"{type(model.hf_model).__name__} has no token that stands for a patch of an image: an image is no positions of a prompt."
-        )
-    return found
-
-
-def places_of_images(
-    is_image: Bool[Tensor, "batch seq"], alone: Sequence[Sequence[dict[str, Any]]], token_id: int, merge: int
-) -> list[ImageTokens]:
-    """Where each image is.
-
-    Args:
-        is_image: which positions are any image's.
-        alone: of each prompt, what the processor makes of each of its images by itself.
-        token_id: the id of the token that stands for a patch.
-        merge: how many patches of the processor's, in each direction, are one token.
-
-    Raises:
-        InputError: if these are not as many tokens as the prompt has.
-    """
-    found = []
-    for prompt, images in enumerate(alone):
-        positions = is_image[prompt].nonzero().flatten().cpu()
-        masks = [image["input_ids"][0] == token_id for image in images]
-        counts = [int(mask.sum()) for mask in masks]
-        if sum(counts) != len(positions):
+        Raises:
+            NotInThisModelError: if the tokens are no grid of patches.
+            InputError: if no patch is there.
+        """
+        found = self.positions.unflatten(0, self.patch_grid)[rows, columns].flatten()
+        if not len(found):
             raise InputError(
-                f"Prompt {prompt} has {len(positions)} tokens of images, and its images by themselves are {counts}: nobody can "
-                "tell whose they are."
+                "The image is of {} rows and {} columns of patches: none is in rows {} and columns {}.".format(
+                    *self.patch_grid, rows, columns
+                )
             )
-        parts = positions.split(counts)
-        found += [
-            ImageTokens(prompt, image, part, *grid_of(inputs, merge, mask))
-            for image, (part, inputs, mask) in enumerate(zip(parts, images, masks, strict=True))
-        ]
-    return found
+        return found
+
+    def arranged(self, values: Shaped[Tensor, ...], axis: int = -1) -> Shaped[Tensor, ...]:
+        """Values by position as they lie in the picture: the axis of positions becomes two, of rows and columns.
+
+        Args:
+            values: of one prompt: `pattern[head, -1]` of (key), a lens's (layer, position, vocab), ...
+            axis: that of positions, of the prompt as it is padded in its batch.
+
+        Raises:
+            NotInThisModelError: if the tokens are no grid of patches.
+            InputError: if the axis is shorter than the prompt.
+
+        Example (of a model `vlm` that reads images):
+            photo, = vlm.image_tokens(prompt, images=picture)
+            with vlm.trace(prompt, images=picture):
+                pattern = vlm.attention_probabilities[5]
+            seen = photo.arranged(pattern[photo.prompt, :, -1])    # (head, row, column): what the last position attends to
+        """
+        grid = self.patch_grid
+        if values.ndim <= (axis if axis >= 0 else -axis - 1) or values.shape[axis] <= int(self.positions.max()):
+            raise InputError(
+                f"values of shape {tuple(values.shape)} have no axis {axis} with a place for each position up to "
+                f"{int(self.positions.max())}."
+            )
+        return values.index_select(axis, self.positions.to(values.device)).unflatten(axis, grid)
 
 
 def grid_of(inputs: dict[str, Any], merge: int, is_image: Bool[Tensor, " seq"]) -> tuple[tuple[int, int] | None, str]:
@@ -147,10 +140,24 @@ def _runs(is_image: Bool[Tensor, " seq"]) -> list[tuple[int, int]]:
     return runs
 
 
-def vision_encoder(model: Any) -> Module | None:
-    """The module that reads images in a Hugging Face model, if it has one."""
-    try:
-        encoder = model.get_encoder(modality="image")
-    except (AttributeError, TypeError):  # a model of somebody's; an encoder-decoder's own, which takes no modality
+def picture_seen(reader: Any, inputs: dict[str, Any], image: Any) -> UInt8[Tensor, "height width 3"] | None:
+    """What the model sees of one image that is processed by itself, where its patches are a grid; None where nobody can tell.
+
+    Args:
+        reader: the image processor.
+        inputs: what it makes of the image.
+        image: as it was given.
+    """
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3):
+        shown = pixels[0].double().permute(1, 2, 0)
+        if getattr(reader, "do_normalize", False):
+            mean, std = (torch.as_tensor(one, dtype=torch.double) for one in (reader.image_mean, reader.image_std))
+            shown = shown * std + mean
+        if getattr(reader, "do_rescale", False):
+            shown = shown / reader.rescale_factor
+        return shown.round().clamp(0, 255).to(torch.uint8)
+    whole = torch.as_tensor(np.array(image))
+    if whole.dtype != torch.uint8 or getattr(reader, "do_center_crop", False):
         return None
-    return encoder if isinstance(encoder, Module) and encoder is not model else None
+    return whole if whole.shape[-1] == 3 else whole.permute(1, 2, 0)  # (patches of all of it, at another size)

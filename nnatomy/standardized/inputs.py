@@ -22,11 +22,15 @@ from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
-from nnatomy.standardized.media import MEDIA, holds_media, misses_images, read_media
+from nnatomy.standardized.media import holds_media, misses_media, read_media
+from nnatomy.standardized.media_kinds import KINDS, MEDIA
 from nnatomy.standardized.text import text_ids
 
 #: Arguments of `prepare` that do not go to the model.
 OPTIONS = ("padding_side", "prepend_bos", *TEMPLATE_OPTIONS, *MEDIA)
+
+#: What a processor makes of text alone.
+OF_TEXT = frozenset(("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"))
 
 #: Why a model of somebody's takes no padding.
 NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
@@ -116,11 +120,10 @@ class Prompts:
         """
         side, texts, kwargs = self._options(kwargs)
         media = {name: kwargs.pop(name) for name in MEDIA if name in kwargs}
-        no_pixels = not any("pixel" in name for name in kwargs)
         if (
             any(one is not None for one in media.values())
             or holds_media(prompts)
-            or (no_pixels and misses_images(self._processor(load=False), prompts))
+            or misses_media(self._processor(load=False), prompts, kwargs)
         ):
             prompts, texts = self._read_media(prompts, media, texts, side), {}
         if prompts is None:
@@ -188,9 +191,33 @@ class Prompts:
         template = {name: value for name, value in texts.items() if name != "prepend_bos" and value is not None}
         if texts.get("prepend_bos") is not None:
             raise InputError("prepend_bos: beside images the processor says how a text begins.")
+        if self.main_input != "input_ids" and prompts is not None:
+            raise InputError(
+                f"The model reads no text but {self.main_input}: give images=... or audio=... alone, and what its decoder begins "
+                "with as decoder_input_ids=..."
+            )
         made = read_media(self._processor(), prompts, media, template, side)
-        self.check_lengths(made["attention_mask"].sum(-1).tolist(), side)
+        if "input_ids" in made:
+            self.check_lengths(made["attention_mask"].sum(-1).tolist(), side)
+        self._check_made(made, media)
         return {name: value for name, value in made.items() if self.reads(name) and name != "labels"}
+
+    def _check_made(self, made: dict[str, Any], media: dict[str, Any]) -> None:
+        """Raise InputError if the processor passes over what it was given, or the model what comes of it."""
+        for kind in KINDS:
+            if media.get(kind.argument) is None:
+                continue
+            if not made.keys() - OF_TEXT:
+                raise InputError(
+                    f"{kind.argument}=...: {type(self._processor()).__name__} makes nothing of it beside text. Give what the model's "
+                    "forward takes."
+                )
+            of_kind = kind.inputs.intersection(made)
+            if of_kind and not any(map(self.reads, of_kind)):
+                raise InputError(
+                    f"{kind.argument}=...: the processor makes {' and '.join(sorted(of_kind))} of it, which the model's forward "
+                    "does not read."
+                )
 
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""

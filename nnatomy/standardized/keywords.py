@@ -30,6 +30,8 @@ _OF_GENERATE = frozenset(("tokenizer", "assistant_tokenizer"))
 _NOT_OF_GENERATE = frozenset(("labels", "return_dict", "num_items_in_batch"))
 #: What an encoder of images or videos reads.
 PIXELS = frozenset(("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"))
+#: What an encoder of sound reads.
+SOUND = frozenset(("input_features", "input_values", "audio_input_ids"))
 #: The names that a KV cache goes by.
 _CACHES = frozenset(CACHE_NAMES)
 

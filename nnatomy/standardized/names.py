@@ -15,9 +15,9 @@ from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
 from nnatomy.standardized.attention import AttentionMode
-from nnatomy.standardized.image_tokens import OF_IMAGES, vision_encoder
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.shown import Sums
+from nnatomy.standardized.tower import names_without_media
 from nnatomy.tracing import ModuleView
 from nnatomy.tracing.attach import Point
 
@@ -64,7 +64,7 @@ class Names(Annotations, Parts):
     def _absent_names(self) -> set[str]:
         """The names that this model does not have."""
         absent = {name for name, one in vars(self).items() if isinstance(one, LayerAccessor) and not any(one.modules)}
-        absent |= OF_IMAGES if vision_encoder(self.steps_of) is None else set()
+        absent |= names_without_media(self.steps_of)
         return absent.union(self._refused, (name for name, one in vars(self.dimensions).items() if one is None))
 
     def _free_name(self, name: str | None, module: Module) -> str:

@@ -48,8 +48,10 @@ class Given:
         seq: how many positions it has (those of a KV cache that was given, too).
         untold: why nothing says which tokens are padding; "" if something does.
         end: of a generation that may need more positions than the model has: how many it has, and that in words.
+        media: the names of the arguments that are made of images, videos and sound.
     """
 
+    media: frozenset[str] = frozenset()
     end: tuple[int, str] | None = None
     mask: Any = None
     seq: int | None = None

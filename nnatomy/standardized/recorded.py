@@ -24,9 +24,9 @@ from nnatomy.blocks.rows import is_opaque
 from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
 from nnatomy.errors import InputError
-from nnatomy.standardized.image_tokens import vision_encoder
-from nnatomy.standardized.keywords import PIXELS
-from nnatomy.standardized.media import MEDIA
+from nnatomy.standardized.keywords import PIXELS, SOUND
+from nnatomy.standardized.media_kinds import KINDS, MEDIA
+from nnatomy.standardized.tower import media_encoder
 
 #: What configs may say of every call.
 _OF_CONFIGS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -82,12 +82,15 @@ class Recorded:
             self._watch({*self._run.roots[0].modules()}, {"input": None, "output": None})
             for one in accessors:
                 self._watch({*one.modules} - {None}, {one.kind: one.tap})
-        elif not (self._by or self._images) and any(arguments.get(name) is not None for name in (*PIXELS, *MEDIA)):
-            # A vision encoder's layers are recorded, and some of the record is what the language model is given.
+        elif not (self._by or self._images) and any(
+            arguments.get(name) is not None for name in (*PIXELS, *SOUND, *MEDIA)
+        ):
+            # The layers of an encoder of images or sound are recorded, and some of the record is what the language model is given.
             self._images = True
-            encoder = vision_encoder(self._model.steps_of)
-            if encoder is not None:
-                self._watch({*encoder.modules()}, {"input": None, "output": None})
+            encoders = (media_encoder(self._model.steps_of, kind) for kind in KINDS)
+            inside = {module for encoder in encoders if encoder is not None for module in encoder.modules()}
+            if inside:
+                self._watch(inside, {"input": None, "output": None})
 
     def _watch(self, modules: set[Module], kinds: dict[str, Any]) -> None:
         self._run.replace(_Before(self, modules, kinds), 0)

@@ -13,6 +13,8 @@ from nnatomy.errors import InputError, ModelChangedError
 from nnatomy.standardized.inputs import OPTIONS, is_batch
 from nnatomy.standardized.joined_prompts import JoinPrompts
 from nnatomy.standardized.kept_state import copies_of_states, states_in, undone_unless_it_returns
+from nnatomy.standardized.keywords import PIXELS, SOUND
+from nnatomy.standardized.media_kinds import MEDIA
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.positions import untold
 from nnatomy.standardized.prompt_trace import Given as GivenPrompts
@@ -91,9 +93,10 @@ class Running(Parts):
             **kwargs: `padding_side="right"` pads a batch on the right (so does `model.tokenizer.padding_side`, if it is changed
                 after loading); `prepend_bos` says whether a text begins with the tokenizer's token for that, which it
                 puts as it likes by default (`to_tokens`); `continue_final_message` and `add_generation_prompt` are the chat
-                template's. All others go to the model's forward, which has to make use of them. Several prompts in one row,
-                told apart by `position_ids` that begin anew, are given with `attention_mask=None` and `use_cache=False`, as
-                Transformers has it.
+                template's; `images`, `videos` and `audio` are read by `model.processor`, one, or a list in the order of their
+                places in the prompts (docs/images.md). All others go to the model's forward, which has to make use of them.
+                Several prompts in one row, told apart by `position_ids` that begin anew, are given with `attention_mask=None`
+                and `use_cache=False`, as Transformers has it.
 
         Raises:
             InputError: if there is nothing to run, the prompts cannot be run on this model, or it makes no use of an argument.
@@ -205,6 +208,7 @@ class Running(Parts):
 
         def known(inputs: dict[str, Any]) -> Callable[[], Any]:
             given.mask, given.untold = inputs.get("attention_mask"), untold(inputs)
+            given.media = frozenset(name for name in (*PIXELS, *SOUND) if inputs.get(name) is not None)
             given.seq = given.mask.shape[1] if isinstance(given.mask, Tensor) and given.mask.ndim == 2 else None
             context = self._prompts.context
             if generated is not None and context is not None and given.seq is not None:
@@ -213,7 +217,8 @@ class Running(Parts):
 
         early_stop = early_stop and self._shards.can_be_left
         open_trace = partial(PromptTrace, self, given=given, generated=generated, sender=sender)
-        if prompts is not None or self._prompts.read(kwargs):
+        alone = any(kwargs.get(name) is not None for name in MEDIA)  # sound, which is a prompt by itself for some
+        if prompts is not None or alone or self._prompts.read(kwargs):
             inputs = self.prepare(prompts, **kwargs)
             return open_trace(known(inputs), early_stop=early_stop and not states_in(inputs))
         self._check_current()

@@ -1,48 +1,40 @@
-"""The vision side of a model that reads images, by names of a trace: its layers, what projects their output, what enters the stream.
-
-Which modules these are is found by running the model on one picture of noise: the layers are the list of modules in the vision
-encoder of which each is called once, and is given what the one before gives, bit for bit; the projector is the module
-whose output is what stands at the image's positions in the stream.
+"""The side of a model that reads images, videos or sound, by names of a trace: the encoder's layers, what projects their output, what
+enters the stream. `tower.py` finds the modules.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.errors import AssignmentError, InputError, LayerIndexError, NotInThisModelError
-from nnatomy.standardized.image_tokens import ImageTokens, image_token_id, places_of_images, vision_encoder
-from nnatomy.standardized.keywords import PIXELS
-from nnatomy.standardized.media import image_token, images_alone, load_processor
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
+from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
+from nnatomy.standardized.media import load_processor, media_alone
+from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
+from nnatomy.standardized.media_tokens import AudioTokens, VideoTokens, shared, video_grid
+from nnatomy.standardized.prompt_trace import RootInputs
+from nnatomy.standardized.tower import Tower, find_tower
 from nnatomy.standardized.values import Values
 from nnatomy.standardized.watched import watcher
 from nnatomy.tracing.attach import first_tensor, with_first_tensor
 
 
-@dataclass(frozen=True)
-class Tower:
-    """The modules of the vision side; or why they are not known."""
+class EncoderLayers:
+    """`model.vision_layers_output[i]`, `model.audio_layers_output[i]`: what a layer of the encoder gives, in the encoder's own axes.
 
-    layers: tuple[Module, ...] = ()
-    projector: Module | None = None
-    no_layers: str = ""
-    no_projector: str = ""
+    Can be assigned.
+    """
 
-
-class VisionLayers:
-    """`model.vision_layers_output[i]`: what a layer of the vision encoder gives, in the encoder's own axes. Can be assigned."""
-
-    def __init__(self, model: Any, layers: tuple[Module, ...], why: str) -> None:
-        self._model, self._layers, self._why = model, layers, why
+    def __init__(self, model: Any, kind: Kind) -> None:
+        self._model, self._kind, self._name = model, kind, kind.names[1]
+        self._layers, self._why = model._tower(kind).layers, model._tower(kind).no_layers
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -57,18 +49,22 @@ class VisionLayers:
 
     def __setitem__(self, layer: int, value: Tensor) -> None:
         slot = self._slot(layer)
-        slot.value = _with_first(f"vision_layers_output[{layer}]", slot.value, value)
+        slot.value = _with_first(f"{self._name}[{layer}]", slot.value, value)
 
     def _slot(self, layer: int) -> Slot:
         if not self._layers:
-            raise NotInThisModelError(f"vision_layers_output: {self._why}")
+            raise NotInThisModelError(f"{self._name}: {self._why}")
         if not -len(self) <= layer < len(self):
-            raise LayerIndexError(f"The vision encoder has layers 0 to {len(self) - 1}, so no {layer}.")
-        return _reach(self._model, self._layers[layer], f"vision_layers_output[{layer}]")
+            raise LayerIndexError(
+                f"The {self._name.partition('_')[0]} encoder has layers 0 to {len(self) - 1}, so no {layer}."
+            )
+        name = f"{self._name}[{layer}]"
+        self._model._refuse_both(self._kind, name)
+        return _reach(self._model, self._layers[layer], name)
 
 
 class Vision(Values):
-    """A model with the names of its vision side, where it has one and a processor reads images for it."""
+    """A model with the names of what reads images, videos and sound, where it has that and a processor reads them for it."""
 
     _processor: Any = None
     _processor_options: Mapping[str, Any] = MappingProxyType({})
@@ -87,13 +83,14 @@ class Vision(Values):
     @processor.setter
     def processor(self, processor: Any) -> None:
         self._processor = processor
-        self.__dict__.pop("_found_tower", None)
+        self.__dict__.pop("_towers", None)
 
-    def image_tokens(self, prompts: Any, images: Any = None) -> list[ImageTokens]:
+    def image_tokens(self, prompts: Any, images: Any = None, **others: Any) -> list[ImageTokens]:
         """Where the images are in their prompts: which positions are whose image, and which patch each is.
 
         Args:
             prompts, images: as in `trace`.
+            others: `videos` and `audio`, where the prompts have them too.
 
         Returns:
             One for each image, in the order of prompts and of the images in them.
@@ -108,121 +105,219 @@ class Vision(Values):
                 patches = vlm.layers_output[5][0, photo.positions].unflatten(0, photo.patch_grid)    # (row, column, hidden)
                 corner = vlm.layers_output[5][0, photo.position_of(0, -1)]
         """
-        token_id = image_token_id(self)
-        inputs = self._prompts.prepare(prompts, {"images": images}, torch.device("cpu"))
-        merge = getattr(getattr(self.processor, "image_processor", None), "merge_size", 1)
-        alone = images_alone(self.processor, prompts, images)
-        return places_of_images(inputs["input_ids"] == token_id, alone, token_id, merge)
+        found = self._places_of(IMAGE, prompts, {**others, "images": images})
+        reader = getattr(self.processor, "image_processor", None)
+        made = []
+        for prompt, i, positions, one, mask in found:
+            grid, why = grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
+            picture = None if grid is None else picture_seen(reader, one.inputs, one.given)
+            made.append(ImageTokens(prompt, i, positions, grid, why, picture))
+        return made
+
+    def video_tokens(self, prompts: Any, videos: Any = None, **others: Any) -> list[VideoTokens]:
+        """Where the videos are in their prompts: which positions are whose video, and which patch of which frame each is.
+
+        Args:
+            prompts, videos: as in `trace`.
+            others: `images` and `audio`, where the prompts have them too.
+
+        Returns:
+            One for each video, in the order of prompts and of the videos in them.
+
+        Raises:
+            InputError: as `trace`.
+            NotInThisModelError: if no positions of a prompt are a video's on this model.
+
+        Example (of a model `vlm` that reads videos):
+            clip, = vlm.video_tokens("<video> What happens?", videos=frames)
+            with vlm.trace("<video> What happens?", videos=frames):
+                patches = vlm.layers_output[5][0, clip.positions].unflatten(0, clip.patch_grid)    # (frame, row, column, hidden)
+        """
+        found = self._places_of(VIDEO, prompts, {**others, "videos": videos})
+        merge = getattr(getattr(self.processor, "video_processor", None), "merge_size", 1)
+        return [
+            VideoTokens(prompt, i, positions, *video_grid(one.inputs, merge, len(positions)))
+            for prompt, i, positions, one, _ in found
+        ]
+
+    def audio_tokens(self, prompts: Any, audio: Any = None, **others: Any) -> list[AudioTokens]:
+        """Where the sounds are in their prompts: which positions are whose.
+
+        Args:
+            prompts, audio: as in `trace`.
+            others: `images` and `videos`, where the prompts have them too.
+
+        Returns:
+            One for each sound, in the order of prompts and of the sounds in them.
+
+        Raises:
+            InputError: as `trace`.
+            NotInThisModelError: if no positions of a prompt are a sound's on this model (an encoder-decoder's encoder reads it).
+
+        Example (of a model `listener` that reads sound):
+            speech, = listener.audio_tokens("<|AUDIO|> What is said?", audio=samples)
+            with listener.trace("<|AUDIO|> What is said?", audio=samples):
+                heard = listener.layers_output[5][0, speech.positions]    # (token, hidden)
+        """
+        return [
+            AudioTokens(prompt, i, positions)
+            for prompt, i, positions, _, _ in self._places_of(AUDIO, prompts, {**others, "audio": audio})
+        ]
+
+    def prompt_parts(self, prompts: Any, **media: Any) -> list[dict[str, Int[Tensor, " position"]]]:
+        """The positions of each prompt by what they are: "text", "image 0", "video 0", "sound 0", ...; without padding.
+
+        Args:
+            prompts, **media: as in `trace`.
+
+        Raises:
+            InputError: as `trace`.
+
+        Example (of a model `vlm` that reads images):
+            parts, = vlm.prompt_parts(prompt, images=picture)
+            with vlm.trace(prompt, images=picture):
+                pattern = vlm.attention_probabilities[5][0]
+            to_image = pattern[:, parts["text"]][:, :, parts["image 0"]].sum(-1)    # (head, query): of each text position
+        """
+        inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
+        text = inputs["attention_mask"].bool()
+        found: list[dict[str, Tensor]] = [{} for _ in text]
+        for kind in (IMAGE, VIDEO, AUDIO):
+            if media.get(kind.argument) is None:
+                continue
+            for prompt, i, positions, _, _ in self._places_of(kind, prompts, media):
+                found[prompt][f"{kind.name} {i}"] = positions
+                text[prompt, positions] = False
+        return [{"text": mask.nonzero().flatten(), **one} for mask, one in zip(text, found, strict=True)]
+
+    def _places_of(self, kind: Kind, prompts: Any, media: dict[str, Any]) -> list[Any]:
+        ids = token_ids(self, kind)
+        inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
+        alone = media_alone(self.processor, kind, prompts, media)
+        stands = next(
+            (one for one in ids for mine in alone for made in mine if (made.inputs["input_ids"] == one).any()), ids[0]
+        )
+        return shared(inputs["input_ids"] == stands, alone, stands, kind)
 
     @property
     def image_embeddings(self) -> Float[Tensor, "token hidden"]:
         """What enters the residual stream at the images' positions, in the order of prompts and positions; can be assigned."""
-        _refuse_to_be_watched("image_embeddings")
-        slot, places = self._slot_of_stream()
-        return slot.value[1]["inputs_embeds"][places]
+        return self._embeddings(IMAGE)
 
     @image_embeddings.setter
     def image_embeddings(self, value: Tensor) -> None:
-        slot, places = self._slot_of_stream()
-        args, kwargs = slot.value
-        embeds = kwargs["inputs_embeds"]
-        _check("image_embeddings", embeds[places], value)
-        slot.value = args, {**kwargs, "inputs_embeds": embeds.masked_scatter(places[..., None], value.to(embeds.dtype))}
+        self._put_embeddings(IMAGE, value)
 
     @property
-    def vision_layers_output(self) -> VisionLayers:
-        """What each layer of the vision encoder gives."""
-        return VisionLayers(self, self._tower.layers, self._tower.no_layers)
+    def video_embeddings(self) -> Float[Tensor, "token hidden"]:
+        """What enters the residual stream at the videos' positions, in the order of prompts and positions; can be assigned."""
+        return self._embeddings(VIDEO)
+
+    @video_embeddings.setter
+    def video_embeddings(self, value: Tensor) -> None:
+        self._put_embeddings(VIDEO, value)
+
+    @property
+    def audio_embeddings(self) -> Float[Tensor, "token hidden"]:
+        """What enters the residual stream at the sounds' positions, in the order of prompts and positions; can be assigned."""
+        return self._embeddings(AUDIO)
+
+    @audio_embeddings.setter
+    def audio_embeddings(self, value: Tensor) -> None:
+        self._put_embeddings(AUDIO, value)
+
+    @property
+    def vision_layers_output(self) -> EncoderLayers:
+        """What each layer of the encoder of images and videos gives."""
+        return EncoderLayers(self, IMAGE)
+
+    @property
+    def audio_layers_output(self) -> EncoderLayers:
+        """What each layer of the encoder of sound gives."""
+        return EncoderLayers(self, AUDIO)
 
     @property
     def projector_output(self) -> Tensor:
         """The images' patches as the language model is given them, in the shape that the module gives; can be assigned."""
-        return first_tensor(self._slot_of_projector().value)
+        return first_tensor(self._slot_of_projector(IMAGE).value)
 
     @projector_output.setter
     def projector_output(self, value: Tensor) -> None:
-        slot = self._slot_of_projector()
+        slot = self._slot_of_projector(IMAGE)
         slot.value = _with_first("projector_output", slot.value, value)
 
-    def _slot_of_projector(self) -> Slot:
-        if (module := self._tower.projector) is None:
-            raise NotInThisModelError(f"projector_output: {self._tower.no_projector}")
-        return _reach(self, module, "projector_output")
-
-    def _slot_of_stream(self) -> tuple[Slot, Tensor]:
-        """Where the module that runs the layers is called, and which positions are images'."""
-        token_id = image_token_id(self)
-        ids = self.input_ids
-        slot = _reach(self, self._keywords._above_the_layers()[-1], "image_embeddings", "input")
-        if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
-            raise NotInThisModelError("image_embeddings: the module that runs the layers is given no inputs_embeds.")
-        arguments, _ = self._root_inputs("image_embeddings")
-        # A later step of a generation has none, whatever token it begins with.
-        has_images = any(arguments.get(name) is not None for name in (*PIXELS, "mm_encoder_outputs"))
-        return slot, (ids == token_id) & has_images
-
     @property
-    def _tower(self) -> Tower:
-        if "_found_tower" not in self.__dict__:
-            self._found_tower = find_tower(self)
-        return self._found_tower
+    def audio_projector_output(self) -> Tensor:
+        """The sounds as the language model is given them, in the shape that the module gives; can be assigned."""
+        return first_tensor(self._slot_of_projector(AUDIO).value)
 
+    @audio_projector_output.setter
+    def audio_projector_output(self, value: Tensor) -> None:
+        slot = self._slot_of_projector(AUDIO)
+        slot.value = _with_first("audio_projector_output", slot.value, value)
 
-def find_tower(model: Any) -> Tower:
-    """The vision side's modules, by what they give in a pass over a picture of noise."""
-    encoder = vision_encoder(model.steps_of)
-    if encoder is None:
-        why = "the model has no vision encoder."
-        return Tower(no_layers=why, no_projector=why)
-    processor = model.processor
-    draw = torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, 56, 56), dtype=torch.uint8, generator=draw).numpy().transpose(1, 2, 0)
-    try:
-        inputs = model.prepare(image_token(processor) + " a", images=[picture])
-    except InputError as error:
-        why = f"the processor reads no picture of noise, by which it would be found: {error}"
-        return Tower(no_layers=why, no_projector=why)
-    with torch.no_grad(), model.trace(**inputs) as tracer:
-        cache = tracer.cache(include_inputs=True, clone=True)
-        entered = model.image_embeddings
-    paths = {module: path for path, module in model.module.named_modules()}
-    calls = {module: cache[path] for module, path in paths.items() if path in cache}
-    chains = [[*one] for one in encoder.modules() if isinstance(one, ModuleList) and _is_stream([*one], calls)]
-    layers = max(chains, key=len, default=[])
-    projector = None
-    for module, made in calls.items():
-        holds_layers = any(one in set(module.modules()) for one in model._anatomy.layers)
-        if projector is None and not holds_layers and len(made) == 1 and _is(made[0].output, entered):
-            projector = module
-    return Tower(
-        tuple(layers),
-        projector,
-        "no list of modules in its vision encoder is a chain of layers, each called once on what the one before gives.",
-        "no module gives what stands in the stream at an image's positions.",
-    )
+    def _slot_of_projector(self, kind: Kind) -> Slot:
+        name = kind.names[2]
+        if (module := self._tower(kind).projector) is None:
+            raise NotInThisModelError(f"{name}: {self._tower(kind).no_projector}")
+        self._refuse_both(kind, name)
+        return _reach(self, module, name)
 
+    def _embeddings(self, kind: Kind) -> Tensor:
+        _refuse_to_be_watched(kind.names[0])
+        slot, places = self._slot_of_stream(kind)
+        return slot.value[1]["inputs_embeds"][places]
 
-def _is_stream(modules: list[Module], calls: dict[Module, Any]) -> bool:
-    """Whether these are layers: each is called once, and is given what the one before gives."""
-    if len(modules) < 2 or any(len(calls.get(one, ())) != 1 for one in modules):
-        return False
-    made = [calls[one][0] for one in modules]
-    return all(
-        _same(first_tensor(after.inputs), first_tensor(before.output)) for before, after in itertools.pairwise(made)
-    )
+    def _put_embeddings(self, kind: Kind, value: Tensor) -> None:
+        name = kind.names[0]
+        slot, places = self._slot_of_stream(kind)
+        args, kwargs = slot.value
+        embeds = kwargs["inputs_embeds"]
+        _check(name, embeds[places], value)
+        slot.value = args, {**kwargs, "inputs_embeds": embeds.masked_scatter(places[..., None], value.to(embeds.dtype))}
 
+    def _slot_of_stream(self, kind: Kind) -> tuple[Slot, Tensor]:
+        """Where the module that runs the layers is called, and which positions are of that kind."""
+        name, candidates = kind.names[0], token_ids(self, kind)
+        ids = self.input_ids
+        slot = _reach(self, self._keywords._above_the_layers()[-1], name, "input")
+        if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
+            raise NotInThisModelError(f"{name}: the module that runs the layers is given no inputs_embeds.")
+        arguments, _ = self._root_inputs(name)
+        encoded = arguments.get("mm_encoder_outputs") or {}  # what `generate` itself has had encoded
+        # A later step of a generation has none, whatever token it begins with.
+        given = any(arguments.get(argument) is not None for argument in kind.inputs) or bool(
+            {kind.name, kind.modality} & {modality for modality, one in encoded.items() if one is not None}
+        )
+        of_videos = token_ids(self, VIDEO)[0] if kind is not AUDIO else -1
+        if kind is not AUDIO and self._both() and not (ids == of_videos).any():
+            raise NotInThisModelError(
+                f"{name}: the prompt has images and videos, and one token stands for patches of both. Read "
+                "layers_input[0] at the positions."
+            )
+        places = next((one for one in (ids == token for token in candidates) if one.any()), ids == candidates[0])
+        return slot, places & given
 
-def _is(value: Any, entered: Tensor) -> bool:
-    first = first_tensor(value) if not isinstance(value, Module) else None
-    if not isinstance(first, Tensor) or first.numel() != entered.numel() or first.shape[-1] != entered.shape[-1]:
-        return False
-    return bool(torch.equal(first.reshape(entered.shape).to(entered.dtype), entered))
+    def _refuse_both(self, kind: Kind, name: str) -> None:
+        """An encoder that reads images in one call and videos in another has no one value."""
+        if kind is AUDIO:
+            return
+        if self._both():
+            raise NotInThisModelError(
+                f"{name}: the prompt has images and videos, and the vision encoder reads them in a call each. Read the calls "
+                "under the module's own name: model.path.to.module.calls[k].output."
+            )
 
+    def _both(self) -> bool:
+        """Whether the prompts have images and videos."""
+        recorded = next(c for c in self._blocks.current("images").run.collectors if isinstance(c, RootInputs))
+        return recorded.given.media >= {"pixel_values", "pixel_values_videos"}
 
-def _same(one: Any, other: Any) -> bool:
-    return (
-        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    )
+    def _tower(self, kind: Kind) -> Tower:
+        towers: dict[Kind, Tower] = self.__dict__.setdefault("_towers", {})
+        if kind not in towers:
+            towers[kind] = find_tower(self, kind)
+        return towers[kind]
 
 
 def _with_first(name: str, value: Any, new: Tensor) -> Any:

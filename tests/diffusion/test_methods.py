@@ -78,7 +78,7 @@ def test_word_maps_are_drawn_over_the_picture() -> None:
     kinds = [type(trace).__name__ for trace in figure.data]
     assert kinds == ["Image", "Image", "Heatmap"]
     heat = figure.data[2]
-    assert heat.z.shape == (208, 208)
+    assert heat.z.shape == (200, 200)
     assert 0 < heat.opacity < 1
     assert [one.text for one in figure.layout.annotations] == ["the picture", "cat"]
     assert figure.layout.title.text == f"{PROMPT} (all steps)"

@@ -314,7 +314,7 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             lambda: torch.zeros(16, 16),
             r"Image 0 is a tensor of shape \(16, 16\): give one of \(channel",
         ),
-        ([[5, 6]], lambda: picture(), "Images go with texts and chats, .* pixel_values=..."),
+        ([[5, 6]], lambda: picture(), "Images, videos and sound go with texts and chats, .* pixel_values=..."),
     ],
 )
 def test_what_is_wrong_is_said(llava: StandardizedTransformer, prompt: Any, images: Any, says: str) -> None:

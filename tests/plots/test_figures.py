@@ -14,7 +14,7 @@ import torch
 from contrast import contrast
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
-from nnatomy.plots import attention, bars, circuit, curves, heat_map, parts
+from nnatomy.plots import attention, bars, circuit, curves, heat_map, over_picture, parts
 from nnatomy.plots.look import COLORS, SCALES, SIGNED, cell_texts, color_at, ink_on, theme
 
 TOKENS = ["The", " the", " the", "<b>x</b>"]
@@ -422,3 +422,32 @@ def test_importing_the_plots_imports_no_plotly() -> None:
     code = "import nnatomy.plots, sys; print('plotly' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+def test_a_map_lies_over_the_picture_cell_by_cell() -> None:
+    """Its cells' middles are those of an even division of the picture, in the picture's own coordinates."""
+    grey = torch.full((20, 40, 3), 128, dtype=torch.uint8)
+    maps = {f"head {i}": torch.full((2, 4), 0.1 * i) for i in range(1, 6)}
+    figure = over_picture(
+        grey, maps, title="Heads", value_name="probability", hover={"head 2": [["a", "b", "c", "d"]] * 2}
+    )
+    assert [trace.type for trace in figure.data] == ["image", *["image", "heatmap"] * 5]
+    heat = figure.data[4]
+    assert torch.equal(torch.tensor(heat.z), maps["head 2"].double())
+    assert (heat.x0, heat.dx, heat.y0, heat.dy) == (25, 50, 25, 50)
+    axis = figure.layout[heat.xaxis.replace("x", "xaxis")], figure.layout[heat.yaxis.replace("y", "yaxis")]
+    assert [tuple(one.range) for one in axis] == [(0, 200), (100, 0)]
+    assert heat.hovertext[1][2] == "row 1, column 2<br>probability: 0.2<br>c"
+    assert figure.layout.coloraxis.cmax == pytest.approx(0.5)
+    assert figure.layout.width <= 940  # five beside one another fit no page
+    domains = [tuple(figure.layout[f"xaxis{i + 1}"].domain) for i in range(6)]
+    assert domains[0] == domains[4] != domains[1]
+    assert figure.layout.yaxis5.domain[1] < figure.layout.yaxis.domain[0]
+
+
+def test_what_is_no_picture_is_said() -> None:
+    with pytest.raises(InputError, match=r"picture is of shape \(2, 2, 3\) and torch.float32: give a PIL image, or"):
+        over_picture(torch.zeros(2, 2, 3), {"a": torch.zeros(1, 1)})
+    grey = torch.zeros(2, 2, 3, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"maps: give at least one of \(row, column\); got \[\]"):
+        over_picture(grey, {})

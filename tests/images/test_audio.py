@@ -1,0 +1,300 @@
+"""Prompts with sound, on six families with their own processors and on Whisper: against the model's own call, plain hooks, and what a
+changed sound changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from audio_families import FAMILIES, RATE, sound, whisper
+from reference import hooked
+from torch import Tensor, nn
+
+from nnatomy import StandardizedTransformer
+from nnatomy.errors import InputError, NotInThisModelError
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+#: Where the encoder's layers and the projector are. None: no module's output is what enters the stream.
+PARTS = {
+    "qwen2_audio": ("model.audio_tower.layers", "model.multi_modal_projector"),
+    "audioflamingo3": ("model.audio_tower.layers", "model.multi_modal_projector"),
+    "musicflamingo": ("model.audio_tower.layers", "model.multi_modal_projector"),
+    "glmasr": ("model.audio_tower.layers", "model.multi_modal_projector"),
+    "qwen2_5_omni": ("model.audio_tower.layers", "model.audio_tower.proj"),
+    "gemma4": ("model.audio_tower.layers", "model.embed_audio"),
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def loaded(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Any, StandardizedTransformer]:
+    hf, processor = FAMILIES[request.param]()
+    return request.param, hf, processor, StandardizedTransformer(hf, processor=processor)
+
+
+def processed(processor: Any, text: str, audio: Any) -> dict[str, Any]:
+    made = processor(text=[text], audio=[audio], sampling_rate=RATE, return_tensors="pt", text_kwargs={"padding": True})
+    return {name: value for name, value in made.items() if name != "labels"}
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    name, hf, processor, model = loaded
+    prompt = processor.audio_token + " what is this ?"
+    inputs = processed(processor, prompt, sound())
+    path, projector = PARTS[name]
+    layers = hf.get_submodule(path)
+    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
+    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
+    if projector:
+        points["projector"] = (hf.get_submodule(projector), "output")
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        other = hf(**{**inputs, "input_features": -inputs["input_features"]}).logits
+        seen = hooked(hf, lambda: hf(**inputs), points)
+        with model.trace(prompt, audio=sound()) as tracer:
+            heard = model.audio_layers_output[:]
+            if projector:
+                given = model.audio_projector_output
+            entered = model.audio_embeddings
+            stream = model.layers_input[0]
+            last = model.layers_output[-1]
+            logits = model.logits
+            tracer.result
+    assert not torch.allclose(plain, other, atol=1e-3), "the sound does not matter"
+    assert torch.equal(logits, plain)
+    assert torch.equal(stream, seen["stream"])
+    assert torch.equal(last, seen["last"])
+    assert len(heard) == len(layers)
+    assert all(torch.equal(value, seen[i]) for i, value in enumerate(heard))
+    (tokens,) = model.audio_tokens(prompt, audio=sound())
+    assert len(entered) == len(tokens.positions)
+    if projector:
+        assert torch.equal(given, seen["projector"])
+    else:
+        with (
+            pytest.raises(NotInThisModelError, match="no module gives .* at a sound's positions"),
+            model.trace(**inputs),
+        ):
+            model.audio_projector_output
+
+
+def test_whose_positions_they_are(loaded: Any) -> None:
+    """What one sound changes of what enters the stream is at its positions alone, in every prompt of the batch."""
+    _, _, processor, model = loaded
+    token = processor.audio_token
+    prompts = [f"{token} what is this ?", f"the left right {token} of this a user"]
+    sounds = [sound(1), sound(2, frames=64)]
+    places = model.audio_tokens(prompts, audio=sounds)
+    assert [(one.prompt, one.sound) for one in places] == [(0, 0), (1, 0)]
+    assert len(places[0].positions) > 1.5 * len(places[1].positions)
+
+    def entering(sounds: list[Any]) -> Tensor:
+        with torch.no_grad(), model.trace(prompts, audio=sounds):
+            stream = model.layers_input[0]
+        return stream
+
+    before = entering(sounds)
+    for index, place in enumerate(places):
+        changed = [sound(9, frames=(128, 64)[i]) if i == index else one for i, one in enumerate(sounds)]
+        moved = (entering(changed) - before).abs().amax(-1) > 0
+        elsewhere = moved.clone()
+        elsewhere[place.prompt, place.positions] = False
+        assert moved[place.prompt, place.positions].all()
+        assert not elsewhere.any()
+
+
+def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
+    _, _, processor, model = loaded
+    token = processor.audio_token
+    prompts, sounds = [f"{token} what ?", f"the left {token} right of this a user"], [sound(1), sound(2, frames=64)]
+    with torch.no_grad():
+        with model.trace(prompts, audio=sounds):
+            together = model.logits[:, -1]
+        for i, (prompt, one) in enumerate(zip(prompts, sounds, strict=True)):
+            with model.trace(prompt, audio=one):
+                alone = model.logits[0, -1]
+            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_assigned_goes_on(loaded: Any) -> None:
+    name, hf, processor, model = loaded
+    prompt = processor.audio_token + " what is this ?"
+    inputs = processed(processor, prompt, sound())
+    path, projector = PARTS[name]
+
+    def zeroed(module: nn.Module) -> Tensor:
+        def zero(_: Any, __: Any, output: Any) -> Any:
+            return 0 * output if isinstance(output, Tensor) else (0 * output[0], *output[1:])
+
+        handle = module.register_forward_hook(zero)
+        try:
+            with torch.no_grad():
+                return hf(**inputs).logits
+        finally:
+            handle.remove()
+
+    with torch.no_grad():
+        plain = hf(**inputs).logits
+        for i, layer in enumerate(hf.get_submodule(path)):
+            with model.trace(prompt, audio=sound()):
+                model.audio_layers_output[i] = 0 * model.audio_layers_output[i]
+                logits = model.logits
+            assert torch.equal(logits, zeroed(layer))
+            assert not torch.equal(logits, plain)
+        if projector:
+            with model.trace(prompt, audio=sound()):
+                model.audio_projector_output = 0 * model.audio_projector_output
+                logits = model.logits
+            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
+        (place,) = model.audio_tokens(prompt, audio=sound())
+        with model.trace(prompt, audio=sound()):
+            before = model.audio_embeddings
+            plain_stream = model.layers_input[0][0, place.positions]
+        with model.trace(prompt, audio=sound()):
+            new = torch.randn_like(model.audio_embeddings)
+            model.audio_embeddings = new
+            stream = model.layers_input[0][0, place.positions]
+        torch.testing.assert_close(stream, new * (plain_stream / before), rtol=1e-3, atol=1e-3)
+
+
+def test_generating(loaded: Any) -> None:
+    _, hf, processor, model = loaded
+    prompt = processor.audio_token + " what is this ?"
+    inputs = processed(processor, prompt, sound())
+    with torch.no_grad():
+        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
+        with model.generate(prompt, audio=sound(), max_new_tokens=3, do_sample=False) as tracer:
+            counts = [len(model.audio_embeddings) for _ in tracer.iter[:]]
+            tokens = tracer.result
+    assert torch.equal(tokens, plain)
+    (place,) = model.audio_tokens(prompt, audio=sound())
+    assert counts == [len(place.positions), 0, 0]
+
+
+def test_an_image_and_a_sound_in_one_prompt() -> None:
+    hf, processor = FAMILIES["qwen2_5_omni"]()
+    model = StandardizedTransformer(hf, processor=processor)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    prompt = "<|AUDIO|> what <|IMAGE|> is <|AUDIO|> this ?"
+    media: dict[str, Any] = {"images": picture, "audio": [sound(1), sound(2, frames=64)]}
+    ids = model.prepare(prompt, **media)["input_ids"][0].tolist()
+    heard = model.audio_tokens(prompt, **media)
+    (seen,) = model.image_tokens(prompt, **media)
+    assert [len(one.positions) for one in heard] == [32, 16]
+    assert {ids[i] for one in heard for i in one.positions} == {model.config.audio_token_id}
+    assert {ids[i] for i in seen.positions} == {model.config.image_token_id}
+    assert heard[0].positions.max() < seen.positions.min() < seen.positions.max() < heard[1].positions.min()
+    with torch.no_grad(), model.trace(prompt, **media):
+        waves, patches = model.audio_layers_output[0], model.vision_layers_output[0]
+        sounds, images = model.audio_embeddings, model.image_embeddings
+    assert len(waves) == 64 + 32
+    assert len(sounds) == 48
+    assert len(images) == len(seen.positions)
+    assert patches.shape[-1] == hf.config.vision_config.hidden_size
+
+
+# Whisper: the encoder's own positions.
+
+
+@pytest.fixture(scope="module")
+def listener() -> StandardizedTransformer:
+    hf, processor = whisper()
+    return StandardizedTransformer(hf, processor=processor)
+
+
+def test_an_encoder_of_sound(listener: StandardizedTransformer) -> None:
+    hf, processor = listener.hf_model, listener.processor
+    inputs = processor(audio=sound(), sampling_rate=RATE, return_tensors="pt")
+    start = torch.tensor([[7, 8, 9]])
+    encoder = hf.model.encoder.layers[1]
+    with torch.no_grad():
+        plain = hf(**inputs, decoder_input_ids=start).logits
+        seen = hooked(hf, lambda: hf(**inputs, decoder_input_ids=start), {"encoder": (encoder, "output")})
+        with listener.trace(audio=sound(), decoder_input_ids=start):
+            states = listener.encoder_layers_output[1]
+            pattern = listener.cross_attention_probabilities[0]
+            logits = listener.logits
+        both = processor(audio=[sound(1), sound(2, frames=64)], sampling_rate=RATE, return_tensors="pt")
+        with listener.trace(audio=[sound(1), sound(2, frames=64)], decoder_input_ids=start.expand(2, -1)):
+            batch = listener.logits
+        assert torch.equal(batch, hf(**both, decoder_input_ids=start.expand(2, -1)).logits)
+        tokens = hf.generate(**inputs, max_new_tokens=3, do_sample=False)
+        with listener.generate(audio=sound(), max_new_tokens=3, do_sample=False) as tracer:
+            assert torch.equal(tracer.result, tokens)
+    assert torch.equal(states, seen["encoder"])
+    assert torch.equal(logits, plain)
+    assert pattern.shape == (1, 4, 3, 100)
+    with pytest.raises(NotInThisModelError, match="has no token that stands for some time of a sound"):
+        listener.audio_tokens("what", audio=sound())
+
+
+# What does not go.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "audio", "says"),
+    [
+        (
+            "what is this ?",
+            sound(),
+            r"There are 1 sounds, and 0 places .* '<\|AUDIO\|>' says in a text where a sound goes",
+        ),
+        ("<|AUDIO|> what", [sound(), sound()], "There are 2 sounds, and 1 places"),
+        ("<|AUDIO|> what", None, "There are 0 sounds, and 1 places"),
+        (
+            "<|AUDIO|> what",
+            (sound(), 44_100),
+            "Sound 0 has 44100 samples a second, and the model reads 16000: resample it",
+        ),
+        ("<|AUDIO|> what", {"array": sound(), "sampling_rate": 8_000}, "Sound 0 has 8000 samples a second"),
+        (
+            "<|AUDIO|> what",
+            np.zeros((2, 100), np.float32),
+            r"Sound 0 is of shape \(2, 100\): give \(sample\), of one channel",
+        ),
+        ("<|AUDIO|> what", "nowhere.wav", "Sound 0: there is no file 'nowhere.wav'"),
+        (None, sound(), "audio without a prompt: .* says in a text where a sound goes"),
+        ([[5, 6]], sound(), "Images, videos and sound go with texts and chats, .* input_features=..."),
+    ],
+)
+def test_what_is_wrong_is_said(listens: StandardizedTransformer, prompt: Any, audio: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        listens.trace(prompt, audio=audio)
+
+
+@pytest.fixture(scope="module")
+def listens() -> StandardizedTransformer:
+    hf, processor = FAMILIES["qwen2_audio"]()
+    return StandardizedTransformer(hf, processor=processor)
+
+
+def test_a_sound_as_data_sets_have_it(listens: StandardizedTransformer) -> None:
+    prompt = "<|AUDIO|> what"
+    plain = listens.prepare(prompt, audio=sound())["input_features"]
+    for given in ({"array": sound(), "sampling_rate": RATE}, (sound(), RATE), sound().tolist(), torch.tensor(sound())):
+        assert torch.equal(listens.prepare(prompt, audio=given)["input_features"], plain)
+
+
+def test_what_the_model_or_its_processor_does_not_read(listens: StandardizedTransformer) -> None:
+    with pytest.raises(InputError, match="Qwen2AudioProcessor has no token for a place of a image|an image"):
+        listens.trace("what", images=np.zeros((8, 8, 3), np.uint8))
+    text = StandardizedTransformer("demo:gpt2")
+    text.processor = listens.processor
+    with pytest.raises(
+        InputError, match="the processor makes input_features of it, which the model's forward does not"
+    ):
+        text.trace("<|AUDIO|> what", audio=sound())
+    with pytest.raises(InputError, match="The model reads no text but input_features: .* decoder_input_ids"):
+        hf, processor = whisper()
+        StandardizedTransformer(hf, processor=processor).trace("what", audio=sound())
+
+
+def test_a_file_that_nothing_here_reads(listens: StandardizedTransformer, tmp_path: Any) -> None:
+    path = tmp_path / "noise.wav"
+    path.write_bytes(b"no sound")
+    with pytest.raises(
+        InputError, match=r"Sound 0: .*noise.wav' could not be read: .* Give its samples, an array at 16000"
+    ):
+        listens.trace("<|AUDIO|> what", audio=path)
