@@ -24,13 +24,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: Where a value is: what a module is given or gives; inside a call of an attention (`standardized.attention` finds it), or of a
-#: layer (`standardized.shown`); or of the model as a whole (`standardized.values`).
-Place = Literal["input", "output", "attention", "layer", "model"]
+#: layer (`standardized.shown`), or of a recurrent mixer (`standardized.mixers`); or of the model as a whole (`standardized.values`).
+Place = Literal["input", "output", "attention", "layer", "mixer", "model"]
 
 #: What is said where a call has ended without the value.
 UNREACHED: dict[Place, str] = {
     "attention": "A fused attention kernel never holds it: load the model with attn_implementation='sdpa' or 'eager'.",
     "layer": "It may have been computed before: ask for it before what comes later in the layer.",
+    "mixer": "It is found in a call of the mixer that has not begun when it is asked for: ask for it before anything inside of the "
+    "mixer. States are kept where the pass has a cache: use_cache=True. Time steps and gates are seen where the model's own code "
+    "goes the way that was looked at, with a whole prompt; a fused kernel (of mamba_ssm, fla or causal_conv1d, or with "
+    "use_kernels=True) never holds them.",
 }
 #: Why a model has none of the names of a cross-attention.
 NO_CROSS = "no layer attends to an encoder"
@@ -136,6 +140,8 @@ _NO_SUM = "the stream is normalised or scaled on its way through the layer"
 _NO_EXPERTS = "the layer has no experts to choose from"
 _INSIDE = "the module is in the layer"
 _MOVES = "the module is in the layer, and has a matrix; writing it changes what the layer gives"
+_STEPS = "run on one position after the other, the mixer gives and keeps what it does at once; "
+_BEHIND = "writing it changes what comes behind it, and nothing else"
 _ADDS_UP = "input and contributions are the output, also where some are taken out"
 
 #: In the order of reports. What one call computes at one place comes in this order, too.
@@ -226,6 +232,30 @@ TABLE = (
          proved="it is the pattern's sums of the values; writing it changes the attention's output",
          shown_by=("attention_probabilities", "values"),
          product_of=("attention_probabilities", "values")),
+    Name("time_steps", "mixers", "mixer", "batch seq channel",
+         doc="how far a recurrent mixer goes on at each position: what a softplus gives",
+         refused="no softplus gives them, or a fused kernel hides it",
+         proved="writing one changes what the mixer gives there and behind, and nothing else"),
+    Name("mixer_gates", "mixers", "mixer", "batch seq channel",
+         doc="what multiplies a recurrent mixer's values before its output projection",
+         refused="no two values by position are multiplied there, or a fused kernel hides it",
+         proved="writing one changes what the mixer gives there, and nothing else"),
+    Name("conv_states", "mixers", "mixer", "batch seq channel width",
+         doc="the newest inputs of a mixer's convolution (or token shift) after each position",
+         refused="the mixer keeps none from one position to the next",
+         proved=_STEPS + "it moves by one a position"),
+    Name("ssm_states", "mixers", "mixer", "batch seq head channel state",
+         doc="the state of a recurrent mixer after each position, as its cache has it",
+         refused="the mixer keeps none from one position to the next",
+         proved=_STEPS + _BEHIND),
+    Name("ssm_normalizers", "mixers", "mixer", "batch seq head channel",
+         doc="what a state is divided by when it is read: the sum of its weights",
+         refused="the state is not divided by anything",
+         proved="nothing changes where state and normalizer are divided by e and the stabilizer is 1 more"),
+    Name("ssm_stabilizers", "mixers", "mixer", "batch seq head channel",
+         doc="the logarithm of what a state and its normalizer are to be multiplied with",
+         refused="the state is not divided by anything",
+         proved="as for the normalizers"),
     Name("routers_logits", "routers", "layer", "batch seq expert",
          doc="of a mixture of experts, before softmax or sigmoid",
          refused=_NO_EXPERTS,
@@ -298,7 +328,10 @@ def _all(*places: Place, cross: bool = False) -> tuple[str, ...]:
 
 #: What modules are given and give; the inside of attentions; all names of layers. Then those of attentions to an encoder.
 MODULES, INTERNALS = _all("input", "output"), _all("attention")
-OF_LAYERS = _all("input", "output", "attention", "layer")
+OF_LAYERS = _all("input", "output", "attention", "layer", "mixer")
+#: The inside of recurrent mixers; what they keep from one position to the next.
+OF_MIXERS = TIME_STEPS, GATES, CONV_STATES, SSM_STATES, *_NORMAL = _all("mixer")
+STATES = CONV_STATES, SSM_STATES, *_NORMAL
 CROSS_MODULES = _all("input", "output", cross=True)
 CROSS = _all("input", "output", "attention", "layer", cross=True)
 

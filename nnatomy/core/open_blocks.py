@@ -21,7 +21,7 @@ class OpenBlocks:
     def __init__(self) -> None:
         self._by_thread: dict[int, list[ref[Block]]] = {}
         #: A trace of the model on some input, where one is known, for questions about the model that need a run.
-        self.example: Callable[[OpenBlocks], AbstractContextManager[Any]] | None = None
+        self.example: Callable[..., AbstractContextManager[Any]] | None = None
 
     def add(self, block: Block) -> None:
         """Open a block whose `with` is being entered, or whose body runs, in this thread."""

@@ -95,6 +95,7 @@ class RemoteTransformer(StandardizedTransformer):
         return anatomy_of(self._told["anatomy"], causal)
 
     def _check_names(self, causal: Any, *_: Any) -> None:
+        self._mixers.found = {}
         self._sums.layers = {}  # what is inside of the layers has been found there
         super()._check_names(causal, False, False)
         self.dimensions = Dimensions(**self._told["dimensions"])

@@ -50,6 +50,7 @@ class Served:
         self.refused: Counter[str] = Counter()
         self._model = model
         model._sums.find()  # validation has, but for a model that has not been validated
+        model._mixers.find()
         self._points, self._weights = Points(model), Weights(model.hf_model)
         self._hello = hello(model, name, self._weights, weights_hash(self._weights))
         self._thread = ThreadPoolExecutor(1, f"nnatomy-serve {name}")

@@ -23,10 +23,11 @@ _REPLACING = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
 
 def states_in(arguments: Any) -> list[Any]:
     """The caches and states among the arguments of a call, also in dictionaries, lists and tuples."""
-    return [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_state) if _is_state(leaf)]
+    return [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=is_state) if is_state(leaf)]
 
 
-def _is_state(value: Any) -> bool:
+def is_state(value: Any) -> bool:
+    """Whether it is a cache or a state."""
     if isinstance(value, list):  # RWKV's
         return bool(value) and all(isinstance(one, Tensor) for one in value)
     return isinstance(value, Cache) or "Cache" in type(value).__name__
@@ -34,7 +35,7 @@ def _is_state(value: Any) -> bool:
 
 def copies_of_states(arguments: Any) -> Any:
     """The arguments, with a copy in the place of each cache or state."""
-    return pytree.tree_map_only(_is_state, copy.deepcopy, arguments, is_leaf=_is_state)
+    return pytree.tree_map_only(is_state, copy.deepcopy, arguments, is_leaf=is_state)
 
 
 class Kept:

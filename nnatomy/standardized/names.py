@@ -15,6 +15,7 @@ from nnatomy.names import CROSS, NO_CROSS, OF_LAYERS, ROWS, Name
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.annotations import Annotations
 from nnatomy.standardized.attention import AttentionMode
+from nnatomy.standardized.mixers import Mixers
 from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.shown import Sums
 from nnatomy.standardized.tower import names_without_media
@@ -76,11 +77,12 @@ class Names(Annotations, Parts):
 
     def _make_accessors(self) -> None:
         self._sums = Sums(self._anatomy, self._blocks, self.hidden_size, self._split)
+        self._mixers = Mixers(self._anatomy, self._blocks, self._split is not None)
         self._attention = partial(AttentionMode, self.dimensions.num_heads, split=self._split)
         places = self._places()
         for name in (*OF_LAYERS, *CROSS):
             row = ROWS[name]
-            inside = self._sums.accessors.get(name)
+            inside = self._sums.accessors.get(name) or self._mixers.accessors.get(name)
             setattr(self, name, inside or self._accessor(row, *places[row.part]))
         for i, why in enumerate(self._anatomy.absent["input"]):
             if why:

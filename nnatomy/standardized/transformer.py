@@ -93,6 +93,12 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
     | `attention_probabilities` | (batch, head, query, key): what multiplies the values |
     | `values_weighted` | (batch, head, query, key, value_dim): the values times the pattern, before the sum over keys |
     | `heads_output` | (batch, seq, head, value_dim): what each head gives, before gates and output projection |
+    | `time_steps` | (batch, seq, channel): how far a recurrent mixer goes on at each position: what a softplus gives |
+    | `mixer_gates` | (batch, seq, channel): what multiplies a recurrent mixer's values before its output projection |
+    | `conv_states` | (batch, seq, channel, width): the newest inputs of a mixer's convolution (or token shift) after each position |
+    | `ssm_states` | (batch, seq, head, channel, state): the state of a recurrent mixer after each position, as its cache has it |
+    | `ssm_normalizers` | (batch, seq, head, channel): what a state is divided by when it is read: the sum of its weights |
+    | `ssm_stabilizers` | (batch, seq, head, channel): the logarithm of what a state and its normalizer are to be multiplied with |
     | `routers_logits` | (batch, seq, expert): of a mixture of experts, before softmax or sigmoid |
     | `routers_experts` | (batch, seq, choice): the indices of the experts chosen |
     | `routers_weights` | (batch, seq, choice): what multiplies the output of each expert chosen |
@@ -415,9 +421,17 @@ def _run(shards: Shards, hf_model: Any, causal: Module, device: torch.device, id
     return shards.in_order(partial(hf_model, input_ids=ids, **others))()
 
 
-def _example(causal: Module, device: torch.device, shards: Shards, blocks: OpenBlocks) -> Trace:
-    """A trace of a short prompt, without gradients."""
-    inputs = example_inputs(causal, 1, 3, device)
+def _example(
+    causal: Module,
+    device: torch.device,
+    shards: Shards,
+    blocks: OpenBlocks,
+    batch: int = 1,
+    seq: int = 3,
+    **others: Any,
+) -> Trace:
+    """A trace of short prompts, without gradients; `others` are given to the model where it takes them."""
+    inputs = example_inputs(causal, batch, seq, device) | {k: v for k, v in others.items() if accepts(causal, k)}
 
     def call() -> Any:
         with torch.no_grad(), shards.gathered(causal):

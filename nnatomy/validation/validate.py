@@ -98,6 +98,7 @@ def _check(model: Any) -> Findings:
     cross = CrossAttentions(model, findings)
     reading = Reading(passes, internals, cross)
     reading.run()
+    model._mixers.find()
     check_parts(passes)
     check_ends(passes, reading)
     _refuse(passes)
