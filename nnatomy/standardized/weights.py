@@ -51,6 +51,14 @@ class Weights(Parts):
     b_K = _ByLayer()  # noqa: N815
     b_V = _ByLayer()  # noqa: N815
     b_O = _ByLayer()  # noqa: N815
+    W_cross_Q = _ByLayer()
+    W_cross_K = _ByLayer()
+    W_cross_V = _ByLayer()
+    W_cross_O = _ByLayer()
+    b_cross_Q = _ByLayer()  # noqa: N815
+    b_cross_K = _ByLayer()  # noqa: N815
+    b_cross_V = _ByLayer()  # noqa: N815
+    b_cross_O = _ByLayer()  # noqa: N815
     W_in = _ByLayer()
     W_gate = _ByLayer()
     W_out = _ByLayer()

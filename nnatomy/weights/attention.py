@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy import names
+from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.validation.near import is_near
 from nnatomy.weights.codes import PATTERNS, ROWS, codes, is_plain, match, response, written
 from nnatomy.weights.experts import Roles
-from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
+from nnatomy.weights.probes import Beside, Norm, Probe, is_same, looking, matrices, norms, owner, passing, paths_in
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
 _INPUTS = {"Q": "queries", "K": "keys", "V": "values"}
@@ -20,7 +22,22 @@ _INPUTS = {"Q": "queries", "K": "keys", "V": "values"}
 
 def find_attentions(model: Any) -> list[Roles]:
     """By layer, the projections of its attention, or why there is none."""
-    layers = [_Attention(model, i) for i in range(len(model._anatomy.layers))]
+    every = ("attentions_input", *_INPUTS.values(), "heads_output", "attentions_output")
+    return _find(model, {name: getattr(model, name) for name in every})
+
+
+def find_cross_attentions(model: Any) -> list[Roles]:
+    """By layer, those of its attention to an encoder: keys and values are of what it is given beside the stream."""
+    places = model._places()["cross_attentions"]
+    inside = {name: model._accessor(names.ROWS[name], *places) for name in (*_INPUTS.values(), "heads_output")}
+    ends = {name: getattr(model, f"cross_{name}") for name in ("attentions_input", "attentions_output")}
+    return _find(model, {**inside, **ends})
+
+
+def _find(model: Any, accessors: dict[str, LayerAccessor]) -> list[Roles]:
+    if not accessors["attentions_output"].modules:
+        return [dict.fromkeys(("Q", "K", "V", "O"), names.NO_CROSS)] * len(model._anatomy.layers)
+    layers = [_Attention(model, accessors, i) for i in range(len(model._anatomy.layers))]
     looked_at = (one for layer in layers for one in layer.looked_at)
     with passing(model) as inputs, looking(looked_at), model.trace(**inputs):
         for layer in layers:
@@ -29,15 +46,19 @@ def find_attentions(model: Any) -> list[Roles]:
 
 
 class _Attention:
-    def __init__(self, model: Any, i: int) -> None:
-        self.model, self.i = model, i
+    def __init__(self, model: Any, accessors: dict[str, LayerAccessor], i: int) -> None:
+        self.model, self.accessors, self.i = model, accessors, i
         self.found: Roles = {}
-        self.module: Module | None = model._anatomy.attentions[i]
+        self.crosses = accessors["attentions_output"] is not model.attentions_output
+        self.module: Module | None = accessors["attentions_output"].modules[i]
         paths = paths_in(model._anatomy.layers[i], self.module)
         within = [] if self.module is None else [one for one in matrices([self.module]) if one is not self.module]
-        self.probes = [Probe(one, paths[one], 1 + k + 1000 * i, written) for k, one in enumerate(within)]
+        self.probes = [
+            Probe(one, paths[one], 1 + k + 1000 * i, written, any_length=self.crosses) for k, one in enumerate(within)
+        ]
         self.norms = norms(model._anatomy.layers[i], model.hidden_size) if within else []
-        self.looked_at: list[Probe | Norm] = [*self.norms, *self.probes]
+        self.beside = [Beside(self.module)] if self.crosses and self.module is not None else []
+        self.looked_at: list[Probe | Norm | Beside] = [*self.norms, *self.probes, *self.beside]
 
     def read(self) -> None:
         """In the trace, when the pass comes to it."""
@@ -49,30 +70,30 @@ class _Attention:
             signs = codes(size, 0)
             new = heads.clone()
             new[:ROWS, 0] = written(signs).to(heads).view_as(new[:ROWS, 0])
-            self.model.heads_output[self.i] = new
+            self.accessors["heads_output"][self.i] = new
         output = self._value("attentions_output")
         for role, value in values.items():
-            self._try(role, _INPUTS[role], value, lambda v=value: self._given_by(v, given))
+            self._try(role, _INPUTS[role], value, lambda v=value, role=role: self._given_by(v, given, role))
         self._try("O", "heads_output", heads, lambda: self._read_by(heads, signs, output))
         if output is not None:  # so that the stream goes on as the same in all rows
-            self.model.attentions_output[self.i] = output[:1].expand_as(output).clone()
+            self.accessors["attentions_output"][self.i] = output[:1].expand_as(output).clone()
         for one in self.looked_at:
             one.forget()
 
     def _value(self, name: str) -> Tensor | None:
-        accessor = getattr(self.model, name)
+        accessor = self.accessors[name]
         return accessor[self.i] if accessor.modules[self.i] is not None else None
 
     def _try(self, role: str, name: str, value: Tensor | None, find: Any) -> None:
         try:
             if value is None:
-                refused = next(why for why, layers in getattr(self.model, name).refusals().items() if self.i in layers)
+                refused = next(why for why, layers in self.accessors[name].refusals().items() if self.i in layers)
                 raise RefusedError(refused)
             self.found[role] = find()
         except RefusedError as error:
             self.found[role] = str(error)
 
-    def _given_by(self, value: Tensor, given: Tensor | None) -> Projection:
+    def _given_by(self, value: Tensor, given: Tensor | None, role: str) -> Projection:
         """Whose output queries, keys or values are: (rows, head, position, dim)."""
         probes = [one for one in self.probes if one.calls == 1]
         signs = torch.cat([one.signs for one in probes], 1) if probes else torch.zeros(PATTERNS, 1)
@@ -86,16 +107,20 @@ class _Attention:
         if not torch.equal(seconds[:1].expand_as(seconds), seconds):
             raise RefusedError("positions are mixed behind the projection (by a convolution, say)")
         if given is None:
-            why = self.model.attentions_input.refusals()
+            why = self.accessors["attentions_input"].refusals()
             raise RefusedError(
                 f"{probe.path} gives them, but of what it reads there is no attentions_input: "
                 + next((one for one, layers in why.items() if self.i in layers), "the attention takes several values")
             )
-        if not is_same(probe.seen.given, given[0]):
+        read = (
+            [given[0]] if role == "Q" or not self.crosses else [one for beside in self.beside for one in beside.given]
+        )
+        if not any(is_same(probe.seen.given, one) for one in read):
             normed = any(is_same(one.gave, probe.seen.given) for one in self.norms)
             what = "a norm" if normed else "another matrix (low-rank, latent) or the like"
+            of = " of the encoder" if self.crosses and role != "Q" else ""
             raise RefusedError(
-                f"{probe.path}, which gives them, does not read what the attention is given, but what {what} in it gives"
+                f"{probe.path}, which gives them, does not read what the attention is given{of}, but what {what} in it gives"
             )
         if not is_near(value[-1, :, 0], value[0, :, 0], 64):  # another prompt, with the same code
             raise RefusedError(f"beside what {probe.path} gives, they come of something else: an adapter, say")

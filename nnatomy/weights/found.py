@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.errors import LayerIndexError, ModelError, NotInThisModelError, UsageError
-from nnatomy.weights.attention import find_attentions
+from nnatomy.weights.attention import find_attentions, find_cross_attentions
 from nnatomy.weights.ends import find_embedding, find_unembedding
 from nnatomy.weights.experts import ExpertsMatrix, Roles
 from nnatomy.weights.folded import scale_and_shift
@@ -17,7 +17,11 @@ from nnatomy.weights.mlp import find_mlps
 from nnatomy.weights.names import ROWS, WeightName
 from nnatomy.weights.projection import Projection, RefusedError
 
-_BY_LAYER: dict[str, Callable[[Any], list[Roles]]] = {"attention": find_attentions, "mlp": find_mlps}
+_BY_LAYER: dict[str, Callable[[Any], list[Roles]]] = {
+    "attention": find_attentions,
+    "cross-attention": find_cross_attentions,
+    "mlp": find_mlps,
+}
 
 
 class Found:

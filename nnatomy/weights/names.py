@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 #: Which pass finds them.
-Group = Literal["attention", "mlp", "embedding", "unembedding"]
+Group = Literal["attention", "cross-attention", "mlp", "embedding", "unembedding"]
 
 
 class WeightName(NamedTuple):
@@ -28,7 +28,7 @@ class WeightName(NamedTuple):
     @property
     def by_layer(self) -> bool:
         """Whether there is one for each layer."""
-        return self.group in ("attention", "mlp")
+        return self.group in ("attention", "cross-attention", "mlp")
 
     @property
     def is_bias(self) -> bool:
@@ -56,6 +56,26 @@ TABLE = (
     WeightName("b_K", "attention", "K", "kv_head head_dim", "see `W_K`"),
     WeightName("b_V", "attention", "V", "kv_head value_dim", "see `W_V`"),
     WeightName("b_O", "attention", "O", "hidden", "see `W_O`"),
+    WeightName(
+        *("W_cross_Q", "cross-attention", "Q", "head hidden head_dim"),
+        "`cross_attentions_input @ W_cross_Q + b_cross_Q`: queries of its attention to an encoder, likewise",
+    ),
+    WeightName(
+        *("W_cross_K", "cross-attention", "K", "kv_head encoder_hidden head_dim"),
+        "what that attention is given of the encoder, `@ W_cross_K + b_cross_K`: its keys, likewise",
+    ),
+    WeightName(
+        *("W_cross_V", "cross-attention", "V", "kv_head encoder_hidden value_dim"),
+        "the same, `@ W_cross_V + b_cross_V`: its values, likewise",
+    ),
+    WeightName(
+        *("W_cross_O", "cross-attention", "O", "head value_dim hidden"),
+        "what its heads give, `@ W_cross_O`, summed over heads, `+ b_cross_O`: what its output projection gives",
+    ),
+    WeightName("b_cross_Q", "cross-attention", "Q", "head head_dim", "see `W_cross_Q`"),
+    WeightName("b_cross_K", "cross-attention", "K", "kv_head head_dim", "see `W_cross_K`"),
+    WeightName("b_cross_V", "cross-attention", "V", "kv_head value_dim", "see `W_cross_V`"),
+    WeightName("b_cross_O", "cross-attention", "O", "hidden", "see `W_cross_O`"),
     WeightName(
         "W_in",
         "mlp",

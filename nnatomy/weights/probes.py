@@ -28,6 +28,7 @@ class Probe:
     Args:
         seed: of its codes.
         writes: what is written of the codes into its output; as they are, one for each row, if None.
+        any_length: whether it may be given other positions than the prompt's: an encoder's.
 
     Attributes:
         signs: the codes that are written into what it gives.
@@ -36,8 +37,16 @@ class Probe:
         calls: how often it was called.
     """
 
-    def __init__(self, module: Module, path: str, seed: int, writes: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        module: Module,
+        path: str,
+        seed: int,
+        writes: Callable[[Tensor], Tensor] | None = None,
+        any_length: bool = False,
+    ) -> None:
         self.module, self.path = module, path
+        self._any_length = any_length
         self._seed, self._writes = seed, writes
         self.calls = 0
         self.forget()
@@ -51,10 +60,11 @@ class Probe:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
         if given is None or not (given.is_floating_point() and isinstance(output, Tensor)):
             return None
-        if {given.numel() // given.shape[-1], output.numel() // output.shape[-1]} != {BATCH * SEQ}:
+        rows, others = (one.numel() // one.shape[-1] for one in (given, output))
+        if rows != others or (rows % BATCH if self._any_length else rows != BATCH * SEQ):
             return None
         self.calls += 1
-        given, gave = (one.detach().reshape(BATCH, SEQ, -1) for one in (given, output))
+        given, gave = (one.detach().reshape(BATCH, rows // BATCH, -1) for one in (given, output))
         self.seen = Seen(given[0].clone(), gave[0].clone())
         if self._writes is None:
             self.signs = codes(gave.shape[-1], self._seed, ROWS)
@@ -82,6 +92,22 @@ class Norm:
     def __call__(self, _module: Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.numel() == BATCH * SEQ * output.shape[-1]:
             self.gave = output.detach().reshape(BATCH, SEQ, -1)[0].clone()
+
+
+class Beside:
+    """An attention to an encoder, and the streams that it was given, of the first prompt."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go what has been seen."""
+        self.given: list[Tensor] = []
+
+    def __call__(self, _module: Module, args: Any, kwargs: Any, _output: Any) -> None:
+        tensors = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+        self.given = [one.detach()[0].clone() for one in tensors if one.ndim == 3 and len(one) == BATCH]
 
 
 def matrices(parts: Iterable[Module], without: Iterable[Module] = ()) -> list[Module]:

@@ -40,7 +40,8 @@ def test_values_of_hook_names(model_type: str) -> None:
         plain = hf(IDS).logits
         logits, cache = model.run_with_cache(IDS)
     assert torch.equal(logits, plain)
-    assert {*cache} == {*model.hook_dict}
+    computed = {f"blocks.{i}.mlp.hook_pre" for i in range(len(blocks))}
+    assert {*cache} == {*model.hook_dict, *computed}
     for name, value in expected.items():
         assert torch.allclose(cache[name], value, atol=1e-5)
     for i in range(1, len(blocks)):
@@ -206,7 +207,9 @@ def test_what_is_refused() -> None:
     assert isinstance(model.run_with_cache(IDS, "hook_embed")[1], ActivationCache)
     for name in ("blocks.0.ln1.hook_scale", "blocks.99.hook_resid_post", "hook_resid_post", "blocks.0.hook_embed"):
         with pytest.raises(
-            InputError, match="is no hook name here. A model of 3 layers has hook_embed, and blocks.LAYER. with"
+            InputError,
+            match="is no hook name here. A model of 3 layers has hook_embed, hook_pos_embed, "
+            "ln_final.hook_normalized, and blocks.LAYER",
         ):
             model.add_hook(name, print)
     with pytest.raises(InputError, match=r"^fold_ln=True: models are left as they are"):
@@ -215,8 +218,8 @@ def test_what_is_refused() -> None:
         model(IDS, "probs")
     with pytest.raises(KeyError, match="names_filter left it out"):
         model.run_with_cache(IDS, "hook_embed")[1]["resid_post", 1]
-    with pytest.raises(AttributeError, match=r"has no 'W_pos'\. Everything else is at the model inside, `\.model`"):
-        model.W_pos
+    with pytest.raises(AttributeError, match=r"has no 'lalala'\. Everything else is at the model inside, `\.model`"):
+        model.lalala
 
 
 def test_the_page_runs_and_has_all_hook_names() -> None:

@@ -1,0 +1,683 @@
+"""`HookedTransformer`: a model under TransformerLens's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nnatomy.compat.transformer_lens.cache import ActivationCache
+from nnatomy.compat.transformer_lens.factored_matrix import FactoredMatrix
+from nnatomy.compat.transformer_lens.hook_points import COMPUTED, HOOKS, SWAPPED, TURNED, WHOLE, Hook, Hooked, HookPoint
+from nnatomy.compat.transformer_lens.tokens import Tokens
+from nnatomy.compat.transformer_lens.utils import Slice, lm_cross_entropy_loss
+from nnatomy.errors import InputError, NotInThisModelError, OutOfOrderError
+from nnatomy.standardized import StandardizedTransformer
+from nnatomy.tracing import ModuleView
+
+_WEIGHTS = ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_gate", "W_out")
+_BIASES = ("b_Q", "b_K", "b_V", "b_O", "b_in", "b_gate", "b_out")
+_PROCESSING = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "refactor_factored_attn_matrices",
+    "fold_value_biases",
+)
+#: Options of TransformerLens's own implementation of a model, which has no meaning for an untouched one.
+_OF_ITS_NETWORK = ("past_kv_cache", "start_at_layer", "shortformer_pos_embed", "tokens")
+
+_PROCESSED = "nothing: weights are left as they are; W_Q.folded(layer) of `.model` is a new tensor"
+#: What else a HookedTransformer has there, and what to write here.
+_ANSWERS = {
+    "input_to_embed": "`.model.trace(prompt)`, with model.token_embeddings and model.layers_input[0] in it",
+    "set_use_split_qkv_input": "queries, keys and values, which are read and assigned apart: hook_q, hook_k, hook_v",
+    "set_use_attn_in": "ln1.hook_normalized, what the attention is given",
+    "set_use_hook_mlp_in": "ln2.hook_normalized, what the MLP is given",
+    "set_tokenizer": "StandardizedTransformer(model, tokenizer)",
+    "generate_stream": "`.model.generate(prompt)`, with tracer.iter in it: every step's values",
+    "sample_datapoint": "a data set of your own",
+    "check_hooks_to_add": "nothing: add_hook checks by itself",
+    "W_pos": "nothing: no module of this model gives rows that are added to the token embeddings",
+    **dict.fromkeys(
+        (
+            "process_weights_",
+            "load_and_process_state_dict",
+            "fold_layer_norm",
+            "fold_value_biases",
+            "refactor_factored_attn_matrices",
+        ),
+        _PROCESSED,
+    ),
+    **dict.fromkeys(("center_unembed", "center_writing_weights"), _PROCESSED),
+}
+
+#: A hook name, or whether a name is meant; and the function.
+Hooks = Iterable[tuple[str | Callable[[str], bool], Hook]]
+
+
+@dataclass
+class Config:
+    """Sizes of the model, under TransformerLens's names; and what texts and results are by default."""
+
+    model_name: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int | None
+    d_vocab: int
+    n_ctx: int | None
+    n_key_value_heads: int | None
+    act_fn: str | None
+    device: torch.device
+    dtype: torch.dtype
+    default_prepend_bos: bool = True
+    use_attn_result: bool = False
+
+
+class HookedTransformer(Tokens):
+    """A model under TransformerLens's names.
+
+    Args:
+        model: the view that it is made of.
+        default_prepend_bos: whether texts get the tokenizer's token for the beginning of a text, if it has one.
+
+    Attributes:
+        model: that view: everything else of it is there.
+        cfg: its sizes.
+        hook_dict: by hook name, the hook points that this model has.
+    """
+
+    def __init__(self, model: Any, *, default_prepend_bos: bool = True) -> None:
+        if not isinstance(model, StandardizedTransformer):
+            raise InputError(
+                f"HookedTransformer(...) was given a {type(model).__name__}: give a StandardizedTransformer, of any Hugging Face "
+                "model, or HookedTransformer.from_pretrained(id). Networks from a config are made by Transformers: "
+                "StandardizedTransformer(AutoModelForCausalLM.from_config(config))."
+            )
+        self.model = model
+        self.tokenizer = model.tokenizer
+        config = model.hf_model.config
+        self.cfg = Config(
+            getattr(config, "_name_or_path", "") or type(model.hf_model).__name__,
+            model.num_layers,
+            model.hidden_size,
+            model.num_heads,
+            getattr(config, "head_dim", None) or model.hidden_size // model.num_heads,
+            self._neurons(),
+            model.vocab_size,
+            getattr(config, "max_position_embeddings", None),
+            getattr(config, "num_key_value_heads", None),
+            getattr(config, "hidden_act", None) or getattr(config, "activation_function", None),
+            model.device,
+            model.hf_model.dtype,
+            default_prepend_bos,
+        )
+        self._positions = self._learned_positions()
+        self._is_turned, self._why = self._turned()
+        self._level = 0
+        self.hook_dict = {name: HookPoint(name) for name in self._names()}
+
+    @classmethod
+    def from_pretrained(cls, model_name: str, **kwargs: Any) -> HookedTransformer:
+        """Load a model by its Hugging Face id, a folder, or `demo:gpt2`.
+
+        Args:
+            kwargs: `default_prepend_bos`; all others are `StandardizedTransformer`'s (`dtype`, `device_map`, ...).
+
+        Raises:
+            InputError: if weights are to be processed (`fold_ln=True`, ...).
+        """
+        if asked := [name for name in _PROCESSING if kwargs.pop(name, False)]:
+            raise InputError(
+                f"{asked[0]}=True: models are left as they are, as by from_pretrained_no_processing. Leave it out; weights with "
+                "the norm before them folded in are model.W_Q.folded(layer) of the model inside (.model)."
+            )
+        begins = kwargs.pop("default_prepend_bos", True)
+        if device := kwargs.pop("device", None):
+            kwargs["device_map"] = device
+        return cls(StandardizedTransformer(model_name, **kwargs), default_prepend_bos=begins)
+
+    from_pretrained_no_processing = from_pretrained
+
+    # Names.
+
+    def _turned(self) -> tuple[bool, str]:
+        """Whether queries are another thing where the attention function gets them than what the projection gives; and why."""
+        model = self.model
+        layers = [i for i, one in enumerate(model.attentions_input.modules) if one is not None]
+        try:
+            layer = layers[0]
+            with torch.no_grad(), model.trace(**self._given(torch.arange(1, 4)[None], False)):
+                x, queries = model.attentions_input[layer], model.queries[layer]
+            made = torch.einsum("bsd,hde->bhse", x.float(), model.W_Q[layer].float())
+            made = made + model.b_Q[layer].float()[:, None]
+        except (IndexError, NotInThisModelError) as error:
+            return True, f"does not show what its queries are before a rotary embedding or norm ({error})"
+        if torch.allclose(made, queries.float(), atol=1e-2 * float(queries.abs().max())):
+            return False, "has no rotary embedding"
+        return True, "turns queries and keys by their positions, or norms them"
+
+    def _neurons(self) -> int | None:
+        """Of the first layer that has some."""
+        for layer in range(self.model.num_layers):
+            if not _lacks(self.model.W_out, layer):
+                return int(self.model.W_out[layer].shape[-2])
+        return None
+
+    def _learned_positions(self) -> ModuleView | None:
+        """The embedding of which a row is added to each token's: by value."""
+        model, found = self.model, None
+        embed, given = model.hf_model.get_input_embeddings(), self._given(torch.arange(1, 4)[None], False)
+        for path, module in model.hf_model.named_modules():
+            if (
+                not isinstance(module, torch.nn.Embedding)
+                or module is embed
+                or module.embedding_dim != self.cfg.d_model
+            ):
+                continue
+            with suppress(NotInThisModelError, OutOfOrderError), torch.no_grad(), model.trace(**given):
+                embedded, row, stream = model.token_embeddings, model[path].output, model.layers_input[0]
+                found = model[path] if torch.allclose(embedded + row, stream, atol=1e-5) else found
+        return found
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """The standard name and the layer of a hook name.
+
+        Raises:
+            InputError: for a name that there is not.
+            NotInThisModelError: for one that this model does not have.
+        """
+        found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name)
+        assert found is not None
+        layer, short = None if found[1] is None else int(found[1]), found[2]
+        known = short in HOOKS or short in COMPUTED
+        if not known or (layer is None) != (short in WHOLE) or (layer or 0) >= self.cfg.n_layers:
+            raise InputError(
+                f"{name!r} is no hook name here. A model of {self.cfg.n_layers} layers has {', '.join(WHOLE)}, and "
+                f"blocks.LAYER. with {', '.join(one for one in (*HOOKS, *COMPUTED) if one not in WHOLE)}."
+            )
+        if short == "hook_pos_embed" and self._positions is None:
+            raise NotInThisModelError(
+                f"{name}: no module of this model gives rows that are added to the token embeddings."
+            )
+        if (short in TURNED) != self._is_turned and short in (*TURNED, *TURNED.values()):
+            other = {**TURNED, **{plain: turned for turned, plain in TURNED.items()}}[short]
+            raise NotInThisModelError(
+                f"{name}: this model {self._why}; what its attention function gets is {name.replace(short, other)}."
+            )
+        return HOOKS[short] if short in HOOKS else COMPUTED[short][0], layer
+
+    def _names(self) -> list[str]:
+        names = [
+            short if short in WHOLE else f"blocks.{i}.{short}" for i in range(self.cfg.n_layers) for short in HOOKS
+        ]
+        return [name for name in dict.fromkeys(names) if self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        try:
+            standard, layer = self._place(name)
+            accessor = getattr(self.model, standard) if layer is not None else None
+            if layer is not None and (short := name.split(".", 2)[-1]) in COMPUTED:
+                _ = self.model.W_out[layer] if short == "mlp.hook_pre" else self.model.W_O[layer]
+                _ = self.model.W_in[layer] if short == "mlp.hook_pre" else None
+            _ = self.model.ln_final if name == "ln_final.hook_normalized" else None
+        except NotInThisModelError:
+            return False
+        return accessor is None or accessor.modules[layer] is not None
+
+    # Running.
+
+    def __call__(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """The logits (batch, pos, d_vocab), the mean loss of the next tokens in nats, or both, with all hooks that are on.
+
+        Args:
+            stop_at_layer: run the layers before it alone, and give the stream that it would be given.
+        """
+        return self._run(
+            input, [], None, return_type, prepend_bos, attention_mask, stop_at_layer, loss_per_token, options
+        )[0]
+
+    forward = __call__
+
+    def _run(
+        self,
+        input: Any,
+        names: list[str],
+        device: Any,
+        return_type: str | None,
+        prepend_bos: bool | None,
+        mask: Tensor | None,
+        stop: int | None,
+        per_token: bool,
+        options: dict[str, Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        if options:
+            name = next(iter(options))
+            is_its = name in _OF_ITS_NETWORK
+            raise InputError(
+                f"{name}=...: "
+                + ("that is of a network of TransformerLens's own; " if is_its else "there is no such option; ")
+                + "a trace of the model inside, `.model`, skips layers, takes embeddings and has a KV cache."
+            )
+        if return_type not in ("logits", "loss", "both", None):
+            raise InputError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None.")
+        given, view, count = self._given(input, prepend_bos, mask), self._view(), self.cfg.n_layers
+        stop = None if stop is None else range(count)[stop] if stop < 0 else min(stop, count)
+        if stop is not None:  # what comes after it is not there
+            names = [
+                name
+                for name in names
+                if name in ("hook_embed", "hook_pos_embed") or ("." in name and 0 <= self._layer_of(name) < stop)
+            ]
+        places = [self._place(name) for name in names]
+        layered = sorted({standard for standard, layer in places if layer is not None})
+        layers = sorted({layer for _, layer in places if layer is not None})
+        with view.trace(**given):
+            whole: dict[str, Any] = {"hook_embed": view.token_embeddings} if "hook_embed" in names else {}
+            if "hook_pos_embed" in names:
+                whole["hook_pos_embed"] = self._module_of("hook_pos_embed", view).output
+            found: Any = view.read(*layered, layers=_of_each(view, layered, layers), device=device) if layered else None
+            if "ln_final.hook_normalized" in names:
+                whole["ln_final.hook_normalized"] = view.ln_final.output
+            if stop is None:
+                output = view.logits
+            elif stop < count:
+                output = view.layers_input[stop]
+            else:
+                output = view.layers_output[count - 1]
+        values, rows = {}, len(given["input_ids"])
+        for name, (standard, layer) in zip(names, places, strict=True):
+            value = whole[name] if layer is None else found[standard, layer]
+            value = (
+                value.expand(rows, *value.shape[1:]) if name == "hook_pos_embed" else value
+            )  # one row for all prompts
+            value = self._computed(name, value) if name.split(".", 2)[-1] in COMPUTED else value
+            value = value.transpose(1, 2) if standard in SWAPPED else value
+            values[name] = value if device is None else value.to(device)
+        if stop is not None or return_type in ("logits", None):
+            return (output if stop is not None or return_type else None), values
+        own = None if bool(given["attention_mask"].all()) else given["attention_mask"]
+        loss = lm_cross_entropy_loss(output, given["input_ids"], own, per_token)
+        return ((output, loss) if return_type == "both" else loss), values
+
+    def run_with_cache(
+        self,
+        input: Any,
+        names_filter: str | Sequence[str] | Callable[[str], bool] | None = None,
+        *,
+        return_type: str | None = "logits",
+        prepend_bos: bool | None = None,
+        remove_batch_dim: bool = False,
+        return_cache_object: bool = True,
+        device: torch.device | str | None = None,
+        pos_slice: Any = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        loss_per_token: bool = False,
+        **options: Any,
+    ) -> tuple[Any, Any]:
+        """One forward pass: what calling it returns, and the values of hook names (all by default).
+
+        Args:
+            names_filter: a hook name, several, or a function of names.
+            pos_slice: of which positions (of patterns, the queries'): what `Slice` takes, but that an index keeps its axis.
+            return_cache_object: an ActivationCache, or a dict.
+        """
+        names = [*self.hook_dict, *(self._all_computed() if names_filter is not None else [])]
+        names += [] if names_filter is not None else self._by_default()
+        if names_filter is not None and not callable(names_filter):
+            asked = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            for name in asked:
+                self._place(name)
+            names = [name for name in names if name in asked]
+        elif names_filter is not None:
+            names = [name for name in names if names_filter(name)]
+        output, values = self._run(
+            input, names, device, return_type, prepend_bos, attention_mask, stop_at_layer, loss_per_token, options
+        )
+        where = Slice([pos_slice] if isinstance(pos_slice, int) else pos_slice)
+        for name, value in values.items():
+            axis = 2 if name.endswith(("hook_pattern", "hook_attn_scores")) else 1
+            values[name] = value if where.mode == "identity" else where.apply(value, axis)
+        cache = ActivationCache(values, self)
+        cache = cache.remove_batch_dim() if remove_batch_dim else cache
+        return output, cache if return_cache_object else cache.cache_dict
+
+    def _all_computed(self) -> list[str]:
+        return [
+            name for i in range(self.cfg.n_layers) for short in COMPUTED if self._has(name := f"blocks.{i}.{short}")
+        ]
+
+    def _by_default(self) -> list[str]:
+        kept = ("mlp.hook_pre", *(("attn.hook_result",) if self.cfg.use_attn_result else ()))
+        return [name for name in self._all_computed() if name.endswith(kept)]
+
+    def _computed(self, name: str, value: Tensor) -> Tensor:
+        """`hook_pre` of what the MLP is given, `hook_result` of what the heads give."""
+        _, layer, short = name.split(".", 2)
+        i, inside = int(layer), self.model
+        with torch.set_grad_enabled(value.requires_grad):
+            if short == "attn.hook_result":
+                return torch.einsum("...hd,hdm->...hm", value, inside.W_O[i].to(value))
+            weight, bias = (inside.W_in, inside.b_in) if _lacks(inside.W_gate, i) else (inside.W_gate, inside.b_gate)
+            return value @ weight[i].to(value) + bias[i].to(value)
+
+    def run_with_hooks(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What calling it returns, with those hooks on for this call: (name, or a function of names; function(value, hook=...)).
+
+        Args:
+            reset_hooks_end: whether they are off again afterwards.
+        """
+        if not reset_hooks_end:
+            for given, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
+                for name, hook in given:
+                    self.add_hook(name, hook, direction)
+            return self(input, return_type, **kwargs)
+        with self.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts):
+            return self(input, return_type, **kwargs)
+
+    @contextmanager
+    def hooks(
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
+    ) -> Iterator[HookedTransformer]:
+        """Within, those hooks are on."""
+        self._level += 1
+        try:
+            for given, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
+                for name, hook in given:
+                    self.add_hook(name, hook, direction, level=self._level)
+            yield self
+        finally:
+            if reset_hooks_end:
+                self.reset_hooks(clear_contexts, level=self._level)
+            self._level -= 1
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: Hook,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Put a hook on, until `reset_hooks`. A "bwd" one is told the gradient of the value.
+
+        Args:
+            is_permanent: `reset_hooks` leaves it.
+            prepend: it is called before those that are on.
+        """
+        names = [name] if isinstance(name, str) else [one for one in self.hook_dict if name(one)]
+        for one in names:
+            self._place(one)
+            if one not in self.hook_dict:
+                raise InputError(
+                    f"{one} is computed from a value and a weight, so that a hook cannot change it: change "
+                    f"{'hook_z' if one.endswith('hook_result') else 'ln2.hook_normalized or mlp.hook_post'}. A cache has it."
+                )
+        for one in names:
+            self.hook_dict[one].add_hook(hook, dir, is_permanent, self._level if level is None else level, prepend)
+
+    def add_perma_hook(self, name: str | Callable[[str], bool], hook: Hook, dir: str = "fwd") -> None:
+        """Put a hook on that `reset_hooks` leaves."""
+        self.add_hook(name, hook, dir, is_permanent=True)
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: str = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Take hooks off: all, those of one direction, or of one level of `hooks(...)`."""
+        for point in self.hook_dict.values():
+            point.remove_hooks(direction, including_permanent, level)
+            if clear_contexts:
+                point.clear_context()
+
+    def remove_all_hook_fns(
+        self, direction: str = "both", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        """Take hooks off, and leave contexts."""
+        self.reset_hooks(False, direction, including_permanent, level)
+
+    def hook_points(self) -> Any:
+        """All hook points."""
+        return self.hook_dict.values()
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether a cache has `hook_result` by default."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def _view(self) -> Any:
+        view: Any = self.model
+        for number, (name, point) in enumerate(self.hook_dict.items()):
+            if point.fwd_hooks or point.bwd_hooks:
+                standard, layer = self._place(name)
+                place = self._module_of(name).path + ".output" if layer is None else f"{standard}[{layer}]"
+                view = view.attach(place, Hooked(point, standard in SWAPPED), name=f"hooked_{number}")
+        return view
+
+    def _layer_of(self, name: str) -> int:
+        layer = self._place(name)[1]
+        return -1 if layer is None else layer
+
+    def _module_of(self, name: str, view: Any = None) -> Any:
+        """The module of a name that has no layer."""
+        view = view or self.model
+        return (
+            view[self._positions.path] if name == "hook_pos_embed" and self._positions else getattr(view, WHOLE[name])
+        )
+
+    def generate(
+        self,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | None = None,
+        do_sample: bool = True,
+        *,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        return_type: str | None = "input",
+        verbose: bool = True,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> Any:
+        """What goes on from texts or ids, with all hooks that are on: in the form of the input, or as `return_type` says.
+
+        Args:
+            do_sample: as in TransformerLens, tokens are drawn unless it is False.
+            return_type: "input", "str", or "tokens".
+            verbose: taken and not used: nothing is printed.
+            kwargs: `top_k`, `top_p`, `temperature` and all others of Transformers' `generate`.
+        """
+        if return_type not in ("input", "str", "tokens", None):
+            raise InputError(f"return_type={return_type!r}: give 'input', 'str' or 'tokens'.")
+        if not stop_at_eos:
+            kwargs["min_new_tokens"] = max_new_tokens
+        elif eos_token_id is not None:
+            kwargs["eos_token_id"] = eos_token_id
+        given = self._given(input, prepend_bos, left=True)
+        kwargs |= {"do_sample": do_sample, "use_cache": use_past_kv_cache, "max_new_tokens": max_new_tokens}
+        with torch.no_grad(), self._view().generate(**given, **kwargs) as tracer:
+            result = tracer.result
+        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor)):
+            return result
+        texts = self.tokenizer.batch_decode(result, skip_special_tokens=True)
+        return texts if isinstance(input, (list, tuple)) or len(texts) > 1 else texts[0]
+
+    def loss_fn(
+        self, logits: Tensor, tokens: Tensor, attention_mask: Tensor | None = None, per_token: bool = False
+    ) -> Tensor:
+        """The loss of the next tokens in nats."""
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
+
+    # Weights.
+
+    @property
+    def QK(self) -> FactoredMatrix:  # noqa: N802
+        """W_Q @ W_K.T of each layer and head: (layer, head, d_model, d_model), not formed."""
+        return FactoredMatrix(self.W_Q, self.W_K.mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:  # noqa: N802
+        """W_V @ W_O of each layer and head, likewise."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """The sum of the output biases of the layers before one (`mlp_input`: and of its attention)."""
+        inside = self.model
+        parts = [inside.b_O[i] for i in range(layer + mlp_input)]
+        parts += [inside.b_out[i] for i in range(layer)] if include_mlp_biases else []
+        return sum(parts, torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype))
+
+    def all_head_labels(self) -> list[str]:
+        """["L0H0", "L0H1", ...]."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    @property
+    def blocks(self) -> list[_Block]:
+        """By layer, its weights: `blocks[0].attn.W_Q`, `blocks[0].mlp.W_in`."""
+        return [_Block(self, layer) for layer in range(self.cfg.n_layers)]
+
+    @property
+    def embed(self) -> _Module:
+        """`embed.W_E`; called on ids, the embeddings."""
+        return _Module(self, ("W_E",), self.model.hf_model.get_input_embeddings())
+
+    @property
+    def unembed(self) -> _Module:
+        """`unembed.W_U`, `unembed.b_U`; called on what the final norm gives, the logits."""
+        return _Module(self, ("W_U", "b_U"), lambda normed: normed @ self.model.W_U + self.model.b_U)
+
+    @property
+    def ln_final(self) -> Any:
+        """The final norm's own module."""
+        return self.model.ln_final.module
+
+    def to(self, device_or_dtype: Any) -> HookedTransformer:
+        """The model moved, or cast; in place."""
+        self.model.hf_model.to(device_or_dtype)
+        self.cfg.device, self.cfg.dtype = self.model.device, self.model.hf_model.dtype
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("W_E", "W_U", "b_U"):
+            return getattr(self.model, name)
+        if name in ("parameters", "named_parameters", "state_dict", "eval", "train", "zero_grad", "requires_grad_"):
+            return getattr(self.model.hf_model, name)
+        if name in WHOLE:
+            self._place(name)  # raises if this model has none
+            return self.hook_dict[name]
+        if name == "W_pos" and self._positions is not None:
+            return self._positions.module.weight
+        if name in _WEIGHTS + _BIASES:
+            return torch.stack([self._weight(name, i) for i in range(self.cfg.n_layers)])
+        if name in _ANSWERS:
+            raise AttributeError(
+                f"A HookedTransformer of nnatomy has no {name!r}. What stands for it: {_ANSWERS[name]}."
+            )
+        raise AttributeError(
+            f"A HookedTransformer of nnatomy has no {name!r}. Everything else is at the model inside, `.model`, a "
+            "StandardizedTransformer: docs/from_transformer_lens.md has a table of names."
+        )
+
+    def _weight(self, name: str, layer: int) -> Tensor:
+        """Of one layer; keys' and values' once for each query head."""
+        one: Tensor = getattr(self.model, name)[layer]
+        repeated = name in ("W_K", "W_V", "b_K", "b_V") and len(one) != self.cfg.n_heads
+        return one.repeat_interleave(self.cfg.n_heads // len(one), 0) if repeated else one
+
+    def __repr__(self) -> str:
+        return f"<HookedTransformer over {self.model!r}>"
+
+
+class _Module:
+    """A part of the model by the names of its weights and hooks.
+
+    Args:
+        names: of its weights.
+        call: what it computes, where it can be called.
+        layer: of the weights; None: they are the model's.
+        path: what its hook names begin with.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        names: tuple[str, ...],
+        call: Any = None,
+        layer: int | None = None,
+        path: str = "",
+    ) -> None:
+        self._model, self._names, self._call, self._layer, self._path = model, names, call, layer, path
+
+    def __call__(self, *given: Any) -> Any:
+        if self._call is None:
+            raise InputError(
+                "A block's part has weights and hooks here, and is not called: a trace of `.model` runs parts."
+            )
+        return self._call(*given)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("hook_"):
+            self._model._place(self._path + name)  # raises if there is no such name
+            return self._model.hook_dict[self._path + name]
+        if name not in self._names:
+            raise AttributeError(
+                f"Here are {', '.join((*self._names, 'hooks'))}, and no {name!r}: the rest is at `.model`, a StandardizedTransformer."
+            )
+        return getattr(self._model.model, name) if self._layer is None else self._model._weight(name, self._layer)
+
+
+class _Block(_Module):
+    def __init__(self, model: HookedTransformer, layer: int) -> None:
+        super().__init__(model, (), path=f"blocks.{layer}.")
+        attention = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+        neurons = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
+        self.attn = _Module(model, attention, layer=layer, path=f"{self._path}attn.")
+        self.mlp = _Module(model, neurons, layer=layer, path=f"{self._path}mlp.")
+        self.ln1, self.ln2 = (_Module(model, (), path=f"{self._path}{name}.") for name in ("ln1", "ln2"))
+
+
+def _lacks(accessor: Any, layer: int) -> bool:
+    try:
+        accessor[layer]
+    except NotInThisModelError:
+        return True
+    return False
+
+
+def _of_each(view: Any, names: list[str], layers: list[int]) -> Any:
+    """Those layers, or where a name lacks one of them, all that each has."""
+    have = [{i for i, one in enumerate(getattr(view, name).modules) if one is not None} for name in names]
+    return layers if all({*layers} <= one for one in have) else None
