@@ -19,6 +19,8 @@ from nnatomy import StandardizedTransformer
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 VOCAB = 97
+#: Loaded before all others: groups of processes for experts are made by the first engine of a process, if it has any.
+FIRST = "mixtral"
 _BASE = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 128,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "intermediate_size": 96,
@@ -76,6 +78,8 @@ def folder(name: str) -> str:
 @cache
 def on_engine(name: str, **options: Any) -> Any:
     """That model on the engine."""
+    if name != FIRST:
+        on_engine(FIRST)
     settings = {"kv_cache_memory_bytes": 1 << 26, "max_model_len": 64, "dtype": "float32", **options}
     return StandardizedTransformer(folder(name), engine="vllm", **settings)
 

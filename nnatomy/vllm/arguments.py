@@ -139,7 +139,8 @@ def sampling(vllm: Any, count: int, max_new_tokens: Any, params: Any, given: Map
             f"sampling_params={params!r:.60}: give a vllm.SamplingParams, or a list of one for each of the {count} prompts."
         )
     for one in several:
-        _check_one_row(one)
+        if one.n != 1:
+            raise _several(one.n)
     return [one.clone() for one in several]
 
 
@@ -160,17 +161,16 @@ def _made(vllm: Any, max_new_tokens: Any, given: Mapping[str, Any]) -> Any:
             raise InputError(
                 f"{name}={value!r:.40}: it is no argument of generate, and none of vllm.SamplingParams.{_near(name, known)}"
             )
+    if given.get("n", 1) != 1:
+        raise _several(given["n"])
     try:
-        params = vllm.SamplingParams(**{"temperature": 0.0, **given, "max_tokens": count})
-    except (ValueError, TypeError) as error:
+        return vllm.SamplingParams(**{"temperature": 0.0, **given, "max_tokens": count})
+    except (ValueError, TypeError, vllm.exceptions.VLLMError) as error:
         raise InputError(f"vLLM refuses these sampling parameters: {error}") from error
-    _check_one_row(params)
-    return params
 
 
-def _check_one_row(params: Any) -> None:
-    if params.n != 1:
-        raise InputError(f"n={params.n}: a row is one sequence of a prompt. Give the prompt {params.n} times, and n=1.")
+def _several(n: Any) -> InputError:
+    return InputError(f"n={n}: a row is one sequence of a prompt. Give the prompt {n} times, and n=1.")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

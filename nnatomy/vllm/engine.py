@@ -44,7 +44,7 @@ class Engine:
             with _as_it_was(), _environment():
                 try:
                     self.llm = vllm.LLM(model=str(model), **arguments)
-                except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+                except (OSError, ValueError, RuntimeError, AssertionError, vllm.exceptions.VLLMError) as error:
                     raise LoadError(f"vLLM could not load {str(model)!r}: {_reason(error)}") from error
         check_settings(self.llm.llm_engine.vllm_config)
         self.runner: Any = _runner_of(self.llm)

@@ -113,7 +113,7 @@ class Requests(Collector):
 
     Args:
         layout: gives those of the step that begins.
-        whole: raises an error if a step does not have what its caller was promised; None where nothing was.
+        whole: raises an error if the first step does not have what its caller was promised; None where nothing was.
     """
 
     def __init__(self, run: EngineRun, layout: Callable[[], Layout], whole: Callable[[Layout], None] | None) -> None:
@@ -123,6 +123,6 @@ class Requests(Collector):
 
     def take(self, slot: Slot) -> None:
         layout = self._layout()
-        if self._whole is not None:
+        if self._whole is not None and not slot.step:
             self._whole(layout)
         self._run.layout, self._run.inputs = layout, slot.value

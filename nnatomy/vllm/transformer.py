@@ -141,7 +141,7 @@ class VllmTransformer(NotPickled, Values, Traceable):
         lists = self._token_lists(prompts, kwargs)
         self._check_one_step(lists)
         params = sampling(self.engine.vllm, len(lists), 1, None, {})
-        return self.open(lists, params, self._whole_prompts(lists), generates=False, early_stop=early_stop)
+        return self.open(lists, params, self.whole(lists), generates=False, early_stop=early_stop)
 
     def generate(
         self,
@@ -236,7 +236,8 @@ class VllmTransformer(NotPickled, Values, Traceable):
                 f"load it with max_num_seqs={len(lists)}."
             )
 
-    def _whole_prompts(self, lists: list[list[int]]) -> Callable[[Layout], None]:
+    def whole(self, lists: list[list[int]]) -> Callable[[Layout], None]:
+        """What raises an error if a step does not have all of these prompts."""
         lengths = [len(one) for one in lists]
 
         def check(layout: Layout) -> None:

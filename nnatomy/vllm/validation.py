@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from nnatomy.core.points import Collector
+from nnatomy.errors import InputError
 from nnatomy.names import OF_LAYERS
 from nnatomy.validation.report import Report, Row
 from nnatomy.vllm.algebra import Algebra
@@ -28,7 +29,7 @@ from nnatomy.vllm.reference import Reference
 
 #: By what names are proven; True takes Transformers where the memory is there.
 How = bool | Literal["transformers", "algebra"]
-#: How long the prompts are that names are checked on.
+#: How long the prompts are that names are checked on, where the engine takes as many tokens in a step.
 LENGTHS = 7, 11
 #: Names of the model as a whole that are proven.
 _OF_MODEL = ("input_ids", "token_embeddings", "logits", "project_on_vocab")
@@ -54,11 +55,26 @@ class Validation:
         self._errors: dict[tuple[str, int | None], float] = {}
         self._by = "nothing was checked"
         generator = torch.Generator().manual_seed(0)
-        self.prompts = [torch.randint(0, model.vocab_size, (one,), generator=generator).tolist() for one in LENGTHS]
+        self.prompts = [
+            torch.randint(0, model.vocab_size, (length,), generator=generator).tolist() for length in self._lengths()
+        ]
         self._find()
 
+    def _lengths(self) -> tuple[int, ...]:
+        """How long the prompts are: both fit in one step, with room for two more tokens."""
+        scheduler, limit = self.engine.config.scheduler_config, self.engine.config.model_config.max_model_len
+        count = min(scheduler.max_num_seqs, len(LENGTHS))
+        part = min(1, scheduler.max_num_batched_tokens / sum(LENGTHS))
+        lengths = tuple(min(max(int(one * part), 1), limit - 2) for one in LENGTHS[-count:])
+        if lengths[-1] < 4:
+            raise InputError(
+                f"max_num_batched_tokens={scheduler.max_num_batched_tokens}, max_model_len={limit}: names are proven on a prompt "
+                "of four tokens or more, in one step. Load the engine with larger ones."
+            )
+        return lengths
+
     def _find(self) -> None:
-        recorder = Recorder(self.engine.model.modules(), sum(LENGTHS))
+        recorder = Recorder(self.engine.model.modules(), sum(map(len, self.prompts)))
         self._run(recorder)
         width = self.model.hidden_size
         self.anatomy = anatomy_of(self.engine.model, recorder, width)
@@ -109,7 +125,7 @@ class Validation:
     def _run(self, *collectors: Collector, replace: Sequence[Collector] = (), steps: int = 1) -> list[Any]:
         """Run the prompts, with nobody but these; gives the outputs."""
         params = sampling(self.engine.vllm, len(self.prompts), steps, None, {"ignore_eos": True})
-        with self.model.open(self.prompts, params, early_stop=False) as tracer:
+        with self.model.open(self.prompts, params, self.model.whole(self.prompts), early_stop=False) as tracer:
             run = tracer.block.run
             for one in (*replace, *collectors):
                 one.run = run  # type: ignore[attr-defined]
