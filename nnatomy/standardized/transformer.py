@@ -124,6 +124,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         server: the address of a server that has the model (`nnatomy serve`), by which everything is run: no weights are here.
             By default what NNATOMY_SERVER says, if it says one; see docs/remote.md.
         api_key: the server's key; by default what NNATOMY_API_KEY says.
+        engine: "vllm" to have vLLM run the model: what is given is then an `nnatomy.vllm.VllmTransformer`, and all other arguments
+            are those of `vllm.LLM`; see docs/vllm.md. None: Transformers runs it.
         **kwargs: go to `from_pretrained`: dtype, device_map, revision, quantization_config,
             attn_implementation, trust_remote_code, ...
 
@@ -149,17 +151,34 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         ' Paris'
     """
 
-    def __new__(cls: type[Own], model: Any = None, *_: Any, server: str | None = None, **__: Any) -> Own:
-        if (
-            cls is StandardizedTransformer
-            and isinstance(model, (str, Path))
-            and (server or os.environ.get("NNATOMY_SERVER"))
-        ):
-            from nnatomy.remote.model import RemoteTransformer
+    if not TYPE_CHECKING:  # to type checkers a model that lives elsewhere, or on an engine, is one of these
 
-            remote: Any = object.__new__(RemoteTransformer)
-            return remote
-        return object.__new__(cls)
+        def __new__(
+            cls,
+            model: Any = None,
+            tokenizer: Any = None,
+            *,
+            server: str | None = None,
+            engine: str | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if engine is not None:
+                if server is not None:
+                    raise InputError(
+                        "server=..., engine=...: a server says itself what runs its models. Give one of the two."
+                    )
+                from nnatomy.vllm import VllmTransformer
+
+                return VllmTransformer(model, tokenizer, engine=engine, **kwargs)
+            if (
+                cls is StandardizedTransformer
+                and isinstance(model, (str, Path))
+                and (server or os.environ.get("NNATOMY_SERVER"))
+            ):
+                from nnatomy.remote.model import RemoteTransformer
+
+                return object.__new__(RemoteTransformer)
+            return object.__new__(cls)
 
     def __init__(
         self,
@@ -172,6 +191,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         allow_failures: bool = False,
         server: str | None = None,
         api_key: str | None = None,
+        engine: str | None = None,  # noqa: ARG002 (`__new__` has taken it)
         **kwargs: Any,
     ) -> None:
         if server is not None or api_key is not None:

@@ -1,0 +1,325 @@
+"""`VllmTransformer`: a model that vLLM runs, open to read and edit under the standard names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnatomy.errors import (
+    AssignmentError,
+    InputError,
+    LoadError,
+    NoSuchModuleError,
+)
+from nnatomy.names import OF_LAYERS, ROWS
+from nnatomy.standardized.asked_for import check_model
+from nnatomy.standardized.inputs import Prompts, is_batch, pad_token_id, padding_token_id
+from nnatomy.standardized.loading import load_tokenizer, locate
+from nnatomy.standardized.pickling import NotPickled
+from nnatomy.tracing import ModuleView, Traceable
+from nnatomy.tracing.attach import Point
+from nnatomy.validation.report import Report
+from nnatomy.vllm.accessors import Accessor
+from nnatomy.vllm.arguments import check_engine, import_vllm, no_such_way, sampling
+from nnatomy.vllm.engine import Engine, Generation
+from nnatomy.vllm.layout import Layout
+from nnatomy.vllm.trace import EngineTrace
+from nnatomy.vllm.validation import How, Validation
+from nnatomy.vllm.values import Values
+
+#: Names of a step that belong to no layer.
+OF_STEPS = (
+    *("requests", "input_ids", "attention_mask", "input_size", "token_embeddings", "logits", "next_token_probs"),
+    "sampled_tokens",
+)
+
+
+class VllmTransformer(NotPickled, Values, Traceable):
+    """A model on vLLM's own classes, under the standard names: what `StandardizedTransformer(id, engine="vllm")` gives.
+
+    `docs/vllm.md` has the names, what a step is, and what an engine cannot do.
+
+    Args:
+        model: a hub id, a folder, `demo:smollm2`; or a `vllm.LLM` that runs its model in this process.
+        engine: "vllm".
+        tokenizer: a tokenizer, or its id or folder; the model's own if None.
+        validate: prove every name: `"transformers"` against the values of the same model in Transformers, which is loaded for that,
+            `"algebra"` by the residual stream's sums alone; True takes the first where the memory is there, and says so in
+            `validation`. What cannot be proven is refused, with the reason. With False nothing is checked.
+        **kwargs: go to `vllm.LLM`: dtype, max_model_len, kv_cache_memory_bytes, ...
+
+    Raises:
+        MissingPackageError: if vLLM is not installed.
+        InputError: for an engine that there is not, or what is no argument of the engine's.
+        LoadError: if the engine cannot load the model.
+        UnknownArchitectureError: if nobody can tell what its layers are.
+
+    Attributes:
+        loaded_from: the id or folder of the model.
+        engine: vLLM in this process; `engine.llm` is the `vllm.LLM`.
+        tokenizer: what makes tokens of text, or None.
+        validation: a table of each name on each layer: verified or refused, with errors and reasons.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        engine: str = "vllm",
+        validate: How = True,
+        **kwargs: Any,
+    ) -> None:
+        check_engine(engine)
+        if validate not in (True, False, "transformers", "algebra"):
+            raise InputError(f"validate={validate!r}: it is True, False, 'transformers' or 'algebra'.")
+        vllm = import_vllm()
+        if isinstance(model, vllm.LLM):
+            if kwargs:
+                raise InputError(f"{', '.join(kwargs)}: arguments of vllm.LLM, but the engine is already loaded.")
+            place = str(model.llm_engine.model_config.model)
+        else:
+            if isinstance(model, torch.nn.Module):
+                raise InputError(
+                    f"engine='vllm': the engine loads its model itself; a loaded {type(model).__name__} was given. Give its id or "
+                    "folder: model.save_pretrained(folder)."
+                )
+            check_model(model)
+            model = place = locate(model)
+        tokenizer, why = _tokenizer(place, tokenizer, kwargs)
+        if tokenizer is None:
+            kwargs.setdefault("skip_tokenizer_init", True)
+        self._load(Engine(model, kwargs), place, tokenizer, why)
+        self._read(validate)
+
+    def _load(self, engine: Engine, place: str, tokenizer: Any, no_tokenizer: str) -> None:
+        Traceable.__init__(self, engine.model)
+        self.loaded_from = place
+        self.engine = engine
+        self.tokenizer = tokenizer
+        config: Any = engine.text_config
+        vocab = int(config.vocab_size)
+        self._prompts = Prompts(
+            tokenizer,
+            no_tokenizer,
+            pad_token_id(tokenizer, config, vocab),
+            padding_token_id(tokenizer, config),
+            vocab,
+            False,
+        )
+
+    def _read(self, validate: How) -> None:
+        self._refused: dict[str, str] = {}
+        found = Validation(self, validate)
+        self._anatomy = found.anatomy
+        self._embeddings = found.embeddings
+        for name in OF_LAYERS:
+            setattr(self, name, Accessor(ROWS[name], found.places[name], self._blocks))
+        found.check()
+        self._embeddings, self._refused = found.embeddings, found.refused
+        self.validation: Report = found.report()
+
+    # Running.
+
+    def trace(self, prompts: Any = None, *, early_stop: bool = True, **kwargs: Any) -> EngineTrace:  # type: ignore[override]
+        """Trace one step of the engine, that of the prompts: `with model.trace(prompts) as tracer: ...`.
+
+        Args:
+            prompts: as in `StandardizedTransformer.trace`: text, a chat, token ids, or a list of these.
+            early_stop: end the step when the block ends; with False it runs to its end, and `tracer.result` has each prompt's next
+                token.
+            **kwargs: what says how texts become tokens: `prepend_bos`, `continue_final_message`, `add_generation_prompt`.
+
+        Raises:
+            InputError: if there is nothing to run, or the prompts do not fit in one step; it says what to load the engine with.
+            UsageError: if the engine is at work.
+        """
+        lists = self._token_lists(prompts, kwargs)
+        self._check_one_step(lists)
+        params = sampling(self.engine.vllm, len(lists), 1, None, {})
+        return self.open(lists, params, self.whole(lists), generates=False, early_stop=early_stop)
+
+    def generate(
+        self,
+        prompts: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        sampling_params: Any = None,
+        early_stop: bool = True,
+        prepend_bos: bool | None = None,
+        **kwargs: Any,
+    ) -> EngineTrace:
+        """Trace a generation: `with model.generate(prompts, max_new_tokens=20) as tracer: ...`.
+
+        In `for step in tracer.iter[:]:` names mean that step of the engine: `model.requests` says which prompts its rows are, and
+        `model.sampled_tokens` what is sampled behind each. `tracer.result` is a list of the engine's `RequestOutput`.
+
+        Args:
+            prompts: as in `trace`; as many as one likes, which the engine schedules as it does.
+            max_new_tokens: how many tokens are written at most; 16 by default.
+            sampling_params: `vllm.SamplingParams`, one for all or a list of one for each prompt.
+            early_stop: end the generation when the block ends; with False it runs to its end.
+            prepend_bos: as in `trace`.
+            **kwargs: fields of `vllm.SamplingParams`: temperature (0 by default), top_p, seed, stop, ignore_eos, ...
+
+        Raises:
+            InputError: as `trace`, and for what is no sampling parameter.
+            UsageError: if the engine is at work.
+        """
+        texts = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        lists = self._token_lists(prompts, texts)
+        params = sampling(self.engine.vllm, len(lists), max_new_tokens, sampling_params, kwargs)
+        return self.open(lists, params, early_stop=early_stop)
+
+    def generate_text(self, prompts: Any, **kwargs: Any) -> str | list[str]:
+        """The text that the model generates after prompts, with its lasting edits: of one prompt a text, else a list."""
+        if self.tokenizer is None:
+            raise InputError("Text needs a tokenizer: give tokenizer=... when loading.")
+        texts = [output.outputs[0].text for output in self.generate(prompts, **kwargs).run()]
+        return texts[0] if len(texts) == 1 and not is_batch(prompts) else texts
+
+    def __call__(self, prompts: Any = None, **kwargs: Any) -> Any:
+        """One step of the engine on prompts, with the lasting edits: a list of its `RequestOutput`."""
+        return self.trace(prompts, **kwargs).run()
+
+    def scan(self, *_: Any, **__: Any) -> Any:
+        """Raises UsageError: the engine's kernels do not run on fake tensors."""
+        raise no_such_way("scan", "the engine's kernels compute, and give no shapes alone")
+
+    trace_call = scan
+
+    def open(
+        self,
+        lists: list[list[int]],
+        params: list[Any],
+        whole: Callable[[Layout], None] | None = None,
+        *,
+        generates: bool = True,
+        early_stop: bool = True,
+    ) -> EngineTrace:
+        """A trace of the engine's work on token ids, with sampling parameters of each; `whole`: see `nnatomy.vllm.run.Requests`."""
+        self.engine.check_free()
+        work = Generation(self.engine, lists, params)
+        return EngineTrace(self, self.engine, work, whole, generates=generates, early_stop=early_stop)
+
+    def _token_lists(self, prompts: Any, texts: dict[str, Any]) -> list[list[int]]:
+        inputs = self._prompts.prepare(prompts, dict(texts), torch.device("cpu"))
+        others = {*inputs} - {"input_ids", "attention_mask", "position_ids"}
+        if others:
+            raise InputError(f"{', '.join(sorted(others))}: the engine makes its own from token ids. Leave it out.")
+        masks = inputs["attention_mask"].bool()
+        lists = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+        limit = self.engine.config.model_config.max_model_len
+        for i, one in enumerate(lists):
+            if len(one) >= limit:
+                raise InputError(
+                    f"Prompt {i} has {len(one)} tokens, and the engine takes fewer than its max_model_len, {limit}, so that one can "
+                    f"be written: give a shorter one, or load the engine with max_model_len={len(one) + 1}."
+                )
+        return lists
+
+    def _check_one_step(self, lists: list[list[int]]) -> None:
+        scheduler = self.engine.config.scheduler_config
+        tokens, most = sum(map(len, lists)), scheduler.max_num_batched_tokens
+        if tokens > most:
+            raise InputError(
+                f"The prompts have {tokens} tokens, and one step of the engine takes {most}: trace fewer at once, or load it with "
+                f"max_num_batched_tokens={tokens}."
+            )
+        if len(lists) > scheduler.max_num_seqs:
+            raise InputError(
+                f"There are {len(lists)} prompts, and one step of the engine takes {scheduler.max_num_seqs}: trace fewer at once, or "
+                f"load it with max_num_seqs={len(lists)}."
+            )
+
+    def whole(self, lists: list[list[int]]) -> Callable[[Layout], None]:
+        """What raises an error if a step does not have all of these prompts."""
+        lengths = [len(one) for one in lists]
+
+        def check(layout: Layout) -> None:
+            found = dict(zip(layout.requests, layout.lengths, strict=True))
+            if [found.get(i) for i in range(len(lengths))] != lengths:
+                raise InputError(
+                    f"The engine has scheduled {len(found)} of {len(lengths)} prompts, or parts of them, in one step, as its cache "
+                    "has no room for all: trace fewer at once, or load it with a larger kv_cache_memory_bytes."
+                )
+
+        return check
+
+    # What the model is.
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return len(self._anatomy.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """How many query heads a layer has."""
+        return int(self.engine.text_config.num_attention_heads)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model can predict."""
+        return int(self.engine.text_config.vocab_size)
+
+    @property
+    def config(self) -> Any:
+        """The model's config, of Transformers."""
+        return self.engine.hf_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.engine.device
+
+    @property
+    def layers(self) -> tuple[ModuleView, ...]:
+        """The layers, as views."""
+        paths = {module: path for path, module in self.module.named_modules()}
+        return tuple(self[paths[layer.module]] for layer in self._anatomy.layers)
+
+    def _point(self, point: str | ModuleView) -> Point:
+        match = re.fullmatch(r"(\w+)\[(-?\d+)\]", point) if isinstance(point, str) else None
+        accessor = getattr(self, match[1], None) if match else None
+        if match is None or not isinstance(accessor, Accessor):
+            return super()._point(point)
+        return accessor.point(int(match[2]))
+
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        error = super()._no_such(name)
+        return NoSuchModuleError(f"{error} The standard names are {', '.join((*OF_STEPS, *OF_LAYERS))}.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AssignmentError for a name that is one for each layer or only read; NoSuchModuleError for none, in a trace."""
+        known = self.__dict__.get(name)
+        if isinstance(known, Accessor) and not isinstance(value, Accessor):
+            raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
+        of_class = getattr(type(self), name, None)
+        if isinstance(of_class, property) and of_class.fset is None:
+            raise AssignmentError(f"{name} can be read, and not assigned.")
+        if not (name.startswith("_") or name in self.__dict__ or of_class is not None):
+            blocks = getattr(self, "_blocks", None)
+            if blocks is not None and blocks.is_open_here:
+                raise self._no_such(name)
+        super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"<VllmTransformer: {type(self.engine.model).__name__}, {self.num_layers} layers, hidden {self.hidden_size}>"
+
+
+def _tokenizer(place: str, given: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    """What makes tokens of text; or None, and why there is none."""
+    shared: dict[str, Any] = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    if given is None:
+        return load_tokenizer(place, shared)
+    if not isinstance(given, (str, Path)):
+        return given, ""
+    tokenizer, why = load_tokenizer(given, shared)
+    if tokenizer is None:
+        raise LoadError(f"The tokenizer {str(given)!r} could not be loaded: {why}")
+    return tokenizer, ""

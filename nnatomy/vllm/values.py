@@ -1,0 +1,223 @@
+"""The names of a step that belong to no layer: prompts, embeddings, logits, the tokens that are sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import Module
+
+from nnatomy.core.block import Block
+from nnatomy.core.open_blocks import OpenBlocks
+from nnatomy.core.points import Slot
+from nnatomy.errors import InputError, NotInThisModelError, NotReachedError
+from nnatomy.standardized.accessors import check_fits
+from nnatomy.vllm.accessors import held_value, layout_of, put_value, run_of
+from nnatomy.vllm.anatomy import Anatomy
+from nnatomy.vllm.engine import Engine
+from nnatomy.vllm.layout import Layout
+from nnatomy.vllm.places import Place
+from nnatomy.vllm.run import Once
+
+
+class _LastLogits(Place):
+    """(batch, 1, vocab): of each request's last position, which alone the engine computes."""
+
+    def read(self, slot: Slot, layout: Layout) -> Tensor:
+        return layout.by_request(slot.value)[:, None].clone()
+
+    def write(self, slot: Slot, layout: Layout, new: Tensor) -> None:
+        slot.value = layout.put_by_request(slot.value, new[:, 0])
+
+
+class _Sampled(Place):
+    """(batch): the token that is sampled behind each row."""
+
+    def read(self, slot: Slot, layout: Layout) -> Tensor:
+        return layout.by_request(slot.value.sampled_token_ids)[:, 0].long().clone()
+
+    def write(self, slot: Slot, layout: Layout, new: Tensor) -> None:
+        old = slot.value.sampled_token_ids
+        slot.value.sampled_token_ids = layout.put_by_request(old, new[:, None].to(old.dtype))
+
+
+class Values:
+    """What has the names of a step."""
+
+    engine: Engine
+    _blocks: OpenBlocks
+    _anatomy: Anatomy
+    _refused: dict[str, str]
+    _embeddings: Place | None
+
+    def _begun(self, name: str) -> Block:
+        """The block that asks, whose step has begun."""
+        block = self._blocks.current(name)
+        run = run_of(block)
+        if run.layout is None or run.progress.step != block.step or not run.progress.calls.get(run.root):
+            block.reach(self.engine.model, "input", name)
+        return block
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """Which prompt each row of this step is: those that have ended, and those that wait, are not among them."""
+        return layout_of(self._begun("requests")).requests
+
+    @property
+    def input_ids(self) -> Int[Tensor, "batch seq"]:
+        """The token ids that this step computes, padded on the left: the prompts, and in a later step the newest tokens."""
+        block = self._begun("input_ids")
+        args, kwargs = run_of(block).inputs
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise NotReachedError("input_ids: the engine calls this model with embeddings, and without them.")
+        return layout_of(block).rows(ids).long()
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch seq"]:
+        """1 for tokens, 0 for padding; in a later step also of the tokens before it."""
+        return layout_of(self._begun("attention_mask")).mask_so_far.long().to(self.engine.device)
+
+    @property
+    def input_size(self) -> torch.Size:
+        """(batch, seq)."""
+        layout = layout_of(self._begun("input_size"))
+        return torch.Size((layout.batch, layout.seq))
+
+    @property
+    def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
+        """What the token embedding gives; can be assigned."""
+        return self._get("token_embeddings", self._place_of_embeddings())
+
+    @token_embeddings.setter
+    def token_embeddings(self, value: Tensor) -> None:
+        self._set("token_embeddings", self._place_of_embeddings(), value)
+
+    def _place_of_embeddings(self) -> Place:
+        self._check("token_embeddings")
+        assert self._embeddings is not None
+        return self._embeddings
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits, after all caps and scales.
+
+        In a trace (batch, seq, vocab): the engine computes those of the last position alone, and its own head those of the others
+        here. In a generation (batch, 1, vocab), of each row's last position. Assigned, the next tokens are sampled from the last
+        position's.
+        """
+        self._check("logits")
+        block = self._begun("logits")
+        if run_of(block).generates:
+            return self._get("logits", self._place_of_logits())
+        slot = block.reach(self.engine.model, "output", "logits")
+        layout, run = layout_of(block), run_of(block)
+        if (value := run.held(slot, "logits")) is None:
+            with torch.no_grad():
+                value = layout.rows(self.compute_logits(slot.value))
+            run.hold(slot, "logits", value, lambda new: run.once(self._last(slot, layout, new)))
+        return value
+
+    @logits.setter
+    def logits(self, value: Tensor) -> None:
+        self._check("logits")
+        block = self._begun("logits")
+        if run_of(block).generates:
+            self._set("logits", self._place_of_logits(), value)
+            return
+        check_fits("logits", self.logits, value)
+        run, slot = run_of(block), block.reach(self.engine.model, "output", "logits")
+        run.let_go(slot, "logits")
+        run.once(self._last(slot, layout_of(block), value))
+
+    def _last(self, slot: Slot, layout: Layout, value: Tensor) -> Once:
+        assert self._anatomy.head is not None
+        return _Logits(self._anatomy.head, slot, layout, value[:, -1])
+
+    def _place_of_logits(self) -> Place:
+        assert self._anatomy.head is not None
+        return _LastLogits(self._anatomy.head, "output")
+
+    @property
+    def next_token_probs(self) -> Float[Tensor, "batch vocab"]:
+        """The probabilities of the token after each row, before temperature and all that sampling parameters say."""
+        return self.logits[:, -1].float().softmax(-1)
+
+    @property
+    def sampled_tokens(self) -> Int[Tensor, batch]:  # noqa: F821
+        """The token that is sampled behind each row: it can be read while the engine goes on with the others, and assigned.
+
+        Raises:
+            InputError: in a step that computes only a part of a prompt, behind which nothing is sampled.
+        """
+        return self._get("sampled_tokens", self._place_of_samples())
+
+    @sampled_tokens.setter
+    def sampled_tokens(self, value: Tensor) -> None:
+        self._set("sampled_tokens", self._place_of_samples(), value)
+
+    def _place_of_samples(self) -> Place:
+        layout = layout_of(self._begun("sampled_tokens"))
+        parts = [
+            request
+            for request, length, before in zip(layout.requests, layout.lengths, layout.before, strict=True)
+            if length + before < self.engine.length_of(request)
+        ]
+        if parts:
+            raise InputError(
+                f"sampled_tokens: this step computes a part of prompt{'s' * (len(parts) > 1)} {', '.join(map(str, parts))} alone, "
+                "behind which nothing is sampled: ask in a later step, or load the engine with a larger max_num_batched_tokens."
+            )
+        return _Sampled(self.engine.runner.sampler, "output")
+
+    def compute_logits(self, normed: Tensor) -> Tensor:
+        """The logits of what the model gives, (tokens, hidden), by the engine's own head."""
+        model: Any = self.engine.model
+        return model.compute_logits(normed)
+
+    def project_on_vocab(self, hidden_state: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """The logits that the model would give, were `hidden_state` the last layer's output."""
+        self._check("project_on_vocab")
+        width = self.hidden_size
+        if not isinstance(hidden_state, Tensor) or hidden_state.shape[-1:] != (width,):
+            got = tuple(hidden_state.shape) if isinstance(hidden_state, Tensor) else type(hidden_state).__name__
+            raise InputError(f"project_on_vocab takes hidden states of (..., {width}); got {got}.")
+        norm = self._anatomy.ln_final
+        assert norm is not None
+        flat = hidden_state.detach().reshape(-1, width).clone()
+        with torch.no_grad():
+            normed = norm(flat)
+            normed = (
+                normed[0] if isinstance(normed, tuple) else normed
+            )  # Cohere's hands on a residual that is not there
+            return self.compute_logits(normed).reshape(*hidden_state.shape[:-1], -1)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+        return int(self.engine.text_config.hidden_size)
+
+    def _get(self, name: str, place: Place) -> Tensor:
+        block = self._begun(name)
+        return held_value(place, block.reach(place.module, place.kind, name), block, name)
+
+    def _set(self, name: str, place: Place, value: Tensor) -> None:
+        block = self._begun(name)
+        put_value(place, block.reach(place.module, place.kind, name), block, name, value)
+
+    def _check(self, name: str) -> None:
+        if name in self._refused:
+            raise NotInThisModelError(f"{name}: {self._refused[name]}.")
+
+
+class _Logits(Once):
+    """Puts the last positions' logits in the place of those that the engine samples from."""
+
+    def __init__(self, head: Module, slot: Slot, layout: Layout, last: Tensor) -> None:
+        super().__init__(head, "output", (0, slot.step))
+        self._layout, self._last = layout, last
+
+    def act(self, slot: Slot) -> None:
+        slot.value = self._layout.put_by_request(slot.value, self._last)
