@@ -1,6 +1,7 @@
 """Running a module over fake tensors: all shapes, nothing computed."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
+from nnatomy.core.scan_values import RealWholeNumbers, faked
 from nnatomy.errors import InputError
 
 
@@ -24,12 +26,14 @@ def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any
     def call() -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             on_device = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device=device), (args, kwargs))
-            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, on_device)
+            # (Of a module without weights the real ones would be elsewhere.)
+            fake = mode.from_tensor if device is not None and device.type == "meta" else partial(faked, mode)
+            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, on_device)
             before = [_state(submodule) for submodule in module.modules()]
             try:
                 for submodule in module.modules():
                     submodule._buffers.update(pytree.tree_map_only(Tensor, mode.from_tensor, submodule._buffers))
-                with torch.no_grad():
+                with torch.no_grad(), RealWholeNumbers():
                     return module(*fake_args, **fake_kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise InputError(

@@ -266,7 +266,7 @@ class Vision(Values):
     def _embeddings(self, kind: Kind) -> Tensor:
         _refuse_to_be_watched(kind.names[0])
         slot, places = self._slot_of_stream(kind)
-        return slot.value[1]["inputs_embeds"][places]
+        return slot.value[1]["inputs_embeds"][places.nonzero(as_tuple=True)]  # (of a mask a scan would not know how many)
 
     def _put_embeddings(self, kind: Kind, value: Tensor) -> None:
         name = kind.names[0]
@@ -280,17 +280,18 @@ class Vision(Values):
         """Where the module that runs the layers is called, and which positions are of that kind."""
         name, candidates = kind.names[0], token_ids(self, kind)
         ids = self.input_ids
+        arguments, _ = self._root_inputs(name)
+        both = kind is not AUDIO and self._both()
         slot = _reach(self, self._keywords._above_the_layers()[-1], name, "input")
         if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
             raise NotInThisModelError(f"{name}: the module that runs the layers is given no inputs_embeds.")
-        arguments, _ = self._root_inputs(name)
         encoded = arguments.get("mm_encoder_outputs") or {}  # what `generate` itself has had encoded
         # A later step of a generation has none, whatever token it begins with.
         given = any(arguments.get(argument) is not None for argument in kind.inputs) or bool(
             {kind.name, kind.modality} & {modality for modality, one in encoded.items() if one is not None}
         )
         of_videos = token_ids(self, VIDEO)[0] if kind is not AUDIO else -1
-        if kind is not AUDIO and self._both() and not (ids == of_videos).any():
+        if both and not (ids == of_videos).any():
             raise NotInThisModelError(
                 f"{name}: the prompt has images and videos, and one token stands for patches of both. Read "
                 "layers_input[0] at the positions."
@@ -310,8 +311,13 @@ class Vision(Values):
 
     def _both(self) -> bool:
         """Whether the prompts have images and videos."""
-        recorded = next(c for c in self._blocks.current("images").run.collectors if isinstance(c, RootInputs))
-        return recorded.given.media >= {"pixel_values", "pixel_values_videos"}
+        recorded = next((c for c in self._blocks.current("images").run.collectors if isinstance(c, RootInputs)), None)
+        if recorded is None:  # a scan
+            arguments, _ = self._root_inputs("images")
+            media = {name for name, value in arguments.items() if value is not None}
+        else:
+            media = {*recorded.given.media}
+        return media >= {"pixel_values", "pixel_values_videos"}
 
     def _tower(self, kind: Kind) -> Tower:
         towers: dict[Kind, Tower] = self.__dict__.setdefault("_towers", {})

@@ -264,6 +264,26 @@ def test_generating(loaded: Any) -> None:
     assert counts == [len(place.positions), 0, 0]
 
 
+def test_a_scan_gives_the_shapes(loaded: Any) -> None:
+    """Of Idefics3 how many images there are is a question to their pixels."""
+    name, _, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    if name == "idefics3":
+        with (
+            pytest.raises(InputError, match=r"depends on the values of tensors \(aten.nonzero.default\)"),
+            model.scan(prompt, images=picture()),
+        ):
+            model.logits
+        return
+    with torch.no_grad(), model.trace(prompt, images=picture()):
+        plain = model.vision_layers_output[1], model.image_embeddings, model.layers_output[1], model.logits
+    with model.scan(prompt, images=picture()):
+        vision = model.vision_layers_output[1]
+    with model.scan(prompt, images=picture()):  # (which keeps no record of the model's arguments for later)
+        seen = vision, model.image_embeddings, model.layers_output[1], model.logits
+    assert [one.shape for one in seen] == [one.shape for one in plain]
+
+
 # What does not go.
 
 

@@ -26,7 +26,18 @@ from browser import opened
 from nnatomy import StandardizedTransformer
 from nnatomy.methods import edge_attribution, logit_difference
 from nnatomy.methods.prompts import token_texts
-from nnatomy.plots import attention, attention_view, bars, circuit, curves, heat_map, parts, save, token_view
+from nnatomy.plots import (
+    attention,
+    attention_view,
+    bars,
+    circuit,
+    curves,
+    heat_map,
+    over_picture,
+    parts,
+    save,
+    token_view,
+)
 
 WIDTHS = (390, 1400)  # unless others are given
 LINES = (  # of commands that write a page
@@ -113,6 +124,12 @@ def plots() -> dict[str, Callable[[], Any]]:
         }
         return token_view(texts, values, title=f"Values by token: {LONG}")
 
+    def on_a_picture() -> Any:
+        across, down = torch.meshgrid(torch.linspace(0, 1, 90), torch.linspace(0, 1, 60), indexing="xy")
+        shown = (torch.stack([across, down, 1 - across], -1) * 255).byte()
+        maps = {f"L{i}H3, from ' dog'": torch.rand(8, 12) ** (i + 1) for i in range(6)}
+        return over_picture(shown, maps, title="Attention from a word to a picture's patches", value_name="probability")
+
     names = [
         "embeddings",
         *(f"L{i}{part}" for i in range(12) for part in [*(f"H{h}" for h in range(12)), " mlp"]),
@@ -133,6 +150,7 @@ def plots() -> dict[str, Callable[[], Any]]:
         "parts": lambda: parts(
             torch.randn(len(names)), labels=names, value_name="logit", title="Direct logit attribution"
         ),
+        "over-picture": on_a_picture,
         "curves": lambda: curves(
             range(8), {" Paris": torch.rand(8).tolist(), " Rome": torch.rand(8).tolist()}, title="Curves"
         ),
