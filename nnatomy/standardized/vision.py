@@ -266,7 +266,9 @@ class Vision(Values):
     def _embeddings(self, kind: Kind) -> Tensor:
         _refuse_to_be_watched(kind.names[0])
         slot, places = self._slot_of_stream(kind)
-        return slot.value[1]["inputs_embeds"][places.nonzero(as_tuple=True)]  # (of a mask a scan would not know how many)
+        return slot.value[1]["inputs_embeds"][
+            places.nonzero(as_tuple=True)
+        ]  # (of a mask a scan would not know how many)
 
     def _put_embeddings(self, kind: Kind, value: Tensor) -> None:
         name = kind.names[0]
