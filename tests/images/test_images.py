@@ -329,6 +329,13 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             r"Image 0 is of mode 'RGBA', .* give image.convert\('RGB'\)",
         ),
         ("<image> what", lambda: "nowhere.png", "Image 0: there is no file 'nowhere.png'"),
+        ("<image> what", lambda: __file__, "Image 0: the file '.*test_images.py' is no image"),
+        (
+            "<image> what",
+            lambda: np.zeros((16, 16), np.uint8),
+            r"Image 0 is an array of shape \(16, 16\): give one of \(height",
+        ),
+        ("<image> what", lambda: 7, "Image 0 is a int: give a PIL image, an array, or a file's path"),
         (
             "<image> what",
             lambda: torch.zeros(16, 16),
