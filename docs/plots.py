@@ -1,7 +1,9 @@
-"""The picture of the plots, docs/plots.png: `python docs/plots.py` (with kaleido, and Chrome or Chromium)."""
+"""The gallery of docs/plots.md, a picture of each plot: `python docs/plots.py [chromium]` (with kaleido, and Chrome or Chromium)."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,46 +11,61 @@ from typing import Any
 from PIL import Image
 
 from nnatomy import StandardizedTransformer
-from nnatomy.methods import direct_logit_attribution, edge_attribution, lens_statistics, logit_difference
-from nnatomy.plots import attention, save
+from nnatomy.methods import direct_logit_attribution, edge_attribution, lens_statistics, logit_difference, logit_lens
+from nnatomy.plots import attention, attention_view, bars, curves, save, token_view
 
 PROMPT, OTHER = "The capital of France is", "The capital of Italy is"
-WIDTH = 640  # of each plot, of which two lie side by side
+FOLDER = Path(__file__).parent / "gallery"
+WIDTH = 760  # of each plot, in the pixels of a page; of its picture, too
 
 
-def figures() -> list[Any]:
-    """A lens, attention, parts and a circuit, of a small model."""
+def plots() -> dict[str, Any]:
+    """One of each function, of a small model."""
     model = StandardizedTransformer("demo:llama")
     metric = logit_difference(" Paris", " Rome", model)
     with model.trace(PROMPT):
-        patterns = model.attention_probabilities[5][0, :3]
-    tokens = lens_statistics(model, PROMPT).tokens[0]
-    return [
-        lens_statistics(model, PROMPT).plot(),
-        direct_logit_attribution(model, PROMPT, " Paris", " Rome", by="head").plot(),
-        attention(patterns, tokens=tokens, layer=5, title=f"Attention: {PROMPT}"),
-        edge_attribution(model, PROMPT, OTHER, metric).plot(k=30),
-    ]
+        patterns = model.attention_probabilities[5][0, :6]
+    lens = lens_statistics(model, PROMPT)
+    tokens, norms = (
+        lens.tokens[0],
+        model.run_with_cache(PROMPT, "layers_output")[1].stack("layers_output")[:, 0].norm(dim=-1),
+    )
+    layers = [f"layer {i}" for i in range(model.num_layers)]
+    answers = {
+        name: logit_lens(model, PROMPT)[0, :, model.to_tokens(name)[0, -1]].tolist() for name in (" Paris", " Rome")
+    }
+    attributed = direct_logit_attribution(model, PROMPT, answer=" Paris", wrong=" Rome", by="head")
+    return {
+        "heat_map": lens.plot(),
+        "bars": bars(norms[:, -1].detach(), labels=layers, title=PROMPT, value_name="norm at the last token"),
+        "curves": curves(range(model.num_layers), answers, title=PROMPT, x_title="layer", y_title="probability"),
+        "attention": attention(patterns, tokens=tokens, layer=5, title=f"Attention: {PROMPT}"),
+        "parts": attributed.plot(),
+        "circuit": edge_attribution(model, PROMPT, OTHER, metric=metric).plot(k=30),
+        "attention_view": attention_view(patterns, tokens, layer=5),
+        "token_view": token_view(tokens, {"norm": norms[-1].detach(), "norm of layer 0": norms[0].detach()}),
+    }
 
 
-def main(path: Path) -> None:
-    """In two columns, with 256 colors, so that the file is small."""
-    columns: list[list[Image.Image]] = [[], []]
+def main(browser: str) -> None:
+    """With 64 colors, so that the files are small."""
+    FOLDER.mkdir(exist_ok=True)
     with TemporaryDirectory() as folder:
-        for i, figure in enumerate(figures()):
-            figure.update_layout(width=WIDTH)
-            save(figure, Path(folder) / "a.png")
-            drawn = Image.open(Path(folder) / "a.png").convert("RGB")
-            columns[i // 3].append(drawn.resize((drawn.width // 2, drawn.height // 2), Image.Resampling.LANCZOS))
-    wide = columns[0][0].width
-    whole = Image.new("RGB", (2 * wide, max(sum(one.height for one in column) for column in columns)), "white")
-    for i, column in enumerate(columns):
-        top = 0
-        for one in column:
-            whole.paste(one, (i * wide, top))
-            top += one.height
-    whole.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+        for name, plot in plots().items():
+            picture, page = Path(folder) / f"{name}.png", Path(folder) / f"{name}.html"
+            if name.endswith("_view"):  # a page
+                save(plot, page)
+                size = f"--window-size={WIDTH},{760 if name == 'attention_view' else 240}"
+                how = ("--headless", "--no-sandbox", "--hide-scrollbars", f"--screenshot={picture}", size)
+                subprocess.run([browser, *how, page.as_uri()], check=True, capture_output=True)
+            else:
+                plot.update_layout(width=WIDTH)
+                save(plot, picture)
+            drawn = Image.open(picture).convert("RGB")
+            drawn = drawn.resize((WIDTH, round(drawn.height * WIDTH / drawn.width)), Image.Resampling.LANCZOS)
+            small = drawn.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            small.save(FOLDER / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(__file__).with_suffix(".png"))
+    main(*sys.argv[1:] or ["chromium"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 _OF_TRANSFORMER_LENS = {
     "from_pretrained": "StandardizedTransformer(id, folder or model)",
     "from_pretrained_no_processing": "StandardizedTransformer(id, folder or model)",
@@ -54,3 +56,13 @@ def said_of(name: str) -> str:
         if name in names:
             return f" What {library} calls {name!r} is here: {names[name]}. {room} has its names."
     return ""
+
+
+class Elsewhere:
+    """A name that is asked of the class, too, which has none: the error says what stands for it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: object, owner: type) -> NoReturn:
+        raise AttributeError(f"{owner.__name__} has no {self._name}.{said_of(self._name)}")

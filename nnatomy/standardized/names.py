@@ -60,7 +60,7 @@ class Names(Annotations, Parts):
 
     def __dir__(self) -> list[str]:
         """For completion: what the model has, without the names that it refuses on every layer."""
-        return sorted({*super().__dir__()}.difference(self._absent_names()))
+        return sorted({*super().__dir__()}.difference(self._absent_names(), {"from_pretrained"}))
 
     def _absent_names(self) -> set[str]:
         """The names that this model does not have."""

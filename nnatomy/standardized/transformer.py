@@ -41,7 +41,7 @@ from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.asked_for import check_arguments, check_model
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.edits import Edits
-from nnatomy.standardized.elsewhere import said_of
+from nnatomy.standardized.elsewhere import Elsewhere, said_of
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
@@ -179,6 +179,9 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
 
                 return object.__new__(RemoteTransformer)
             return object.__new__(cls)
+
+    if not TYPE_CHECKING:
+        from_pretrained = Elsewhere()
 
     def __init__(
         self,

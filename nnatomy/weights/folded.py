@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy.standardized.offloaded import value_of
 from nnatomy.validation.near import is_near
 from nnatomy.weights.projection import RefusedError
 
 
 def scale_and_shift(norm: Module) -> tuple[Tensor, Tensor | None]:
     """What a norm multiplies by, and what it adds behind that: told from what it gives for a vector of one size and its opposite."""
-    own = dict(norm.named_parameters())
+    own = {name: value_of(norm, name) for name, _ in norm.named_parameters()}
     weight, bias = own.get("weight"), own.get("bias")
     if weight is None:
         raise RefusedError(f"the norm before it ({type(norm).__name__}) has no scale")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nnatomy.standardized.offloaded import value_of
 from nnatomy.validation.near import is_near
 
 _OWN = {"weight", "bias"}
@@ -62,7 +63,8 @@ class Projection:
     def bias(self) -> Tensor:
         """Of (*head, dim) or (out); zeros where the module has none."""
         own = getattr(self.module, "bias", None)
-        if not isinstance(own, Tensor):
+        own = value_of(self.module, "bias") if isinstance(own, Tensor) else None
+        if own is None:
             weight = weight_of(self.module, self.path)
             own = weight.new_zeros(weight.shape[0 if self.transposed else 1])
         if self.side == "reads" or self.index is None:
@@ -73,7 +75,14 @@ class Projection:
 def weight_of(module: Module, path: str) -> Tensor:
     """The parameter, where it is a plain matrix. Raises RefusedError otherwise."""
     name, weight = f"{path} ({type(module).__name__})", getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        try:
+            weight = value_of(module, "weight")
+        except LookupError as error:
+            raise RefusedError(str(error)) from None
     dense = _dequantized(weight)
+    if dense is None and isinstance(weight, Tensor) and weight.dtype.itemsize == 1:
+        dense = _of_unit_vectors(module)
     if dense is not None:
         weight = dense
     elif isinstance(weight, Tensor) and weight.dtype.itemsize == 1:
@@ -93,8 +102,6 @@ def weight_of(module: Module, path: str) -> Tensor:
         raise RefusedError(
             f"the weight of {name} is a {kind}, and no plain matrix: it is quantized, or split. {_QUANTIZED}"
         )
-    if weight.device.type == "meta":
-        raise RefusedError(f"the weight of {name} is on the meta device: offloaded, or never loaded")
     return weight
 
 
@@ -104,6 +111,27 @@ def _dequantized(weight: Any) -> Tensor | None:
         return None
     dense = weight.detach().dequantize()
     return dense if type(dense) is Tensor else None
+
+
+def _of_unit_vectors(module: Module) -> Tensor | None:
+    """A copy as a plain matrix, of a module that unpacks its weight in its forward (bitsandbytes' of 4 bits): what it gives for
+    unit vectors. None for one that rounds what it is given, too: then there is no matrix that it multiplies by.
+    """
+    size, bias = getattr(module, "in_features", None), getattr(module, "bias", None)
+    if not isinstance(size, int) or not isinstance(module.weight, Tensor):
+        return None
+    kept = getattr(module, "compute_dtype", None)
+    dtype = kept if isinstance(kept, torch.dtype) else torch.get_default_dtype()
+    own = {"device": module.weight.device, "dtype": dtype}
+    unit, others = torch.eye(size, **own), torch.linspace(-1, 2, 4 * size, **own).sin().view(4, size)
+    try:
+        with torch.no_grad():
+            given, expected = module.forward(unit), module.forward(others)
+    except (RuntimeError, NotImplementedError):  # no kernel for it here
+        return None
+    dense = given if bias is None else given - bias.to(given)
+    found = others @ dense if bias is None else others @ dense + bias.to(dense)
+    return dense.T if is_near(found, expected, 64) else None
 
 
 def _is_split(weight: Any) -> bool:
@@ -116,6 +144,7 @@ _QUANTIZED = "Load the model without quantization (or hf_model.dequantize()), an
 def is_transposed(module: Module, path: str, seen: Seen) -> bool:
     """Whether the parameter is (out, in); by value. Raises RefusedError where the module gives something else."""
     weight, bias = weight_of(module, path).detach(), getattr(module, "bias", None)
+    bias = value_of(module, "bias") if isinstance(bias, Tensor) else None
     given, gave = seen.given.detach().float(), seen.gave.detach()
     shapes = given.shape[-1], gave.shape[-1]
     for transposed, matrix in ((True, weight.T), (False, weight)):

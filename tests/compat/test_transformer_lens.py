@@ -232,6 +232,16 @@ def test_the_page_runs_and_has_all_hook_names() -> None:
         assert standard in table.get(name, table.get(name.split(".")[-1], ""))
 
 
+def test_a_name_that_is_asked_of_the_class() -> None:
+    with pytest.raises(
+        AttributeError,
+        match=r"^StandardizedTransformer has no from_pretrained\. What TransformerLens calls 'from_pretrained' is ",
+    ) as caught:
+        StandardizedTransformer.from_pretrained("demo:gpt2")  # type: ignore[attr-defined]
+    assert "StandardizedTransformer(id, folder or model)" in str(caught.value)
+    assert not hasattr(StandardizedTransformer, "from_pretrained")
+
+
 def test_a_name_of_another_library_is_answered_with_the_one_here() -> None:
     model = StandardizedTransformer(build("gpt2"))
     for (library, room), names in ROOMS.items():

@@ -35,9 +35,13 @@ def test_the_commands(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("picture", ["plots.png", "command_line.png"])
-def test_pictures_are_small(picture: str) -> None:
-    assert (DOCS / picture).stat().st_size < 150_000
+def test_pictures_are_small() -> None:
+    assert (DOCS / "command_line.png").stat().st_size < 150_000
+    gallery = [*(DOCS / "gallery").glob("*.png")]
+    assert sum(one.stat().st_size for one in gallery) < 500_000
+    page = (DOCS / "plots.md").read_text()
+    assert {one.stem for one in gallery} == set(re.findall(r"gallery/(\w+)\.png", page))
+    assert {one.stem for one in gallery} == set(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE))
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

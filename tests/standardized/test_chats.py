@@ -124,3 +124,20 @@ def test_a_rendered_chat_with_two_beginnings_is_warned_of(model: StandardizedTra
         assert torch.equal(model.prepare(right)["input_ids"], ids[1:, 1:])
     with pytest.warns(UserWarning, match="Prompt 0 begins"), model.trace() as tracer:
         tracer.invoke(rendered, lambda: model.logits)
+
+
+def test_a_chat_past_the_context_is_refused_before_it_runs() -> None:
+    model = StandardizedTransformer("demo:gpt2", validate=False)
+    model.tokenizer.chat_template = TEMPLATE
+    limit = model.hf_model.config.n_positions
+    chat: list[Any] = [{"role": "user", "content": "The capital of France is Paris. " * 12}]
+    room = limit - len(model.prepare(chat)["input_ids"][0]) + 1
+    assert 1 < room < 60
+    for run in (model.generate_text, lambda chat, **how: model.generate(chat, **how).run()):
+        run(chat, max_new_tokens=room, min_new_tokens=room, do_sample=False)
+        with pytest.raises(InputError, match=rf"there is room for {room} new ones, max_new_tokens={room}"):
+            run(chat, max_new_tokens=room + 1, min_new_tokens=room + 1, do_sample=False)
+    with pytest.raises(
+        InputError, match=rf"^The prompt is of \d+ tokens, and .* has no positions for more than {limit}"
+    ):
+        model.generate_text([{**chat[0], "content": chat[0]["content"] * 3}], max_new_tokens=1)

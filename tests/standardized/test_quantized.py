@@ -13,6 +13,7 @@ from reference import edited, hooked
 from transformers import AutoModelForCausalLM, QuantoConfig
 
 from nnatomy import StandardizedTransformer
+from nnatomy.errors import NotInThisModelError
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
@@ -94,6 +95,38 @@ def test_weights_are_dequantized_copies(weights: str, tmp_path: Path) -> None:
         before = attention.q_proj(x)
         model.W_Q[1].zero_()  # a copy
         assert torch.equal(attention.q_proj(x), before)
+
+
+class Packed(torch.nn.Module):
+    """A linear of whole numbers of one byte, which its forward alone unpacks; it may round what it is given, too."""
+
+    def __init__(self, linear: torch.nn.Linear, rounds: bool) -> None:
+        super().__init__()
+        self.in_features, self.rounds = linear.in_features, rounds
+        self.register_buffer("scale", linear.weight.detach().abs().amax() / 127)
+        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(whole.reshape(-1, 1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rounds:
+            step = x.abs().amax(-1, keepdim=True) / 127
+            x = (x / step).round() * step
+        return x @ (self.weight.view(-1, self.in_features).float() * self.scale).T
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_weight_that_the_forward_alone_unpacks(rounds: bool) -> None:
+    hf = build("llama")
+    attention = hf.model.layers[1].self_attn
+    packed = attention.q_proj = Packed(attention.q_proj, rounds)
+    model = StandardizedTransformer(hf)
+    if rounds:  # there is no matrix that it multiplies by
+        with pytest.raises(NotInThisModelError, match=r"q_proj \(Packed\) is of torch\.int8, beside scales"):
+            model.W_Q[1]
+        return
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    queries = packed(x).unflatten(-1, (4, 8)).transpose(0, 1)
+    torch.testing.assert_close(x @ model.W_Q[1], queries, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_a_quantized_models_stream(tmp_path: Path) -> None:

@@ -218,6 +218,16 @@ def offloaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]
     return StandardizedTransformer(hf), StandardizedTransformer(shared("llama"))
 
 
+def test_offloaded_weights_by_name(offloaded: tuple[Any, Any]) -> None:
+    mapped, whole = offloaded
+    for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "W_in", "W_gate", "W_out", "b_out"):
+        assert torch.equal(getattr(mapped, name)[1], getattr(whole, name)[1])
+    assert torch.equal(mapped.W_E, whole.W_E)
+    assert torch.equal(mapped.W_U, whole.W_U)
+    assert torch.equal(mapped.W_Q.folded(1), whole.W_Q.folded(1))
+    assert mapped.hf_model.model.layers[1].self_attn.q_proj.weight.is_meta
+
+
 #: Older releases of Transformers warn of ids that are not where the model is, "on meta" where it is offloaded.
 ids_elsewhere = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 

@@ -15,7 +15,7 @@ from nnatomy.weights import TABLE
 PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 HEAD = "| type | has | copies | not there, and why |\n|---|---|---|---|\n"
 NAMES_HEAD = "| name | axes | what is proved |\n|---|---|---|\n"
-MATRICES = [row for row in TABLE if not row.is_bias]
+MATRICES = [row for row in TABLE if not row.is_bias and row.group != "cross-attention"]
 
 
 def names() -> str:
