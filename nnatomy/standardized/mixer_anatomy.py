@@ -28,6 +28,8 @@ from nnatomy.standardized.shown import ShowMode
 from nnatomy.standardized.states import MixerCall, Slot, read
 from nnatomy.validation.near import TOLERANCE, distance
 
+#: Why a recurrent mixer has no state of some name.
+NONE_KEPT = "it keeps none"
 _MULTIPLIES = {"mul", "__mul__", "__rmul__", "mul_", "__imul__"}
 
 
@@ -108,7 +110,7 @@ def look_inside(call: MixerCall, returned: Any, layers: int) -> Inside:
     _find_values(inside, call)
     for name in OF_MIXERS:
         if name not in inside.states and name not in inside.last:
-            inside.absent.setdefault(name, "it keeps none")
+            inside.absent.setdefault(name, NONE_KEPT)
     return inside
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.rwkv import modeling_rwkv
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import NotInThisModelError, NotReachedError
@@ -193,6 +195,40 @@ def test_what_is_written_inside_is_not_read_as_a_state() -> None:
         model.time_steps[1] = 2 * model.time_steps[1]
         model.ssm_states[1]
     assert "has ended elsewhere than its own single steps" in str(error.value)
+
+
+def test_a_single_step_that_is_not_the_scan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = modeling_mamba2.mamba2_selective_state_update
+
+    def wrong(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given: Tensor = step(state, *args, **kwargs)
+        state.mul_(1.01)
+        return given
+
+    monkeypatch.setattr(modeling_mamba2, "mamba2_selective_state_update", wrong)
+    model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
+    with pytest.raises(NotInThisModelError, match="give something else than it gives at once"):
+        model.ssm_states.module(1)
+    assert model.time_steps.module(1) is not None
+
+
+def test_three_states_that_are_no_sum_with_its_normalizer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that is read without its normalizer: single steps and scan agree, and the three do not belong together."""
+    scan = modeling_rwkv.rwkv_linear_attention
+
+    def wrong(
+        decay: Tensor, first: Tensor, key: Tensor, value: Tensor, state: Any = None, return_state: bool = False
+    ) -> Any:
+        keeps, given = return_state or state is not None, []
+        for k, v in zip(key.split(1, 1), value.split(1, 1), strict=True):
+            one, state = scan(decay, first, k, v, state=state, return_state=True)
+            given.append(one + 0.1 * state[0][:, None])
+        return torch.cat(given, 1), state if keeps else None
+
+    monkeypatch.setattr(modeling_rwkv, "rwkv_linear_attention", wrong)
+    model = StandardizedTransformer(zoo.build("rwkv"), validate=False)
+    with pytest.raises(NotInThisModelError, match="its three states are no sum, normalizer and stabilizer"):
+        model.ssm_normalizers.module(1)
 
 
 def test_a_pass_that_keeps_no_states() -> None:
