@@ -34,7 +34,7 @@ UNREACHED: dict[Place, str] = {
     "attention": "A fused attention kernel never holds it: load the model with attn_implementation='sdpa' or 'eager'.",
     "layer": "It may have been computed before: ask for it before what comes later in the layer.",
     "mixer": "It is found in a call of the mixer that has not begun when it is asked for: ask for it before anything inside of the "
-    "mixer. States are kept where the pass has a cache: use_cache=True. Time steps and gates are seen where the model's own code "
+    "mixer. RWKV and RG-LRU keep states where the pass has use_cache=True. Time steps and gates are seen where the model's own code "
     "goes the way that was looked at, with a whole prompt; a fused kernel (of mamba_ssm, fla or causal_conv1d, or with "
     "use_kernels=True) never holds them.",
 }
