@@ -7,7 +7,9 @@ and its line in `docs/names.md`. `docs/extending.md` adds one.
 
 Axis names, here and everywhere: `batch`, `seq` (positions of a prompt), `hidden` (the residual stream), `head`, `kv_head`
 (heads of keys and values, which several heads may share), `query` and `key` (positions attending, and attended to: with a KV
-cache all so far), `head_dim`, `value_dim`, `neuron`, `expert`, `choice` (of an expert, by a position), `layer`, `vocab`.
+cache all so far), `head_dim`, `value_dim`, `neuron`, `expert`, `choice` (of an expert, by a position), `layer`, `vocab`. Of recurrent
+mixers: `ssm_head` (1 where the state has no heads), `channel` and `state` (rows and columns of the state, as the model has it),
+`step`, `gate`, `scale`, `input` and `width` (of a convolution's window).
 
 A name of a layer means **the one call** of its module in a forward pass (in a generation: in each step). Where a module is
 called several times in a pass (in loops), or is the module of several layers (shared weights), no call is the layer's, and the
@@ -32,7 +34,7 @@ UNREACHED: dict[Place, str] = {
     "attention": "A fused attention kernel never holds it: load the model with attn_implementation='sdpa' or 'eager'.",
     "layer": "It may have been computed before: ask for it before what comes later in the layer.",
     "mixer": "It is found in a call of the mixer that has not begun when it is asked for: ask for it before anything inside of the "
-    "mixer. States are kept where the pass has a cache: use_cache=True. Time steps and gates are seen where the model's own code "
+    "mixer. RWKV and RG-LRU keep states where the pass has use_cache=True. Time steps and gates are seen where the model's own code "
     "goes the way that was looked at, with a whole prompt; a fused kernel (of mamba_ssm, fla or causal_conv1d, or with "
     "use_kernels=True) never holds them.",
 }
@@ -232,27 +234,27 @@ TABLE = (
          proved="it is the pattern's sums of the values; writing it changes the attention's output",
          shown_by=("attention_probabilities", "values"),
          product_of=("attention_probabilities", "values")),
-    Name("time_steps", "mixers", "mixer", "batch seq channel",
+    Name("time_steps", "mixers", "mixer", "batch seq step",
          doc="how far a recurrent mixer goes on at each position: what a softplus gives",
          refused="no softplus gives them, or a fused kernel hides it",
          proved="writing one changes what the mixer gives there and behind, and nothing else"),
-    Name("mixer_gates", "mixers", "mixer", "batch seq channel",
+    Name("mixer_gates", "mixers", "mixer", "batch seq gate",
          doc="what multiplies a recurrent mixer's values before its output projection",
          refused="no two values by position are multiplied there, or a fused kernel hides it",
          proved="writing one changes what the mixer gives there, and nothing else"),
-    Name("conv_states", "mixers", "mixer", "batch seq channel width",
+    Name("conv_states", "mixers", "mixer", "batch seq input width",
          doc="the newest inputs of a mixer's convolution (or token shift) after each position",
          refused="the mixer keeps none from one position to the next",
          proved=_STEPS + "it moves by one a position"),
-    Name("ssm_states", "mixers", "mixer", "batch seq head channel state",
+    Name("ssm_states", "mixers", "mixer", "batch seq ssm_head channel state",
          doc="the state of a recurrent mixer after each position, as its cache has it",
          refused="the mixer keeps none from one position to the next",
          proved=_STEPS + _BEHIND),
-    Name("ssm_normalizers", "mixers", "mixer", "batch seq head channel",
+    Name("ssm_normalizers", "mixers", "mixer", "batch seq ssm_head channel",
          doc="what a state is divided by when it is read: the sum of its weights",
          refused="the state is not divided by anything",
          proved="nothing changes where state and normalizer are divided by e and the stabilizer is 1 more"),
-    Name("ssm_stabilizers", "mixers", "mixer", "batch seq head channel",
+    Name("ssm_stabilizers", "mixers", "mixer", "batch seq ssm_head scale",
          doc="the logarithm of what a state and its normalizer are to be multiplied with",
          refused="the state is not divided by anything",
          proved="as for the normalizers"),

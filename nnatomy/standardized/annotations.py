@@ -101,17 +101,17 @@ class Annotations:
     heads_output: LayerAccessor
     """(batch, seq, head, value_dim): what each head gives, before gates and output projection"""
     time_steps: LayerAccessor
-    """(batch, seq, channel): how far a recurrent mixer goes on at each position: what a softplus gives"""
+    """(batch, seq, step): how far a recurrent mixer goes on at each position: what a softplus gives"""
     mixer_gates: LayerAccessor
-    """(batch, seq, channel): what multiplies a recurrent mixer's values before its output projection"""
+    """(batch, seq, gate): what multiplies a recurrent mixer's values before its output projection"""
     conv_states: LayerAccessor
-    """(batch, seq, channel, width): the newest inputs of a mixer's convolution (or token shift) after each position"""
+    """(batch, seq, input, width): the newest inputs of a mixer's convolution (or token shift) after each position"""
     ssm_states: LayerAccessor
-    """(batch, seq, head, channel, state): the state of a recurrent mixer after each position, as its cache has it"""
+    """(batch, seq, ssm_head, channel, state): the state of a recurrent mixer after each position, as its cache has it"""
     ssm_normalizers: LayerAccessor
-    """(batch, seq, head, channel): what a state is divided by when it is read: the sum of its weights"""
+    """(batch, seq, ssm_head, channel): what a state is divided by when it is read: the sum of its weights"""
     ssm_stabilizers: LayerAccessor
-    """(batch, seq, head, channel): the logarithm of what a state and its normalizer are to be multiplied with"""
+    """(batch, seq, ssm_head, scale): the logarithm of what a state and its normalizer are to be multiplied with"""
     routers_logits: LayerAccessor
     """(batch, seq, expert): of a mixture of experts, before softmax or sigmoid"""
     routers_experts: LayerAccessor

@@ -25,10 +25,11 @@ from nnatomy.errors import NotInThisModelError
 from nnatomy.names import OF_MIXERS, ROWS, STATES
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.hidden import input_of, output_of, with_output
+from nnatomy.standardized.kept_state import states_in
 from nnatomy.standardized.mixer_anatomy import Inside, Layout, look_inside, off_by, shaped, tolerance
 from nnatomy.standardized.sdpa import awaits_gradient
 from nnatomy.standardized.shown import ShowMode
-from nnatomy.standardized.states import MixerCall, is_kept, put, put_back, read
+from nnatomy.standardized.states import MixerCall, is_kept, put, put_back, read, with_cache
 
 #: Why layers have none of it.
 NO_RECURRENCE = "no token mixer of it is recurrent"
@@ -47,12 +48,9 @@ class Mixers:
         self.found: dict[Module, Inside] | None = None
         self._mixers = [_recurrent(anatomy, i) for i in range(len(anatomy.layers))]
         self._blocks, self._is_split = blocks, is_split
-        first = [mixers[0] if mixers else None for mixers in self._mixers]
+        layers = anatomy.layers
         self.accessors = {
-            name: MixerAccessor(
-                ROWS[name], first, blocks, tap=self, absent=(NO_RECURRENCE,) * len(first), layers=anatomy.layers
-            )
-            for name in OF_MIXERS
+            name: MixerAccessor(ROWS[name], layers, blocks, tap=self, layers=layers) for name in OF_MIXERS
         }
         for one in self.accessors.values():
             one.mixers = self
@@ -79,12 +77,15 @@ class Mixers:
                 why = f"its inside does not show, as the model cannot be run on token ids alone ({error})"
         self.found = finder.found
         for i, mixers in enumerate(self._mixers):
-            if mixers:
-                self._learn(i, mixers, why)
+            self._learn(i, mixers, why)
 
     def _learn(self, i: int, mixers: tuple[Module, ...], why: str) -> None:
         """What layer `i` has."""
         assert self.found is not None
+        if not mixers:
+            for accessor in self.accessors.values():
+                accessor.refuse(i, NO_RECURRENCE)
+            return
         there = [one for one in mixers if one in self.found and self.found[one].slots]
         which = there[0] if len(there) == 1 else mixers[0]
         why = why or ("it has several recurrent mixers" if len(there) > 1 else "")
@@ -144,18 +145,22 @@ class MixerMode(ShowMode):
         super().__init__(module, inside.shown, report)
         self._inside = inside
         self._call: MixerCall | None = None
+        self._keeps = True  # whether the pass itself keeps states
         progress, gate = report.run.progress, _gate_of(module)
         stage = next(stage for entered, _, stage in reversed(progress.stack) if entered is module)
         if inside.slots and gate is not None and stage == ENTERING:  # later it may have begun to write into its cache
             given = gate.f_locals["args"], gate.f_locals["kwargs"]
-            self._call = MixerCall(module, given, inside.slots, inside.alone, is_first=progress.step == 0)
+            self._keeps = bool(states_in(given)) or inside.cache is None
+            self._call = MixerCall(
+                module, with_cache(given, inside.cache), inside.slots, inside.alone, is_first=progress.step == 0
+            )
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         gate = _gate_of(self._module)
         if self._call is not None and gate is not None and "output" in gate.f_locals:  # it has not failed
             here = gate.f_locals
-            self._call.arguments = here["args"], here["kwargs"]
+            self._call.arguments = with_cache((here["args"], here["kwargs"]), self._inside.cache)
             self._show_states(self._call, here["output"])
 
     def _show(self, name: str, tensor: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ class MixerMode(ShowMode):
         return tensor if new is shown and shown.data_ptr() == tensor.data_ptr() else layout.as_it_was(new, tensor)
 
     def _show_states(self, call: MixerCall, returned: Any) -> None:
-        if not all(is_kept(slot, self._module, call.arguments, returned) for slot in call.slots):
+        if self._keeps and not all(is_kept(slot, self._module, call.arguments, returned) for slot in call.slots):
             return
         run: tuple[Tensor, list[Tensor]] | None = None
         forced: dict[int, tuple[Tensor, Tensor]] = {}
@@ -200,9 +205,8 @@ class MixerMode(ShowMode):
     def _check(self, call: MixerCall, returned: Any, given: Tensor, states: list[Tensor]) -> None:
         """Raise NotInThisModelError if the single steps have not ended where the call has."""
         ends = [(given, output_of(returned))]
-        ends += [
-            (states[i][:, -1], read(slot, self._module, call.arguments, returned)) for i, slot in enumerate(call.slots)
-        ]
+        for slot, state in zip(call.slots if self._keeps else (), states, strict=self._keeps):
+            ends.append((state[:, -1], read(slot, self._module, call.arguments, returned)))
         if isinstance(given, FakeTensor) or given.is_meta:
             return
         off = max(off_by(one, other) for one, other in ends)
@@ -220,7 +224,7 @@ class MixerMode(ShowMode):
         output = torch.where(behind[..., None], given.to(output_of(returned).dtype), output_of(returned))
         instead = with_output(returned, output)
         rows = where.any(1)
-        for slot, state in zip(call.slots, states, strict=True):
+        for slot, state in zip(call.slots if self._keeps else (), states, strict=self._keeps):
             own = read(slot, self._module, call.arguments, returned)
             last = torch.where(rows.reshape(-1, *[1] * (own.ndim - 1)), state[:, -1], own)
             instead = put_back(slot, instead, last)

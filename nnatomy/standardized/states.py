@@ -155,6 +155,14 @@ class MixerCall:
         one._on_modules = {path: cut(tensor) for path, tensor in self._on_modules.items()}
         return one
 
+    def empty_cache(self) -> tuple[str, Any] | None:
+        """The cache as this call was given it, with nothing in it, and the keyword it comes by; None where it is no such argument."""
+        names = [name for name, value in self.arguments[1].items() if is_state(value)]
+        if len(names) != 1 or len(self._caches) != 1 or any(slot.carrier != "cache" for slot in self.slots):
+            return None
+        memo = {id(tensor): tensor.new_empty(0) for _, tensor in _tensors_in(self._caches)}
+        return names[0], copy.deepcopy(self._caches[0], memo)
+
     @contextmanager
     def _again(self) -> Iterator[Any]:
         """Within, it can be called with these arguments; no trace sees it, and nothing is left of it."""
@@ -190,6 +198,13 @@ class MixerCall:
             if slot.carrier == "argument":
                 _with(now, slot.path, _follow(arguments, slot.path))
         return now
+
+
+def with_cache(arguments: Any, empty: tuple[str, Any] | None) -> Any:
+    """The arguments, with an empty cache where they have none and could have one."""
+    if empty is None or states_in(arguments) or arguments[1].get(empty[0]) is not None:
+        return arguments
+    return arguments[0], {**arguments[1], empty[0]: copy.deepcopy(empty[1])}
 
 
 def read(slot: Slot, module: Module, arguments: Any, returned: Any) -> Tensor:

@@ -93,12 +93,12 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
     | `attention_probabilities` | (batch, head, query, key): what multiplies the values |
     | `values_weighted` | (batch, head, query, key, value_dim): the values times the pattern, before the sum over keys |
     | `heads_output` | (batch, seq, head, value_dim): what each head gives, before gates and output projection |
-    | `time_steps` | (batch, seq, channel): how far a recurrent mixer goes on at each position: what a softplus gives |
-    | `mixer_gates` | (batch, seq, channel): what multiplies a recurrent mixer's values before its output projection |
-    | `conv_states` | (batch, seq, channel, width): the newest inputs of a mixer's convolution (or token shift) after each position |
-    | `ssm_states` | (batch, seq, head, channel, state): the state of a recurrent mixer after each position, as its cache has it |
-    | `ssm_normalizers` | (batch, seq, head, channel): what a state is divided by when it is read: the sum of its weights |
-    | `ssm_stabilizers` | (batch, seq, head, channel): the logarithm of what a state and its normalizer are to be multiplied with |
+    | `time_steps` | (batch, seq, step): how far a recurrent mixer goes on at each position: what a softplus gives |
+    | `mixer_gates` | (batch, seq, gate): what multiplies a recurrent mixer's values before its output projection |
+    | `conv_states` | (batch, seq, input, width): the newest inputs of a mixer's convolution (or token shift) after each position |
+    | `ssm_states` | (batch, seq, ssm_head, channel, state): the state of a recurrent mixer after each position, as its cache has it |
+    | `ssm_normalizers` | (batch, seq, ssm_head, channel): what a state is divided by when it is read: the sum of its weights |
+    | `ssm_stabilizers` | (batch, seq, ssm_head, scale): the logarithm of what a state and its normalizer are to be multiplied with |
     | `routers_logits` | (batch, seq, expert): of a mixture of experts, before softmax or sigmoid |
     | `routers_experts` | (batch, seq, choice): the indices of the experts chosen |
     | `routers_weights` | (batch, seq, choice): what multiplies the output of each expert chosen |

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.rwkv import modeling_rwkv
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import NotInThisModelError, NotReachedError
@@ -28,6 +30,8 @@ KEEP = {
     "rwkv": ALL,
     "xlstm": ALL[1:],
 }
+#: One of each way to keep a state.
+WRITTEN = ("mamba", "mamba2", "falcon_h1", "zamba", "qwen3_5_text", "kimi_linear", "lfm2", "minimax", "rwkv", "xlstm")
 IDS = torch.tensor([[3, 5, 7, 9, 11, 6], [2, 4, 6, 8, 10, 5]])
 
 
@@ -75,7 +79,7 @@ def test_states_are_those_behind_a_pass_over_the_first_positions(model_type: str
     assert all(not torch.equal(state[:, 2], state[:, 3]) for state in states[:2])
 
 
-@pytest.mark.parametrize("model_type", [name for name in KEEP if name != "recurrent_gemma"])
+@pytest.mark.parametrize("model_type", WRITTEN)
 def test_a_state_written_is_a_pass_that_goes_on_from_another_cache(model_type: str) -> None:
     hf = zoo.build(model_type)
     model = StandardizedTransformer(hf, validate=False)
@@ -195,8 +199,53 @@ def test_what_is_written_inside_is_not_read_as_a_state() -> None:
     assert "has ended elsewhere than its own single steps" in str(error.value)
 
 
-def test_a_pass_that_keeps_no_states() -> None:
+def test_a_single_step_that_is_not_the_scan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = modeling_mamba2.mamba2_selective_state_update
+
+    def wrong(state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given: Tensor = step(state, *args, **kwargs)
+        state.mul_(1.01)
+        return given
+
+    monkeypatch.setattr(modeling_mamba2, "mamba2_selective_state_update", wrong)
     model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
+    with pytest.raises(NotInThisModelError, match="give something else than it gives at once"):
+        model.ssm_states.module(1)
+    assert model.time_steps.module(1) is not None
+
+
+def test_three_states_that_are_no_sum_with_its_normalizer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that is read without its normalizer: single steps and scan agree, and the three do not belong together."""
+    scan = modeling_rwkv.rwkv_linear_attention
+
+    def wrong(
+        decay: Tensor, first: Tensor, key: Tensor, value: Tensor, state: Any = None, return_state: bool = False
+    ) -> Any:
+        keeps, given = return_state or state is not None, []
+        for k, v in zip(key.split(1, 1), value.split(1, 1), strict=True):
+            one, state = scan(decay, first, k, v, state=state, return_state=True)
+            given.append(one + 0.1 * state[0][:, None])
+        return torch.cat(given, 1), state if keeps else None
+
+    monkeypatch.setattr(modeling_rwkv, "rwkv_linear_attention", wrong)
+    model = StandardizedTransformer(zoo.build("rwkv"), validate=False)
+    with pytest.raises(NotInThisModelError, match="its three states are no sum, normalizer and stabilizer"):
+        model.ssm_normalizers.module(1)
+
+
+def test_a_pass_that_keeps_no_states() -> None:
+    """An empty cache is made where one is made as it fills; where not, the pass has to keep them."""
+    model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
+    with torch.no_grad(), model.trace(input_ids=IDS):
+        states = model.ssm_states[1]
+    with torch.no_grad(), model.trace(input_ids=IDS, use_cache=False) as tracer:
+        assert torch.equal(model.ssm_states[1], states)
+        model.ssm_states[1][:, 2] = 0
+        logits = tracer.result.logits
+    with torch.no_grad(), model.trace(input_ids=IDS) as tracer:
+        model.ssm_states[1][:, 2] = 0
+        assert torch.equal(logits, tracer.result.logits)
+    model = StandardizedTransformer(zoo.build("rwkv"), validate=False)
     with torch.no_grad(), pytest.raises(NotReachedError) as error, model.trace(input_ids=IDS, use_cache=False):
         model.ssm_states[1]
     assert "use_cache=True" in str(error.value)

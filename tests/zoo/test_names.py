@@ -34,6 +34,8 @@ def test_a_type(model_type: str) -> None:
     model = zoo.loaded(model_type)
     hf = model.hf_model
     assert support.rows()[model_type] == support.row(model_type, model), "python tests/zoo/support.py"
+    states = support.rows(support.STATES, support.STATES_HEAD)
+    assert states.get(model_type) == support.states_row(model_type, model), "python tests/zoo/support.py"
     ids = zoo.ids(hf)
     with torch.no_grad():
         plain = hf(input_ids=ids).logits
