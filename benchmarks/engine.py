@@ -24,7 +24,7 @@ from torch import Tensor
 from nnatomy import StandardizedTransformer
 
 LAYER, STRENGTH = 14, 4.0
-STEERED, TOKENS, COLLECTED, BATCH = 64, 16, 500, 50
+STEERED, COLLECTED, BATCH = 64, 500, 50
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -57,7 +57,8 @@ def prompts(count: int, tokenizer: Any) -> list[list[int]]:
 class Contenders:
     """The same work by each: `steer` gives texts' token ids, `collect` the layer of each prompt."""
 
-    def __init__(self, without: Sequence[str]) -> None:
+    def __init__(self, without: Sequence[str], tokens: int) -> None:
+        self.tokens = tokens
         self.model = StandardizedTransformer("demo:smollm2", engine="vllm", validate="algebra", **ENGINE)
         self.engine = self.model.engine
         self.few = prompts(STEERED, self.model.tokenizer)
@@ -72,7 +73,7 @@ class Contenders:
 
     def plain(self) -> list[list[int]]:
         """Plain vLLM, without steering: what the others are measured by."""
-        params = self.engine.vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+        params = self.engine.vllm.SamplingParams(temperature=0, max_tokens=self.tokens, ignore_eos=True)
         given = [{"prompt_token_ids": ids} for ids in self.few]
         return [list(one.outputs[0].token_ids) for one in self.engine.llm.generate(given, params, use_tqdm=False)]
 
@@ -90,7 +91,7 @@ class Contenders:
         def steer() -> None:
             model.layers_output[LAYER] += self.direction
 
-        done = model.edit(steer).generate(self.few, max_new_tokens=TOKENS, ignore_eos=True).run()
+        done = model.edit(steer).generate(self.few, max_new_tokens=self.tokens, ignore_eos=True).run()
         return [list(one.outputs[0].token_ids) for one in done]
 
     def ours_attached(self) -> list[list[int]]:
@@ -98,7 +99,7 @@ class Contenders:
         done = self.model.attach(f"layers_output[{LAYER}]", Adds(self.direction), how="replace", name="steering")
         return [
             list(one.outputs[0].token_ids)
-            for one in done.generate(self.few, max_new_tokens=TOKENS, ignore_eos=True).run()
+            for one in done.generate(self.few, max_new_tokens=self.tokens, ignore_eos=True).run()
         ]
 
     def ours_on_transformers(self) -> list[list[int]]:
@@ -111,10 +112,10 @@ class Contenders:
         with torch.no_grad():
             done = (
                 model.edit(steer)
-                .generate(self.few, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+                .generate(self.few, max_new_tokens=self.tokens, min_new_tokens=self.tokens, do_sample=False)
                 .run()
             )
-        return done[:, -TOKENS:].tolist()
+        return done[:, -self.tokens :].tolist()
 
     # Collecting.
 
@@ -181,9 +182,10 @@ def table(title: str, times: dict[str, list[float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--without", nargs="*", default=[])
     options = parser.parse_args()
-    all_of = Contenders(options.without)
+    all_of = Contenders(options.without, options.tokens)
     threads, python = torch.get_num_threads(), sys.version.split()[0]
     print(f"vLLM {all_of.engine.vllm.__version__}, torch {torch.__version__}, {threads} threads, Python {python}")
     steering: dict[str, Callable[[], Any]] = {
@@ -199,7 +201,9 @@ def main() -> None:
     for name, one in texts.items():
         same = sum(a == b for a, b in zip(one, wanted, strict=True))
         print(f"{name}: {same} of {STEERED} texts as by a hook", flush=True)
-    table(f"{STEERED} prompts, {TOKENS} tokens each, steered at layer {LAYER}", in_turn(steering, options.rounds))
+    table(
+        f"{STEERED} prompts, {options.tokens} tokens each, steered at layer {LAYER}", in_turn(steering, options.rounds)
+    )
     values = {name: run() for name, run in collecting.items()}
     for name, one in values.items():
         off = max(float((a - b).abs().max()) for a, b in zip(one, values["a hook"], strict=True))

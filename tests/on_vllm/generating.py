@@ -142,6 +142,41 @@ def test_an_attached_module_acts_in_every_step() -> None:
         assert inside.shape == (10, 64)
 
 
+def test_a_module_that_fails_leaves_the_engine_free() -> None:
+    class Fails(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ZeroDivisionError(f"{len(x)} tokens")
+
+    with pytest.raises(ZeroDivisionError, match="10 tokens"):
+        model().attach("layers_output[1]", Fails()).generate(prompts(4, 6), max_new_tokens=3).run()
+    assert not model().engine.is_busy
+    assert plainly(model(), prompts(4, 6), 3, ignore_eos=True) == [written(one, 3) for one in prompts(4, 6)]
+
+
+def test_steer_is_an_edit_of_these_prompts() -> None:
+    ids, direction = prompts(4, 9, 4), 3 * torch.randn(64, generator=torch.Generator().manual_seed(2))
+
+    def texts(edit: Any) -> list[list[int]]:
+        return [
+            list(one.outputs[0].token_ids)
+            for one in model().edit(edit).generate(ids, max_new_tokens=4, ignore_eos=True).run()
+        ]
+
+    def by_hand() -> None:
+        model().layers_output[0] += 2 * direction
+        model().layers_output[2] += 2 * direction
+
+    plain = plainly(model(), ids, 4, ignore_eos=True)
+    steered = texts(by_hand)
+    assert texts(lambda: model().steer([0, 2], direction, 2.0)) == steered != plain
+    assert texts(lambda: model().steer([0, 2], direction, 2.0, requests=[0, 2])) == [steered[0], plain[1], steered[2]]
+    with (
+        model().trace(ids),
+        pytest.raises(InputError, match=r"The steering vector is of shape \(63,\), and the stream of width 64"),
+    ):
+        model().steer(1, torch.zeros(63))
+
+
 def test_an_edit_of_keys_is_of_its_step_alone() -> None:
     ids = prompts(5, 8)
     with model().generate(ids, max_new_tokens=3, ignore_eos=True) as tracer:

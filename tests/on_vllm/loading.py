@@ -141,6 +141,10 @@ def test_what_is_only_read_says_why() -> None:
         pytest.raises(AssignmentError, match=r"layers_mid\[1\] can be read, and not assigned: the layer adds"),
     ):
         model.layers_mid[1] = model.layers_mid[1]
+    with model.trace(prompts(5)):
+        model.layers_mid[1].zero_()
+        with pytest.raises(AssignmentError, match=r"layers_mid\[1\] was changed in place, and can only be read"):
+            model.layers_output[1]
 
 
 def test_half_precision() -> None:
