@@ -146,6 +146,7 @@ def put_value(place: Place, slot: Slot, block: Block, said: str, value: Any) -> 
     if place.only_read:
         raise AssignmentError(f"{said} can be read, and not assigned: {place.only_read}.")
     run, layout = run_of(block), layout_of(block)
-    check_fits(said, place.read(slot, layout), value)
+    old = run.held(slot, said)
+    check_fits(said, place.read(slot, layout) if old is None else old, value)
     run.let_go(slot, said)
     run.once(place.write(slot, layout, value))

@@ -56,9 +56,9 @@ def options(anatomy: Anatomy, recorder: Recorder, width: int, shared_heads: int)
     return found
 
 
-def place_of(module: Module, kind: str, *found: Found, only_read: str = "") -> StreamPlace:
+def place_of(module: Module, kind: str, *found: Found, only_read: str = "", summand: bool = False) -> StreamPlace:
     """Where the sum of those tensors is."""
-    return StreamPlace(module, kind, only_read, tuple(one.path for one in found), found[0].in_batch)
+    return StreamPlace(module, kind, only_read, tuple(one.path for one in found), found[0].in_batch, summand)
 
 
 class _Finder:
@@ -115,12 +115,12 @@ class _Finder:
         added: list[Place] = []
         for one, found in given:  # the norm that adds the attention's to the stream: (what is added, the stream)
             if len(found) == 2:
-                mid, added = [place_of(one, "input", *found)], [place_of(one, "input", found[0])]
+                mid, added = [place_of(one, "input", *found)], [place_of(one, "input", found[0], summand=True)]
                 break
         else:
             mid = [place_of(one, "input", *found, only_read=_ADDED_INSIDE) for one, found in given if len(found) == 1]
         output = streams(self.layer.module, "output", self.width)
-        rest: list[Place] = [place_of(self.layer.module, "output", output[0])] if len(output) == 2 else []
+        rest: list[Place] = [place_of(self.layer.module, "output", output[0], summand=True)] if len(output) == 2 else []
         contribution = Options([*added, *attention.places, *normed], _NO_SUM)
         return {
             MID: Options(mid, _NO_SUM),
