@@ -34,7 +34,7 @@ How = bool | Literal["transformers", "algebra"]
 LENGTHS = 7, 11
 #: Names of the model as a whole that are proven.
 _OF_MODEL = ("input_ids", "token_embeddings", "logits", "project_on_vocab")
-_NOT_HERE = "the engine's classes have nothing of it that is known"
+_NOT_HERE = "nothing is known here of the engine's classes for it (recurrent mixers, attention to an encoder)"
 
 
 class Validation:
