@@ -131,8 +131,13 @@ def held_value(place: Place, slot: Slot, block: Block, said: str) -> Tensor:
     run, layout = run_of(block), layout_of(block)
     if (value := run.held(slot, said)) is None:
         value = place.read(slot, layout)
-        if not place.only_read:
-            run.hold(slot, said, value, lambda new: run.once(place.write(slot, layout, new)))
+
+        def put(new: Tensor) -> None:
+            if place.only_read:
+                raise AssignmentError(f"{said} was changed in place, and can only be read: {place.only_read}.")
+            run.once(place.write(slot, layout, new))
+
+        run.hold(slot, said, value, put)
     return value
 
 
@@ -141,6 +146,7 @@ def put_value(place: Place, slot: Slot, block: Block, said: str, value: Any) -> 
     if place.only_read:
         raise AssignmentError(f"{said} can be read, and not assigned: {place.only_read}.")
     run, layout = run_of(block), layout_of(block)
-    check_fits(said, place.read(slot, layout), value)
+    old = run.held(slot, said)
+    check_fits(said, place.read(slot, layout) if old is None else old, value)
     run.let_go(slot, said)
     run.once(place.write(slot, layout, value))

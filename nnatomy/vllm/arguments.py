@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
@@ -99,7 +100,26 @@ def engine_arguments(vllm: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name in FIXED and value != FIXED[name][0]:
             raise InputError(f"{name}={value!r:.40}: it has to be {FIXED[name][0]!r}: {FIXED[name][1]}. Leave it out.")
-    return {**given, **{name: value for name, (value, _) in FIXED.items() if name in known}}
+    return {**given, **_launched(given), **{name: value for name, (value, _) in FIXED.items() if name in known}}
+
+
+def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model that is split over processes needs: each runs this script. Raises InputError where nobody has launched them."""
+    ranks = given.get("tensor_parallel_size", 1)
+    if ranks == 1:
+        return {}
+    backend = given.get("distributed_executor_backend", "external_launcher")
+    if backend != "external_launcher":
+        raise InputError(
+            f"distributed_executor_backend={backend!r}: the model would be in other processes, where nothing can be read from here. "
+            f"Leave it out, and have each process run the script: torchrun --nproc-per-node {ranks} script.py."
+        )
+    if os.environ.get("WORLD_SIZE") != str(ranks):
+        raise InputError(
+            f"tensor_parallel_size={ranks}: each process runs the script, and has a part of the model: torchrun --nproc-per-node "
+            f"{ranks} script.py. Here WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}."
+        )
+    return {"distributed_executor_backend": backend}
 
 
 def check_settings(config: Any) -> None:

@@ -75,6 +75,11 @@ class Engine:
         return self.config.model_config.hf_text_config
 
     @property
+    def shared_heads(self) -> int:
+        """How many heads of keys and values the model has, in all processes."""
+        return int(self.config.model_config.get_total_num_kv_heads())
+
+    @property
     def dtype(self) -> torch.dtype:
         """That of the model's weights and values."""
         return self.config.model_config.dtype

@@ -15,6 +15,7 @@ from nnatomy.vllm.anatomy import AS_A_FUNCTION, Anatomy, Layer, has_matrix
 from nnatomy.vllm.attention import KeysPlace, PatternPlace
 from nnatomy.vllm.places import HeadsPlace, Place, StreamPlace
 from nnatomy.vllm.recording import Found, Recorder
+from nnatomy.vllm.split import SplitPlace, ranks
 
 
 @dataclass
@@ -46,25 +47,26 @@ _CHOSEN_INSIDE = (
 )
 
 
-def options(anatomy: Anatomy, recorder: Recorder, width: int) -> dict[str, list[Options]]:
+def options(anatomy: Anatomy, recorder: Recorder, width: int, shared_heads: int) -> dict[str, list[Options]]:
     """By name those of each layer."""
     found: dict[str, list[Options]] = {}
     for layer in anatomy.layers:
-        for name, one in _Finder(layer, recorder, width).all().items():
+        for name, one in _Finder(layer, recorder, width, shared_heads).all().items():
             found.setdefault(name, []).append(one)
     return found
 
 
-def place_of(module: Module, kind: str, *found: Found, only_read: str = "") -> StreamPlace:
+def place_of(module: Module, kind: str, *found: Found, only_read: str = "", summand: bool = False) -> StreamPlace:
     """Where the sum of those tensors is."""
-    return StreamPlace(module, kind, only_read, tuple(one.path for one in found), found[0].in_batch)
+    return StreamPlace(module, kind, only_read, tuple(one.path for one in found), found[0].in_batch, summand)
 
 
 class _Finder:
     """The places on one layer."""
 
-    def __init__(self, layer: Layer, recorder: Recorder, width: int) -> None:
+    def __init__(self, layer: Layer, recorder: Recorder, width: int, shared_heads: int) -> None:
         self.layer, self.recorder, self.width = layer, recorder, width
+        self.shared_heads = shared_heads  #: of keys and values, in all processes
 
     def all(self) -> dict[str, Options]:
         """By name."""
@@ -113,12 +115,12 @@ class _Finder:
         added: list[Place] = []
         for one, found in given:  # the norm that adds the attention's to the stream: (what is added, the stream)
             if len(found) == 2:
-                mid, added = [place_of(one, "input", *found)], [place_of(one, "input", found[0])]
+                mid, added = [place_of(one, "input", *found)], [place_of(one, "input", found[0], summand=True)]
                 break
         else:
             mid = [place_of(one, "input", *found, only_read=_ADDED_INSIDE) for one, found in given if len(found) == 1]
         output = streams(self.layer.module, "output", self.width)
-        rest: list[Place] = [place_of(self.layer.module, "output", output[0])] if len(output) == 2 else []
+        rest: list[Place] = [place_of(self.layer.module, "output", output[0], summand=True)] if len(output) == 2 else []
         contribution = Options([*added, *attention.places, *normed], _NO_SUM)
         return {
             MID: Options(mid, _NO_SUM),
@@ -152,7 +154,13 @@ class _Finder:
             **{name: PatternPlace(inner, "input", what=name) for name in patterns},
             "heads_output": HeadsPlace(inner, "output", heads=heads, size=of_values, positions_first=True),
         }
-        return {name: Options([place]) for name, place in found.items()}
+        if ranks() == 1:
+            return {name: Options([place]) for name, place in found.items()}
+        split = {}
+        for name, place in found.items():
+            copies = max(1, ranks() // self.shared_heads) if name in ("keys", "values") else 1
+            split[name] = Options([SplitPlace.of(place, 2 if name == "heads_output" else 1, copies)])
+        return split
 
     def _routing(self) -> dict[str, Options]:
         logits, *others = ROUTERS
@@ -169,7 +177,8 @@ class _Finder:
         found = [
             place_of(one, "input", each) for one in reversed(maps) for each in self.recorder.points[one, "input"][:1]
         ]
-        return Options([*found], "no linear map of the layer is called")
+        split = [SplitPlace.of(one, -1) for one in found] if ranks() > 1 else []
+        return Options([*found, *split], "no linear map of the layer is called")
 
     def _maps(self, modules: set[Module]) -> Sequence[Module]:
         """The engine's linear maps among them, in the order of their calls."""

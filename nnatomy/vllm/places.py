@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core.points import Slot
+from nnatomy.errors import OutOfOrderError
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.run import Once
 
@@ -76,16 +77,28 @@ class Place:
         raise NotImplementedError
 
 
+class Summed(tuple[Any, ...]):
+    """A point's value in which a sum has been written.
+
+    Attributes:
+        before: what it was: what has been added up in it does not change by that.
+    """
+
+    before: Any
+
+
 @dataclass(frozen=True)
 class StreamPlace(Place):
     """(batch, seq, width): one tensor, or the sum of two.
 
     Attributes:
         in_batch: whether there is an axis of one before that of the tokens.
+        summand: whether it is the first of a pair whose sum is a name, too.
     """
 
     paths: tuple[Path, ...] = ((),)
     in_batch: bool = False
+    summand: bool = False
 
     def read(self, slot: Slot, layout: Layout) -> Tensor:
         return layout.rows(self.whole(slot.value))
@@ -95,18 +108,30 @@ class StreamPlace(Place):
 
     def whole(self, value: Any) -> Tensor:
         """The tensor of all tokens in a point's value."""
+        if self.summand and isinstance(value, Summed):
+            value = value.before
         first, *others = (one for path in self.paths if (one := at(value, path)) is not None)
         for other in others:
             first = first + other
         return first[0] if self.in_batch else first
 
     def with_whole(self, value: Any, new: Tensor) -> Any:
-        """The value with another one."""
+        """The value with another one. Raises OutOfOrderError for a summand of a sum that has been written."""
+        if isinstance(value, Summed) and self.summand:
+            raise OutOfOrderError(
+                "What a layer adds to the stream is written before the stream with it: here the sum of both has been written before."
+            )
+        before = value.before if isinstance(value, Summed) else value
+        value = tuple(value) if isinstance(value, Summed) else value
         value = with_at(value, self.paths[0], new[None] if self.in_batch else new)
+        if len(self.paths) == 1:
+            return value
         for path in self.paths[1:]:
             if (other := at(value, path)) is not None:
                 value = with_at(value, path, torch.zeros_like(other))
-        return value
+        summed = Summed(value)
+        summed.before = before
+        return summed
 
 
 @dataclass(frozen=True)

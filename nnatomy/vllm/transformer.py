@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nnatomy.errors import (
     AssignmentError,
@@ -249,6 +251,42 @@ class VllmTransformer(NotPickled, Values, Traceable):
                 )
 
         return check
+
+    def steer(
+        self,
+        layers: int | Sequence[int],
+        steering_vector: Float[Tensor, hidden],  # noqa: F821
+        factor: float = 1.0,
+        *,
+        requests: int | Sequence[int] | None = None,
+    ) -> None:
+        """Add `factor * steering_vector` to the output of layers, at every position of this step (Turner et al. 2023).
+
+        In a block it acts in the step that the block is in; in a function for `edit` in every step.
+
+        Args:
+            layers: one or several.
+            steering_vector: of (hidden), such as one of `SteeringVector.directions`, found with the model in Transformers.
+            requests: which prompts; all if None. One that takes no part in the step is left out of it.
+
+        Raises:
+            InputError: if the vector is not as wide as the stream.
+            LayerIndexError: for a layer that there is not.
+
+        Example:
+            `steered = model.edit(lambda: model.steer(14, direction, 4.0))`, then `steered.generate_text(prompts)`.
+        """
+        if tuple(steering_vector.shape) != (self.hidden_size,):
+            raise InputError(
+                f"The steering vector is of shape {tuple(steering_vector.shape)}, and the stream of width {self.hidden_size}: "
+                f"give one of ({self.hidden_size},)."
+            )
+        each = [layers] if isinstance(layers, int) else list(layers)
+        wanted = None if requests is None else {requests} if isinstance(requests, int) else set(requests)
+        for layer in sorted(range(self.num_layers)[one] for one in each if self.layers_output.at(one)):
+            stream = self.layers_output[layer]
+            rows = [row for row, request in enumerate(self.requests) if wanted is None or request in wanted]
+            stream[rows] += factor * steering_vector.detach().to(stream)
 
     # What the model is.
 

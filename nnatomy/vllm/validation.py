@@ -26,6 +26,7 @@ from nnatomy.vllm.places import Place
 from nnatomy.vllm.reading import Placed, Reader
 from nnatomy.vllm.recording import Recorder
 from nnatomy.vllm.reference import Reference
+from nnatomy.vllm.split import all_of, ranks
 
 #: By what names are proven; True takes Transformers where the memory is there.
 How = bool | Literal["transformers", "algebra"]
@@ -33,7 +34,7 @@ How = bool | Literal["transformers", "algebra"]
 LENGTHS = 7, 11
 #: Names of the model as a whole that are proven.
 _OF_MODEL = ("input_ids", "token_embeddings", "logits", "project_on_vocab")
-_NOT_HERE = "the engine's classes have nothing of it that is known"
+_NOT_HERE = "nothing is known here of the engine's classes for it (recurrent mixers, attention to an encoder)"
 
 
 class Validation:
@@ -78,7 +79,7 @@ class Validation:
         self._run(recorder)
         width = self.model.hidden_size
         self.anatomy = anatomy_of(self.engine.model, recorder, width)
-        self.options = options(self.anatomy, recorder, width)
+        self.options = options(self.anatomy, recorder, width, self.engine.shared_heads)
         none = [Options(why=_NOT_HERE)] * len(self.anatomy.layers)
         self.places: dict[str, list[Place | str]] = {
             name: [one.first for one in self.options.setdefault(name, none)] for name in OF_LAYERS
@@ -116,9 +117,9 @@ class Validation:
             return ""
         size = sum(one.numel() * one.element_size() for one in self.engine.model.parameters())
         free = psutil.virtual_memory().available
-        if 2 * size <= free:
+        if all_of(2 * size * ranks() <= free):
             return ""
-        return f"the model in Transformers takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+        return f"the model in Transformers takes {size * ranks() / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
 
     # Running.
 

@@ -96,6 +96,38 @@ def test_rows_are_prompts_whatever_the_engine_schedules() -> None:
         assert_near(torch.cat(found[i]), hidden_states("llama", [*prompt, *tokens[:-1]])[2][0])
 
 
+def test_a_request_that_is_put_back_and_computed_again() -> None:
+    """The cache has room for three blocks of 32 tokens: one of two prompts has to give its blocks to the other for a while."""
+    tight = on_engine("llama", num_gpu_blocks_override=4, block_size=32)
+    ids = prompts(28, 30)
+    seen: list[tuple[int, ...]] = []
+    columns: list[int] = []
+    found: dict[tuple[int, int], Tensor] = {}
+    with tight.generate(ids, max_new_tokens=10, ignore_eos=True) as tracer:
+        for _ in tracer.iter[:]:
+            seen.append(tight.requests)
+            columns.append(tight.input_size[1])
+            stream, so_far = tight.layers_input[2], tight.attention_mask.sum(1)
+            given = tight.input_ids
+            keys = tight.keys[2]
+            assert keys.shape[2] == so_far.max()
+            for row, request in enumerate(tight.requests):
+                whole = [*ids[request], *written(ids[request], 10)]
+                end = int(so_far[row])
+                count = min(end, stream.shape[1])
+                assert given[row, -count:].tolist() == whole[end - count : end]
+                for k in range(count):
+                    found[request, end - 1 - k] = stream[row, -1 - k]
+        outputs = tracer.result
+    assert (0,) in seen, "one has waited while the other was computed"
+    assert max(columns[5:]) > 30, "one has been computed again, with what it had written"
+    for i, prompt in enumerate(ids):
+        tokens = list(outputs[i].outputs[0].token_ids)
+        assert tokens == written(prompt, 10)
+        theirs = hidden_states("llama", [*prompt, *tokens[:-1]])[2][0]
+        assert_near(torch.stack([found[i, k] for k in range(len(theirs))]), theirs)
+
+
 def test_steering_a_generation_is_what_a_hook_does_in_transformers() -> None:
     ids, direction = prompts(4, 9, 4), 3 * torch.randn(64, generator=torch.Generator().manual_seed(2))
 
@@ -140,6 +172,41 @@ def test_an_attached_module_acts_in_every_step() -> None:
     with attached.trace(ids):
         inside = attached.double.output
         assert inside.shape == (10, 64)
+
+
+def test_a_module_that_fails_leaves_the_engine_free() -> None:
+    class Fails(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ZeroDivisionError(f"{len(x)} tokens")
+
+    with pytest.raises(ZeroDivisionError, match="10 tokens"):
+        model().attach("layers_output[1]", Fails()).generate(prompts(4, 6), max_new_tokens=3).run()
+    assert not model().engine.is_busy
+    assert plainly(model(), prompts(4, 6), 3, ignore_eos=True) == [written(one, 3) for one in prompts(4, 6)]
+
+
+def test_steer_is_an_edit_of_these_prompts() -> None:
+    ids, direction = prompts(4, 9, 4), 3 * torch.randn(64, generator=torch.Generator().manual_seed(2))
+
+    def texts(edit: Any) -> list[list[int]]:
+        return [
+            list(one.outputs[0].token_ids)
+            for one in model().edit(edit).generate(ids, max_new_tokens=4, ignore_eos=True).run()
+        ]
+
+    def by_hand() -> None:
+        model().layers_output[0] += 2 * direction
+        model().layers_output[2] += 2 * direction
+
+    plain = plainly(model(), ids, 4, ignore_eos=True)
+    steered = texts(by_hand)
+    assert texts(lambda: model().steer([0, 2], direction, 2.0)) == steered != plain
+    assert texts(lambda: model().steer([0, 2], direction, 2.0, requests=[0, 2])) == [steered[0], plain[1], steered[2]]
+    with (
+        model().trace(ids),
+        pytest.raises(InputError, match=r"The steering vector is of shape \(63,\), and the stream of width 64"),
+    ):
+        model().steer(1, torch.zeros(63))
 
 
 def test_an_edit_of_keys_is_of_its_step_alone() -> None:

@@ -10,6 +10,7 @@ import transformers
 from vllm_models import assert_near, on_engine, plainly
 
 from nnatomy import StandardizedTransformer
+from nnatomy.names import OF_MIXERS, ROUTERS
 from nnatomy.standardized.loading import locate
 from nnatomy.vllm import VllmTransformer
 
@@ -35,7 +36,7 @@ def test_every_name_of_a_dense_model_is_proven() -> None:
     counts = model().validation.counts
     assert counts["failed"] == counts["unverified"] == 0
     refused = {row.name for row in model().validation if row.status == "refused"}
-    assert refused == {"routers_logits", "routers_experts", "routers_weights"}
+    assert refused == {*ROUTERS, *OF_MIXERS}
 
 
 def test_streams_are_those_of_transformers() -> None:

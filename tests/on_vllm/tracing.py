@@ -218,6 +218,29 @@ def test_mid_and_contributions_add_up() -> None:
     assert_near(mid + rest, after, 1e-6)
 
 
+def test_what_was_added_stays_what_it_was_when_the_sum_is_written() -> None:
+    """Both are at one point of the engine's: the layer's pair, and what its norm in the middle is given."""
+    with model().trace(IDS):
+        attention, mlp = model().attentions_contribution[1], model().mlps_contribution[1]
+    with model().trace(IDS):
+        model().layers_mid[1] = 3 * model().layers_mid[1]
+        assert torch.equal(model().attentions_contribution[1], attention)
+        with pytest.raises(OutOfOrderError, match="the sum of both has been written before"):
+            model().attentions_contribution[1] = attention
+    with model().trace(IDS):
+        model().layers_output[1] *= 2
+        assert torch.equal(model().mlps_contribution[1], mlp)
+        model().layers_output[1] *= 2
+        assert torch.equal(model().mlps_contribution[1], mlp)
+        four = model().layers_input[2]
+    with model().trace(IDS):
+        model().layers_output[1] = 4 * model().layers_output[1]
+        assert torch.equal(model().layers_input[2], four)
+    doubled = model().attach("layers_output[1]", torch.nn.Identity(), how="add", name="twice")
+    with doubled.trace(IDS):
+        assert torch.equal(doubled.mlps_contribution[1], mlp)
+
+
 def test_what_is_wrong_is_said_at_the_line() -> None:
     with pytest.raises(OutsideTraceError, match=r"layers_output: values exist only while the model runs"):
         model().layers_output[0]
