@@ -131,8 +131,7 @@ class Block:
         if progress.calls.get(module, 0) > call:
             hint = getattr(question.tap, "hint", lambda _: "")(question.name)
             return NotReachedError(f"{question} was asked for, but the module has run without computing one.{hint}")
-        in_step = not run.ended or progress.step > question.step
-        end = f"step {question.step}" if in_step else "the forward pass"
+        end = f"step {question.step}" if not run.ended or progress.step > question.step else "the forward pass"
         return NotCalledError(
             f"{question} was asked for at {user_line()}, but {end} ended without coming to it: with these inputs "
             "the model does not call that module (or not that often, or not that many steps), or calls it in "

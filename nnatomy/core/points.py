@@ -80,8 +80,7 @@ class Report(NamedTuple):
 
     def awaited(self, kind: str) -> bool:
         """Whether anybody waits for that kind. If not, it need not be reported, and is passed from here on."""
-        waiting = self.run.taps.waiting.get(self.module, ())
-        if any(waited_for == kind for waited_for, _ in waiting):
+        if any(waited_for == kind for waited_for, _ in self.run.taps.waiting.get(self.module, ())):
             return True
         self.run.progress.found.add((self.module, self.call, kind))
         return False

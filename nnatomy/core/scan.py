@@ -1,7 +1,7 @@
 """Running a module over fake tensors: all shapes, nothing computed."""
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,30 +10,31 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from nnatomy.core.scan_values import RealWholeNumbers, faked
 from nnatomy.errors import InputError
 
 
-def on_fake_tensors(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+def on_fake_tensors(module: Module, args: Any, kwargs: Any, keep: Any = None) -> Callable[[], Any]:
     """`module(*args, **kwargs)` as a call that takes fakes of the tensors in its arguments.
 
     The module's parameters are turned into fakes where an operation meets them, its buffers for as long
     as it runs, and what the forward pass sets on the module (a counter, a cache) is taken back. The fakes live on the
     module's device, so that a module on the meta device, without weights, runs too.
+
+    Args:
+        keep: a mode that is on while the module runs, and says by `faked(mode, tensor)` what of the arguments stays real.
     """
     device = next((parameter.device for parameter in module.parameters()), None)
 
     def call() -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             on_device = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device=device), (args, kwargs))
-            # (Of a module without weights the real ones would be elsewhere.)
-            fake = mode.from_tensor if device is not None and device.type == "meta" else partial(faked, mode)
+            fake = mode.from_tensor if keep is None else lambda tensor: keep.faked(mode, tensor)
             fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, on_device)
             before = [_state(submodule) for submodule in module.modules()]
             try:
                 for submodule in module.modules():
                     submodule._buffers.update(pytree.tree_map_only(Tensor, mode.from_tensor, submodule._buffers))
-                with torch.no_grad(), RealWholeNumbers():
+                with torch.no_grad(), keep or nullcontext():
                     return module(*fake_args, **fake_kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise InputError(

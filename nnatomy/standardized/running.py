@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 from torch import Tensor
 
 from nnatomy.arch_configs import cached_positions, with_cache_called
+from nnatomy.core.scan import on_fake_tensors
 from nnatomy.errors import InputError, ModelChangedError
 from nnatomy.standardized.inputs import OPTIONS, is_batch
 from nnatomy.standardized.joined_prompts import JoinPrompts
@@ -19,6 +20,7 @@ from nnatomy.standardized.parts import Parts
 from nnatomy.standardized.positions import untold
 from nnatomy.standardized.prompt_trace import Given as GivenPrompts
 from nnatomy.standardized.prompt_trace import PromptTrace
+from nnatomy.standardized.real_numbers import RealWholeNumbers
 from nnatomy.tracing import Trace
 
 Given = ParamSpec("Given")
@@ -264,4 +266,6 @@ class Running(Parts):
                 "model in one process, on the meta device, or trace it."
             )
         inputs = copies_of_states(self._prompts.taken(self.prepare(prompts, **kwargs)))
-        return super().scan(early_stop=early_stop, **inputs)
+        # (Of a model without weights, on the meta device, the real ones would be elsewhere.)
+        keep = None if self.device.type == "meta" else RealWholeNumbers()
+        return self._new_trace(on_fake_tensors(self.module, (), inputs, keep), early_stop)

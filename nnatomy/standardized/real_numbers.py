@@ -29,6 +29,11 @@ class RealWholeNumbers(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
+    @staticmethod
+    def faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+        """A fake of an argument, or the argument itself where it stays real."""
+        return tensor if is_whole(tensor) else mode.from_tensor(tensor)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -59,11 +64,6 @@ def is_real(tensor: Tensor) -> bool:
 def is_whole(value: Any) -> bool:
     """Whether it is a tensor of whole numbers or truth values."""
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-
-
-def faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake of an argument, or the argument itself where it stays real."""
-    return tensor if is_whole(tensor) else mode.from_tensor(tensor)
 
 
 def _numbers(index: Any) -> list[Any]:
