@@ -49,9 +49,8 @@ class Mixers:
         self._mixers = [_recurrent(anatomy, i) for i in range(len(anatomy.layers))]
         self._blocks, self._is_split = blocks, is_split
         layers = anatomy.layers
-        self.accessors = {
-            name: MixerAccessor(ROWS[name], layers, blocks, tap=self, layers=layers) for name in OF_MIXERS
-        }
+        first = [mixers[0] if mixers else layer for mixers, layer in zip(self._mixers, layers, strict=True)]
+        self.accessors = {name: MixerAccessor(ROWS[name], first, blocks, tap=self, layers=layers) for name in OF_MIXERS}
         for one in self.accessors.values():
             one.mixers = self
 

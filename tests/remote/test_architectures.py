@@ -39,9 +39,12 @@ def inside(model: Any) -> list[torch.Tensor]:
     found = []
     with torch.no_grad(), model.trace(PROMPTS):
         for i in range(model.num_layers):
-            for accessor in (model.attention_probabilities, model.layers_mid):
+            for accessor in (model.attention_probabilities, model.time_steps, model.ssm_states, model.layers_mid):
                 if accessor.modules[i] is not None:
                     found.append(accessor[i])
+            if model.ssm_states.modules[i] is not None:
+                model.ssm_states[i] = 2 * found[-1]
+                found.append(model.layers_output[i])
     return [*found, torch.tensor(model.num_layers)]
 
 
