@@ -122,7 +122,7 @@ def _of_unit_vectors(module: Module) -> Tensor | None:
         return None
     kept = getattr(module, "compute_dtype", None)
     dtype = kept if isinstance(kept, torch.dtype) else torch.get_default_dtype()
-    own = {"device": module.weight.device, "dtype": dtype}
+    own: dict[str, Any] = {"device": module.weight.device, "dtype": dtype}
     unit, others = torch.eye(size, **own), torch.linspace(-1, 2, 4 * size, **own).sin().view(4, size)
     try:
         with torch.no_grad():
