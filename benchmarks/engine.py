@@ -24,7 +24,7 @@ from torch import Tensor
 from nnatomy import StandardizedTransformer
 
 LAYER, STRENGTH = 14, 4.0
-STEERED, COLLECTED, BATCH = 64, 500, 50
+STEERED, BATCH = 64, 50
 ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -57,12 +57,12 @@ def prompts(count: int, tokenizer: Any) -> list[list[int]]:
 class Contenders:
     """The same work by each: `steer` gives texts' token ids, `collect` the layer of each prompt."""
 
-    def __init__(self, without: Sequence[str], tokens: int) -> None:
+    def __init__(self, without: Sequence[str], tokens: int, collected: int) -> None:
         self.tokens = tokens
         self.model = StandardizedTransformer("demo:smollm2", engine="vllm", validate="algebra", **ENGINE)
         self.engine = self.model.engine
         self.few = prompts(STEERED, self.model.tokenizer)
-        self.many = prompts(COLLECTED, self.model.tokenizer)
+        self.many = prompts(collected, self.model.tokenizer)
         self.direction = STRENGTH * torch.randn(self.model.hidden_size, generator=torch.Generator().manual_seed(0))
         self.layer = self.model.layers[LAYER].module
         self.hf = None
@@ -125,7 +125,7 @@ class Contenders:
         params = self.engine.vllm.SamplingParams(temperature=0, max_tokens=1)
         handle = self.layer.register_forward_hook(lambda _, __, out: found.append(out[0] + out[1]))
         try:
-            for i in range(0, COLLECTED, BATCH):
+            for i in range(0, len(self.many), BATCH):
                 given = [{"prompt_token_ids": ids} for ids in self.many[i : i + BATCH]]
                 self.engine.llm.generate(given, params, use_tqdm=False)
         finally:
@@ -141,7 +141,7 @@ class Contenders:
 
     def _collect(self, model: Any) -> list[Tensor]:
         found: list[Tensor] = []
-        for i in range(0, COLLECTED, BATCH):
+        for i in range(0, len(self.many), BATCH):
             batch = self.many[i : i + BATCH]
             with model.trace(batch):
                 stream = model.layers_output[LAYER]
@@ -160,32 +160,33 @@ class Adds(torch.nn.Module):
         return x + self.direction
 
 
-def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each, round by round: by the clock, and of the processor, which does not count waiting for a busy core."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             run()
-            times[name].append(time.perf_counter() - began)
+            times[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     return times
 
 
-def table(title: str, times: dict[str, list[float]]) -> None:
+def table(title: str, times: dict[str, list[tuple[float, float]]]) -> None:
     first = next(iter(times.values()))
-    print(f"\n| {title} | s | times {next(iter(times))} |\n|---|---|---|")
+    print(f"\n| {title} | s | times {next(iter(times))} | in processor time |\n|---|---|---|---|")
     for name, found in times.items():
-        ratio = statistics.median(b / a for a, b in zip(first, found, strict=True))
-        print(f"| {name} | {statistics.median(found):.2f} | {ratio:.2f} |", flush=True)
+        clock, cpu = (statistics.median(b[i] / a[i] for a, b in zip(first, found, strict=True)) for i in (0, 1))
+        print(f"| {name} | {statistics.median(one for one, _ in found):.2f} | {clock:.2f} | {cpu:.2f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--collected", type=int, default=500)
     parser.add_argument("--without", nargs="*", default=[])
     options = parser.parse_args()
-    all_of = Contenders(options.without, options.tokens)
+    all_of = Contenders(options.without, options.tokens, options.collected)
     threads, python = torch.get_num_threads(), sys.version.split()[0]
     print(f"vLLM {all_of.engine.vllm.__version__}, torch {torch.__version__}, {threads} threads, Python {python}")
     steering: dict[str, Callable[[], Any]] = {
@@ -208,7 +209,7 @@ def main() -> None:
     for name, one in values.items():
         off = max(float((a - b).abs().max()) for a, b in zip(one, values["a hook"], strict=True))
         print(f"{name}: off a hook's values by {off:.1e} at most", flush=True)
-    table(f"layer {LAYER} of {COLLECTED} prompts", in_turn(collecting, options.rounds))
+    table(f"layer {LAYER} of {options.collected} prompts", in_turn(collecting, max(1, options.rounds // 3)))
 
 
 if __name__ == "__main__":
