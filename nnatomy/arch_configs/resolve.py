@@ -268,10 +268,11 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
         try:
             if path is not None:
                 ends.append(_module(model, path))
-            elif getter == "get_input_embeddings" and (has_decoder(model) or _has_twin(model)):
+            elif getter == "get_input_embeddings" and has_decoder(model):
                 ends.append(None)
             else:
-                ends.append(getattr(model, getter, lambda: None)())
+                own = getattr(model, getter, lambda: None)()
+                ends.append(None if getter == "get_input_embeddings" and _has_twin(model, own) else own)
         except NotImplementedError:  # Transformers does not know either
             ends.append(None)
     if isinstance(ends[1], Embedding):  # what an encoder says, that shares its embedding with the decoder's head
@@ -290,11 +291,10 @@ def _ends(model: Module, config: ArchConfig) -> tuple[Module, Module | None, boo
     return ends[0], ends[1], True
 
 
-def _has_twin(model: Any) -> bool:
+def _has_twin(model: Module, own: Any) -> bool:
     """Whether another embedding has the weight of the one that the model names, so that either may be what is called."""
-    own = model.get_input_embeddings()
-    weights = [one.weight for one in model.modules() if isinstance(one, Embedding) and one is not own]
-    return any(weight is getattr(own, "weight", None) for weight in weights)
+    others = [one for one in model.modules() if isinstance(one, Embedding) and one is not own]
+    return any(one.weight is getattr(own, "weight", None) for one in others)
 
 
 def _has(root: Module, path: str) -> bool:
