@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -62,8 +62,15 @@ class ImageLens(Result):
         return ""
 
     def said(self, layer: int) -> list[list[str]]:
-        """The most probable token of each patch after a layer, row by row."""
+        """The most probable token of each patch after a layer, row by row. Raises InputError if there is no such layer."""
+        self._check([layer])
         return [[self.texts[str(token)] for token in row] for row in self.best[layer].tolist()]
+
+    def _check(self, layers: Sequence[int]) -> None:
+        """Raise InputError for a layer that there is not."""
+        count = len(self.best)
+        if wrong := [one for one in layers if not isinstance(one, SupportsIndex) or not -count <= one < count]:
+            raise InputError(f"There is no layer {wrong[0]!r}: the lens has {count}, 0 to {count - 1}.")
 
     def plot(self, word: str | None = None, layers: Sequence[int] | None = None) -> Any:
         """Maps over the picture, one for each layer, as a plotly figure.
@@ -73,7 +80,7 @@ class ImageLens(Result):
             layers: by default six, from the first to the last.
 
         Raises:
-            InputError: for a word of which the lens has not been asked, or an image that nobody can draw.
+            InputError: for a word of which the lens has not been asked, a layer that there is not, or an image that nobody can draw.
         """
         from nnatomy.plots import over_picture
 
@@ -87,6 +94,7 @@ class ImageLens(Result):
         count = len(self.best)
         if layers is None:
             layers = sorted({round(i * (count - 1) / 5) for i in range(6)})
+        self._check(layers)
         values = self.best_probs if word is None else self.effect[self.words.index(word)]
         what = "the most probable token" if word is None else repr(word)
         return over_picture(
@@ -123,9 +131,11 @@ def image_lens(
         For each word the probability of (layer, row, column), and the most probable token of each patch.
 
     Raises:
-        InputError: for several prompts, no such image, or a word of several tokens.
+        InputError: for several prompts, no such image, words that are no list, or a word of several tokens.
         NotInThisModelError: if the image's tokens are no grid of patches, or the head cannot be applied.
     """
+    if isinstance(words, (str, int)):
+        raise InputError(f"words={words!r}: give a list of them, words=[{words!r}].")
     tokens = model.image_tokens(prompt, images)
     if any(one.prompt for one in tokens):
         raise InputError("image_lens takes one prompt.")

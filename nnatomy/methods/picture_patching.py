@@ -159,8 +159,12 @@ def picture_patching(
         found = picture_patching(vlm, clean, other, image=photo, region=(4, 4), metric=logit_difference(" dog", " cat", vlm))
         found.plot()
     """
+    if not isinstance(image, ImageTokens):
+        raise InputError(
+            f"image is a {type(image).__name__}: give one of model.image_tokens(prompt, images=...), such as its [0]."
+        )
     grid = image.patch_grid
-    sizes = tuple(region)
+    sizes = tuple(region) if isinstance(region, Sequence) else ()
     if len(sizes) != 2 or any(
         not isinstance(n, int) or n < 1 or size % n for n, size in zip(sizes, grid, strict=False)
     ):

@@ -62,6 +62,13 @@ def over_picture(
     """
     go = graph_objects()
     shown = _as_picture(picture)
+    if not isinstance(maps, Mapping):
+        raise InputError(f'maps is a {type(maps).__name__}: give tensors by name, such as {{"head 0": map}}.')
+    if wrong := [name for name, one in maps.items() if not isinstance(one, Tensor)]:
+        found = type(maps[wrong[0]]).__name__
+        raise InputError(
+            f"maps[{wrong[0]!r}] is a {found}: give a tensor of (row, column), such as torch.tensor(values)."
+        )
     if not maps or any(one.ndim != 2 for one in maps.values()):
         raise InputError(
             f"maps: give at least one of (row, column); got {[tuple(one.shape) for one in maps.values()]}."

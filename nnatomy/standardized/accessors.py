@@ -386,6 +386,10 @@ def _written(layers: slice) -> str:
 
 def check_fits(name: str, old: Any, new: Any) -> None:
     """Raise AssignmentError unless `new` is a tensor of the shape, dtype and device of `old`."""
+    if getattr(new, "ndim", 0) and not isinstance(new, Tensor):
+        raise AssignmentError(
+            f"{name} is a tensor; a {type(new).__name__} was assigned: assign torch.as_tensor(array)."
+        )
     if not isinstance(new, Tensor):
         raise AssignmentError(
             f"{name} is a tensor; a {type(new).__name__} was assigned. For one number in all entries, assign "

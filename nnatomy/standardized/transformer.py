@@ -415,6 +415,8 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
         if isinstance(of_class, property) and of_class.fset is None:
             row = ROWS.get(name)
             instead = " Give other prompts to the trace." if row is not None and row.integer else ""
+            if name in ("vision_layers_output", "audio_layers_output"):
+                raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ...")
             raise AssignmentError(f"{name} can be read, and not assigned.{instead}")
         if not (name.startswith("_") or known is not None or hasattr(type(self), name)):
             if name in self.module._modules:

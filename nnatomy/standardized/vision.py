@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -54,6 +54,8 @@ class EncoderLayers:
     def _slot(self, layer: int) -> Slot:
         if not self._layers:
             raise NotInThisModelError(f"{self._name}: {self._why}")
+        if not isinstance(layer, SupportsIndex):
+            raise LayerIndexError(f"{self._name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}.")
         if not -len(self) <= layer < len(self):
             raise LayerIndexError(
                 f"The {self._name.partition('_')[0]} encoder has layers 0 to {len(self) - 1}, so no {layer}."

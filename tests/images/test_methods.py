@@ -148,6 +148,12 @@ def test_the_lens_at_patches(name: str) -> None:
         found.plot("user")
     with pytest.raises(InputError, match="image=1: the prompt has 1, 0 to 0"):
         image_lens(model, prompt, picture(1), image=1)
+    with pytest.raises(InputError, match=r"words='what': give a list of them, words=\['what'\]"):
+        image_lens(model, prompt, picture(1), words="what")
+    with pytest.raises(InputError, match="There is no layer 50: the lens has "):
+        found.said(50)
+    with pytest.raises(InputError, match="There is no layer 77: the lens has "):
+        found.plot("what", layers=[77])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
