@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image
 
 from nnatomy import StandardizedTransformer
 from nnatomy.methods import direct_logit_attribution, edge_attribution, lens_statistics, logit_difference, logit_lens
-from nnatomy.plots import attention, attention_view, bars, curves, save, token_view
+from nnatomy.plots import attention, attention_view, bars, curves, over_picture, save, token_view
 
 PROMPT, OTHER = "The capital of France is", "The capital of Italy is"
 FOLDER = Path(__file__).parent / "gallery"
@@ -34,6 +35,9 @@ def plots() -> dict[str, Any]:
     answers = {
         name: logit_lens(model, PROMPT)[0, :, model.to_tokens(name)[0, -1]].tolist() for name in (" Paris", " Rome")
     }
+    across, down = torch.meshgrid(torch.linspace(0, 1, 90), torch.linspace(0, 1, 60), indexing="xy")
+    picture = (torch.stack([across, down, 1 - across], -1) * 255).byte()
+    maps = {f"L{i}H3": torch.rand(8, 12, generator=torch.Generator().manual_seed(i)) ** (i + 1) for i in (1, 4)}
     attributed = direct_logit_attribution(model, PROMPT, answer=" Paris", wrong=" Rome", by="head")
     return {
         "heat_map": lens.plot(),
@@ -42,6 +46,7 @@ def plots() -> dict[str, Any]:
         "attention": attention(patterns, tokens=tokens, layer=5, title=f"Attention: {PROMPT}"),
         "parts": attributed.plot(),
         "circuit": edge_attribution(model, PROMPT, OTHER, metric=metric).plot(k=30),
+        "over_picture": over_picture(picture, maps, title="From ' dog'", value_name="probability"),
         "attention_view": attention_view(patterns, tokens, layer=5),
         "token_view": token_view(tokens, {"norm": norms[-1].detach(), "norm of layer 0": norms[0].detach()}),
     }

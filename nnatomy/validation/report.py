@@ -132,8 +132,8 @@ class Report(Sequence[Row]):
 
         Example:
             >>> from nnatomy import StandardizedTransformer
-            >>> print(StandardizedTransformer("demo:gpt2").validation.why_refused)
-            Refused: to ask for it is an error that says why, and never another value. Here (18): it has no experts to choose from
+            >>> StandardizedTransformer("demo:gpt2").validation.why_refused.partition("Here ")[2]
+            '(36): no token mixer of it is recurrent; (18): it has no experts to choose from'
         """
         reasons = Counter(row.detail for row in self if row.status == "refused").most_common()
         told = "; ".join(f"({count}): {why}" for why, count in reasons[:_REASONS])

@@ -15,6 +15,7 @@ from nnatomy import StandardizedTransformer
 from nnatomy.arch_configs import logits_of
 from nnatomy.errors import InputError, NotInThisModelError, RowsError, UnknownArchitectureError
 from nnatomy.methods import logit_lens
+from nnatomy.names import TABLE
 
 IDS = torch.tensor([[3, 17, 40, 8, 22, 5, 19], [11, 2, 60, 7, 33, 41, 9]])
 NO_MASK = "its forward has no argument attention_mask, by which it would know padding"
@@ -26,6 +27,7 @@ INSIDE = (
     *("values_weighted", "heads_output"),
 )
 ROUTERS = ("routers_logits", "routers_experts", "routers_weights")
+OF_MIXERS = {row.name for row in TABLE if row.place == "mixer"}
 #: What each refuses beside routers, and why, by the beginning of the text; all else is verified.
 REFUSED: dict[type[Any], dict[tuple[str, ...], str]] = {
     odd.Odd: {},
@@ -72,6 +74,8 @@ def test_what_is_verified_and_what_is_refused(kind: type[Any]) -> None:
     for row in model.validation:
         if row.name in ROUTERS:
             assert row.detail.endswith("no experts to choose from"), row
+        elif row.name in OF_MIXERS:
+            assert row.detail == "no token mixer of it is recurrent", row
         elif row.name in expected:
             assert row.status == "refused", row
             assert row.detail.startswith(expected[row.name]), row

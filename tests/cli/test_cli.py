@@ -28,7 +28,7 @@ from nnatomy.cli import main
 from nnatomy.cli.anatomy import node
 from nnatomy.cli.report import plain_numbers
 from nnatomy.errors import NotInThisModelError
-from nnatomy.names import ROUTERS
+from nnatomy.names import ROUTERS, TABLE
 from nnatomy.standardized.loading import locate
 
 GPT2, LLAMA = "demo:gpt2", "demo:llama"
@@ -67,7 +67,8 @@ def test_check_says_of_every_name_where_it_holds(run: Run) -> None:
     model = StandardizedTransformer(GPT2)
     assert (code, err, found["ok"], found["class"]) == (0, "", True, "GPT2LMHeadModel")
     assert found["rows"] == model.validation.to_dict()["rows"]
-    assert {row["name"] for row in found["rows"] if row["status"] == "refused"} == {*ROUTERS}
+    of_mixers = {row.name for row in TABLE if row.place == "mixer"}
+    assert {row["name"] for row in found["rows"] if row["status"] == "refused"} == {*ROUTERS, *of_mixers}
 
 
 def test_check_gives_the_reason_of_a_refusal_and_is_no_failure(run: Run, hybrid: str) -> None:

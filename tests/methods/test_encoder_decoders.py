@@ -63,6 +63,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 #: Those that look at no model, or are tested where they are: results, prompts' targets, metrics.
 ELSEWHERE = {
     *("Patching", "PathPatching", "LensStatistics", "TargetPromptBatch", "it_repeat_prompt", "repeat_prompt"),
+    *("image_lens", "ImageLens", "picture_patching", "PicturePatching"),  # of images: tests/images/test_methods.py
     *(
         "kl_divergence",
         "log_probability",

@@ -13,7 +13,7 @@ from nnatomy import StandardizedTransformer
 
 #: What a method is about: the model, and what is run through it.
 MODEL = {"model", "nn_model"}
-PROMPTS = {"prompt", "prompts", "clean", "corrupted", "source_prompts", "target_prompts", "texts", "pairs"}
+PROMPTS = {"prompt", "prompts", "clean", "corrupted", "source_prompts", "target_prompts", "texts", "pairs", "images"}
 PROMPTS |= {"positive", "negative", "target_patch_prompt", "target_patch_prompts"}
 
 #: What has a place though it is no prompt, and why.

@@ -146,7 +146,8 @@ def steps(model: Any, prompts: Any, count: int = 5) -> list[torch.Tensor]:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+    """But for rounding: on some processors a product depends on where in memory its factors lie."""
+    return torch.allclose(one.nan_to_num(7), other.nan_to_num(7), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("model_type", "name"), CASES)

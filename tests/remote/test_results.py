@@ -72,4 +72,7 @@ def test_a_result_of_a_server_is_as_one_of_here(
 
 
 def test_each_class_of_results_is_among_them(local: dict[str, Any]) -> None:
-    assert {type(one).__name__ for one in local.values()} == set(KINDS)
+    assert {type(one).__name__ for one in local.values()} == set(KINDS) - {
+        "ImageLens",
+        "PicturePatching",
+    }  # of prompts with images

@@ -212,7 +212,8 @@ def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTran
     with torch.no_grad(), model.trace(ids):
         model.skip_layer(1)
         logits = model.logits
-    assert torch.equal(logits, expected)
+    # (But for rounding: on some processors a product depends on where in memory its factors lie.)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
     # With no KV cache to leave keys in, nothing of the layer is computed, but for what it returns beside hidden states.
     calls = []
     handle = next(layer.children()).register_forward_hook(lambda *_: calls.append(1) and None)
