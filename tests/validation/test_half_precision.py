@@ -21,6 +21,10 @@ TYPES = (
 )
 
 
+def statuses(model: StandardizedTransformer) -> list[tuple[str, int | None, str]]:
+    return [(row.name, row.layer, row.status) for row in model.validation if row.name != "padding"]
+
+
 def saturated(model_type: str) -> Any:
     """Its queries and keys are large, so that a softmax gives 1 to one key and 0 to the others."""
     hf = zoo.build(model_type)
@@ -33,11 +37,12 @@ def saturated(model_type: str) -> Any:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_saturated_softmax_is_no_fault(model_type: str) -> None:
+    """(Whether padding shows depends on which of two keys, all but tied, a processor's rounding gives the 1 to.)"""
     hf = saturated(model_type)
-    expected = [(row.name, row.layer, row.status) for row in StandardizedTransformer(hf).validation]
+    expected = statuses(StandardizedTransformer(hf))
     for dtype in HALVES:
         model = StandardizedTransformer(saturated(model_type).to(dtype))
-        assert [(row.name, row.layer, row.status) for row in model.validation] == expected
+        assert statuses(model) == expected
     with torch.no_grad(), model.trace(zoo.ids(hf)):
         pattern = model.attention_probabilities[0]
     assert bool((pattern == 1).any())
