@@ -213,7 +213,7 @@ def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTran
         model.skip_layer(1)
         logits = model.logits
     # (But for rounding: on some processors a product depends on where in memory its factors lie.)
-    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
     # With no KV cache to leave keys in, nothing of the layer is computed, but for what it returns beside hidden states.
     calls = []
     handle = next(layer.children()).register_forward_hook(lambda *_: calls.append(1) and None)
@@ -221,7 +221,7 @@ def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTran
         model.skip_layer(1)
         logits = model.logits
     handle.remove()
-    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
     assert bool(calls) == bool(seen["more"])
 
 
