@@ -21,8 +21,8 @@ TYPES = (
 )
 
 
-def statuses(model: StandardizedTransformer) -> list[tuple[str, int | None, str]]:
-    return [(row.name, row.layer, row.status) for row in model.validation if row.name != "padding"]
+def statuses(model: StandardizedTransformer, without: str = "") -> list[tuple[str, int | None, str]]:
+    return [(row.name, row.layer, row.status) for row in model.validation if row.name != without]
 
 
 def saturated(model_type: str) -> Any:
@@ -37,12 +37,12 @@ def saturated(model_type: str) -> Any:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_saturated_softmax_is_no_fault(model_type: str) -> None:
-    """(Whether padding shows depends on which of two keys, all but tied, a processor's rounding gives the 1 to.)"""
+    """(GLM-4 has two keys that are all but tied in float16: whether its padding shows is up to the processor's rounding.)"""
     hf = saturated(model_type)
-    expected = statuses(StandardizedTransformer(hf))
     for dtype in HALVES:
         model = StandardizedTransformer(saturated(model_type).to(dtype))
-        assert statuses(model) == expected
+        without = "padding" if (model_type, dtype) == ("glm4", torch.float16) else ""
+        assert statuses(model, without) == statuses(StandardizedTransformer(hf), without)
     with torch.no_grad(), model.trace(zoo.ids(hf)):
         pattern = model.attention_probabilities[0]
     assert bool((pattern == 1).any())
