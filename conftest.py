@@ -3,6 +3,7 @@
 import gc
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +12,10 @@ from typing import Any, get_type_hints
 
 import jaxtyping
 import pytest
+
+# On processors that are not Intel's, MKL's products are rounded by where in memory their factors lie, unless this is set, so that
+# two runs of one model would differ. It is read when MKL is first used; processes that tests start inherit it.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 _jaxtyped = jaxtyping.jaxtyped
 
