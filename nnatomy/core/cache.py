@@ -63,14 +63,15 @@ class Cache(Collector, Mapping[str, "CachedCalls"]):
         self._shared: dict[Module, list[tuple[Any, Any]]] = {}
 
     def take(self, slot: Slot) -> None:
-        kept = pytree.tree_map_only(Tensor, self._keep, self.view(slot).value)
+        value: Any = self.view(slot).value  # mostly a tensor, for which pytree takes ten times as long
+        kept = self._keep(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, self._keep, value)
         if not self.clone:
             self._shared.setdefault(slot.module, []).append((kept, versions(kept)))
         calls, key = self._calls.setdefault(slot.module, {}), (slot.step, slot.call)
         field = "output" if slot.kind == "output" else "inputs"
         calls[key] = calls.get(key, CachedCall(*key))._replace(**{field: kept})
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def _keep(self, tensor: Tensor) -> Any:
         dtype = self.dtype if tensor.is_floating_point() else None
         kept = tensor.to(device=self.device, dtype=dtype)
         if kept is tensor and (self.clone or tensor.is_inference()):  # which has no version to compare

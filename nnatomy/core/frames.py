@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import dropwhile
 from types import FrameType, TracebackType
+from typing import Any, NamedTuple
 
 #: The packages whose frames are of no use to anybody who reads a traceback.
 _TRACING = ("nnatomy.core.", "nnatomy.blocks.", "nnatomy.tracing.")
@@ -40,13 +41,24 @@ def warn(text: str) -> None:
     warnings.warn_explicit(text, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry=registry)
 
 
-def user_line() -> str:
+class Line(NamedTuple):
+    """A line of code. Its text is made where an error says it, as each read notes its line and few are said."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        cell = getattr(getattr(shell, "compile", None), "_filename_map", {}).get(self.file)
+        return f"{self.file}:{self.number}" if cell is None else f"cell [{cell}], line {self.number}"
+
+
+def user_line() -> Line:
     """The file (in a notebook the cell) and line of the innermost frame that is not this library's."""
-    frame = next(user_frames())
-    file = frame.f_code.co_filename
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    cell = getattr(getattr(shell, "compile", None), "_filename_map", {}).get(file)
-    return f"{file}:{frame.f_lineno}" if cell is None else f"cell [{cell}], line {frame.f_lineno}"
+    frame: Any = sys._getframe(1)
+    while is_ours(frame):
+        frame = frame.f_back
+    return Line(frame.f_code.co_filename, frame.f_lineno)
 
 
 def frame_of_with() -> FrameType:

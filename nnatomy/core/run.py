@@ -13,6 +13,7 @@ from torch._C import _functorch
 from torch.nn import Module
 
 from nnatomy.core.coroutine import Cancelled, Coroutine
+from nnatomy.core.frames import Line
 from nnatomy.core.gates import gated
 from nnatomy.core.points import Axes, Collector, Question, Slot
 from nnatomy.core.progress import INSIDE, SHOWN_IN, Place, Progress
@@ -54,7 +55,7 @@ class Run(Coroutine):
         self.progress = Progress()
         self.questions: tuple[Question, ...] = ()
         self.slot: Slot | None = None
-        self.last: tuple[Question | str, str] = "the start", "the trace's first line"
+        self.last: tuple[Question | str, Line | str] = "the start", "the trace's first line"
         self.collectors: list[Collector] = []
         self.replacements: list[Collector] = []
         self.watched_inputs: set[Module] = set()

@@ -88,16 +88,16 @@ class ModuleView(Values):
 
     def paths(self, modules: Iterable[ModuleView | Module | str] | None = None) -> dict[Module, str]:
         """The submodules that views, modules or paths name (all of them by default), with their paths."""
-        everything = {module: path for path, module in self.module.named_modules()}
         if modules is None:
-            return everything
-        paths = {}
-        for given in modules:
-            one = self[given] if isinstance(given, str) else given
-            module, path = (one.module, one.path) if isinstance(one, ModuleView) else (one, everything.get(one))
-            if path is None:
-                raise NoSuchModuleError(f"{type(one).__name__} is not a submodule of {type(self.module).__name__}.")
-            paths[module] = path
+            return {module: path for path, module in self.module.named_modules()}
+        views = [self[one] if isinstance(one, str) else one for one in modules]
+        paths = {one.module: one.path for one in views if isinstance(one, ModuleView)}
+        bare = [one for one in views if not isinstance(one, ModuleView)]
+        known = self.paths() if bare else {}
+        for module in bare:
+            if module not in known:
+                raise NoSuchModuleError(f"{type(module).__name__} is not a submodule of {type(self.module).__name__}.")
+            paths[module] = known[module]
         return paths
 
     def _no_such(self, name: str) -> NoSuchModuleError:

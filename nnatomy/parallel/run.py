@@ -65,7 +65,7 @@ class LockstepRun(SplitRun):
         where = sorted(f"{self.ranks.paths.get(module, '')}:{kind}" for module, kind in watched)
         try:
             self.ranks.agree(
-                ASKS, f"asks for {asked}" + f" (and watches {', '.join(where)})" * bool(where), user_line()
+                ASKS, f"asks for {asked}" + f" (and watches {', '.join(where)})" * bool(where), str(user_line())
             )
         except RanksError:
             self._left, self.questions = True, ()
