@@ -4,7 +4,37 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+#: By hook name of TransformerLens, without its layer, the standard name.
+HOOKS = {
+    "hook_embed": "token_embeddings",
+    "hook_pos_embed": "a module of learned positions",
+    "hook_resid_pre": "layers_input",
+    "ln1.hook_normalized": "attentions_input",
+    "attn.hook_q": "queries",
+    "attn.hook_k": "keys",
+    "attn.hook_v": "values",
+    "attn.hook_rot_q": "queries",
+    "attn.hook_rot_k": "keys",
+    "attn.hook_attn_scores": "attention_scores",
+    "attn.hook_pattern": "attention_probabilities",
+    "attn.hook_z": "heads_output",
+    "hook_attn_out": "attentions_contribution",
+    "hook_resid_mid": "layers_mid",
+    "ln2.hook_normalized": "mlps_input",
+    "mlp.hook_post": "neurons",
+    "hook_mlp_out": "mlps_contribution",
+    "hook_resid_post": "layers_output",
+    "ln_final.hook_normalized": "ln_final",
+}
 _OF_TRANSFORMER_LENS = {
+    **{hook.split(".")[-1]: f"{name}[i] in a trace" for hook, name in HOOKS.items()},
+    "hook_embed": "token_embeddings in a trace",
+    "hook_pos_embed": "the output of the module of learned positions: model['transformer.wpe'].output of GPT-2",
+    "hook_normalized": "attentions_input[i], mlps_input[i] or ln_final.output in a trace",
+    "hook_pre": "mlps_input[i] @ W_in[i] + b_in[i], or W_gate where there is one",
+    "hook_result": "heads_output[i] @ W_O[i]",
+    "W_pos": "the weight of the module of learned positions: model['transformer.wpe'].module.weight of GPT-2",
+    "loss_fn": "torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())",
     "from_pretrained": "StandardizedTransformer(id, folder or model)",
     "from_pretrained_no_processing": "StandardizedTransformer(id, folder or model)",
     "hook_points": "the names of docs/names.md, model.layers_output[i] and kin in a trace",

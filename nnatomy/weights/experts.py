@@ -172,7 +172,7 @@ class _Search:
         first, second = self._entries()
         module = self.called.module
         found: dict[str, ExpertsMatrix | str] = {
-            "gate": "its activation function is of all that goes in: nothing multiplies it"
+            "gate": "its MLP is not gated: the activation function is applied to all that W_in gives"
         }
         for role, entries in (("in", first), ("gate", second)):
             if entries is not None:

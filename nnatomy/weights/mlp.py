@@ -21,7 +21,7 @@ from nnatomy.weights.probes import Norm, Probe, is_same, looking, matrices, norm
 from nnatomy.weights.projection import Projection, RefusedError, is_transposed
 
 _ROLES = ("in", "gate", "out")
-NO_GATE = "its activation function is of all that goes in: nothing multiplies it"
+NO_GATE = "its MLP is not gated: the activation function is applied to all that W_in gives"
 
 
 def find_mlps(model: Any) -> list[Roles]:

@@ -186,7 +186,7 @@ def test_neurons_come_of_the_models_own_projections(model_type: str) -> None:
             assert shares_memory(model.W_gate[LAYER], getattr(mlp, "gate_proj", None) or mlp.gate_up_proj)
             return
     for name in ("W_gate", "b_gate"):
-        with pytest.raises(NotInThisModelError, match=rf"{name}\[1\]: there is none: .*nothing multiplies it"):
+        with pytest.raises(NotInThisModelError, match=rf"{name}\[1\]: there is none: .*its MLP is not gated"):
             getattr(model, name)[LAYER]
 
 

@@ -542,7 +542,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: m.W_gate[0],
         "NotInThisModelError",
-        "W_gate[0]: there is none: its activation function is of all that goes in: nothing multiplies it.",
+        "W_gate[0]: there is none: its MLP is not gated: the activation function is applied to all that W_in gives.",
     ),
     (
         lambda: setattr(m, "W_Q", v),

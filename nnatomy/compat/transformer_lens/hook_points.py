@@ -10,29 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.errors import InputError
+from nnatomy.standardized.elsewhere import HOOKS
 
-#: By hook name, without its layer, the standard name.
-HOOKS = {
-    "hook_embed": "token_embeddings",
-    "hook_pos_embed": "a module of learned positions",
-    "hook_resid_pre": "layers_input",
-    "ln1.hook_normalized": "attentions_input",
-    "attn.hook_q": "queries",
-    "attn.hook_k": "keys",
-    "attn.hook_v": "values",
-    "attn.hook_rot_q": "queries",
-    "attn.hook_rot_k": "keys",
-    "attn.hook_attn_scores": "attention_scores",
-    "attn.hook_pattern": "attention_probabilities",
-    "attn.hook_z": "heads_output",
-    "hook_attn_out": "attentions_contribution",
-    "hook_resid_mid": "layers_mid",
-    "ln2.hook_normalized": "mlps_input",
-    "mlp.hook_post": "neurons",
-    "hook_mlp_out": "mlps_contribution",
-    "hook_resid_post": "layers_output",
-    "ln_final.hook_normalized": "ln_final",
-}
 #: Those that have no layer, and what is attached to where a hook is on.
 WHOLE = {"hook_embed": "embed_tokens", "hook_pos_embed": "", "ln_final.hook_normalized": "ln_final"}
 #: Those that are computed from a value and a weight: a cache has them, and no hook can change them.
