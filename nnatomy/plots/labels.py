@@ -12,13 +12,13 @@ _JOINER = "\u200d"
 
 
 def visible(text: str) -> str:
-    """`text` with all of it to be seen: spaces at its ends and in runs as ·, ⏎, ⇥, U+200B.
+    """`text` with all of it to be seen: spaces at its ends, in runs and behind a | (between two tokens) as ·, ⏎, ⇥, U+200B.
 
     Example:
-        >>> visible(" Paris"), visible("\\n\\t"), visible("a b"), visible("a\\u202eb"), visible("")
-        ('·Paris', '⏎⇥', 'a b', 'aU+202Eb', '∅')
+        >>> visible(" Paris"), visible(" a| b"), visible("\\n\\t"), visible("a b"), visible("a\\u202eb"), visible("")
+        ('·Paris', '·a|·b', '⏎⇥', 'a b', 'aU+202Eb', '∅')
     """
-    spaced = re.sub(r"^ +| +$| {2,}", lambda run: "·" * len(run[0]), text)
+    spaced = re.sub(r"^ +| +$| {2,}|(?<=\|) +", lambda run: "·" * len(run[0]), text)
     shown = "".join(_shown(spaced, i) for i in range(len(spaced)))
     return ("◌" + shown if shown and unicodedata.combining(shown[0]) else shown) or "∅"
 
