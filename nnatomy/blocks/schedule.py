@@ -130,8 +130,7 @@ class Schedule(SharedBlock):
         """Let the others come to their ends, and bind what they have bound."""
         waited_for = [invoke for invoke in self.invokes if not invoke.lasting]
         if waited_for:
-            all_done = Waiting(lambda: all(one.done for one in waited_for), "the end of the trace waits for all")
-            self.let_others_go_on(all_done)
+            self.let_others_go_on(Waiting(lambda: all(one.done for one in waited_for), "the trace's end waits for all"))
         for invoke in self.invokes:
             if (error := invoke.coroutine.error) is not None and not (invoke.lasting and invoke.coroutine.lost):
                 raise error  # also one that was raised in the trace's own body before, and caught there

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import dropwhile
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 #: The packages whose frames are of no use to anybody who reads a traceback.
 _TRACING = ("nnatomy.core.", "nnatomy.blocks.", "nnatomy.tracing.")
@@ -55,9 +55,7 @@ class Line(NamedTuple):
 
 def user_line() -> Line:
     """The file (in a notebook the cell) and line of the innermost frame that is not this library's."""
-    frame: Any = sys._getframe(1)
-    while is_ours(frame):
-        frame = frame.f_back
+    frame = next(user_frames())
     return Line(frame.f_code.co_filename, frame.f_lineno)
 
 

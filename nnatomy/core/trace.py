@@ -76,7 +76,6 @@ class Trace:
 
     def _exit(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         block = self.block
-        run = block.run
         try:
             if error is None:
                 block.complete()
@@ -88,7 +87,7 @@ class Trace:
             finally:
                 self._root._blocks.remove(block)
                 self._block = None
-                self._result = run.result
+                self._result = block.run.result
                 block.forget()
 
     @property

@@ -91,14 +91,11 @@ class ModuleView(Values):
         if modules is None:
             return {module: path for path, module in self.module.named_modules()}
         views = [self[one] if isinstance(one, str) else one for one in modules]
-        paths = {one.module: one.path for one in views if isinstance(one, ModuleView)}
-        bare = [one for one in views if not isinstance(one, ModuleView)]
+        bare = dict.fromkeys(one for one in views if not isinstance(one, ModuleView))
         known = self.paths() if bare else {}
-        for module in bare:
-            if module not in known:
-                raise NoSuchModuleError(f"{type(module).__name__} is not a submodule of {type(self.module).__name__}.")
-            paths[module] = known[module]
-        return paths
+        for module in bare.keys() - known.keys():
+            raise NoSuchModuleError(f"{type(module).__name__} is not a submodule of {type(self.module).__name__}.")
+        return dict((one.module, one.path) if isinstance(one, ModuleView) else (one, known[one]) for one in views)
 
     def _no_such(self, name: str) -> NoSuchModuleError:
         here = f"{self.path or 'the model'} ({type(self.module).__name__})"

@@ -52,13 +52,10 @@ class Attachment(Collector):
             raise UsageError(f"attach(point, module): it takes a torch.nn.Module; got {described(module)}.")
         if how not in ("replace", "error", "add", "read"):
             raise UsageError(f"how={how!r}: it is 'replace', 'error', 'add' or 'read'.")
-        self.name = name
-        self.module = module
+        self.name, self.module, self.how = name, module, how
         self.modules = {point.module, takes.module}
         self.kinds = {point.kind: point.tap, takes.kind: takes.tap}
-        self.point = point
-        self.takes_point = takes
-        self.how = how
+        self.point, self.takes_point = point, takes
         self._taken: dict[int, Tensor] = {}  # what it is given in which step, until it is called
 
     def for_run(self) -> "Attachment":

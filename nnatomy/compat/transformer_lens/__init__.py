@@ -9,9 +9,9 @@ from nnatomy.compat.transformer_lens import patching as patching
 from nnatomy.compat.transformer_lens import utils as utils
 from nnatomy.compat.transformer_lens.cache import ActivationCache as ActivationCache
 from nnatomy.compat.transformer_lens.factored_matrix import FactoredMatrix as FactoredMatrix
-from nnatomy.compat.transformer_lens.hook_points import HOOKS as HOOKS
 from nnatomy.compat.transformer_lens.hook_points import HookPoint as HookPoint
 from nnatomy.compat.transformer_lens.hook_points import get_act_name as get_act_name
 from nnatomy.compat.transformer_lens.model import Config as Config
 from nnatomy.compat.transformer_lens.model import HookedTransformer as HookedTransformer
 from nnatomy.compat.transformer_lens.svd import SVDInterpreter as SVDInterpreter
+from nnatomy.standardized.elsewhere import HOOKS as HOOKS
