@@ -32,7 +32,7 @@ from nnatomy.core.cache import Cache
 from nnatomy.core.gates import runs
 from nnatomy.core.points import Axes, Slot
 from nnatomy.core.taps import Taps
-from nnatomy.errors import NotRemoteError
+from nnatomy.errors import NotRemoteError, a
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.remote.caches import Caches
 from nnatomy.remote.connection import Connection
@@ -65,12 +65,12 @@ class RemoteObject:
         self._number, self._kind = number, kind
 
     def __repr__(self) -> str:
-        return f"<a {self._kind} at the server of a remote model>"
+        return f"<{a(self._kind)} at the server of a remote model>"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise NotRemoteError(f".{name} of a {self._kind}: it is at the server of a remote model, and no tensor.")
+        raise NotRemoteError(f".{name} of {a(self._kind)}: it is at the server of a remote model, and no tensor.")
 
 
 class _NoTaps(Taps):
@@ -253,7 +253,7 @@ class RemoteForward:
         of_model = sys.modules[type(self._root).__module__]
         kind = getattr(modeling_outputs, name, getattr(of_model, name, None))
         if not (isinstance(kind, type) and issubclass(kind, ModelOutput)):
-            raise NotRemoteError(f"The model returns a {name}, which only a local model can.")
+            raise NotRemoteError(f"The model returns {a(name)}, which only a local model can.")
         made = kind(**{key: self._received(one, changes) for key, one in fields})
         object.__setattr__(made, "_number_at_server", number)
         finalize(made, self._connection.dead.append, number)

@@ -21,7 +21,7 @@ from nnatomy.core.gates import is_gate
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Axes, Report
 from nnatomy.core.progress import ENTERING
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import NotInThisModelError, a_kind
 from nnatomy.names import OF_MIXERS, ROWS, STATES
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.hidden import input_of, output_of, with_output
@@ -211,7 +211,7 @@ class MixerMode(ShowMode):
         off = max(off_by(one, other) for one, other in ends)
         if off > 10 * tolerance(ends[0][1]):
             raise NotInThisModelError(
-                f"the states of a {type(self._module).__name__} by position: this call has ended elsewhere than its own single "
+                f"the states of {a_kind(self._module)} by position: this call has ended elsewhere than its own single "
                 f"steps, from which they are computed (off by {off:.1e}, relative). Something inside of it has been changed in this "
                 "pass (time_steps, mixer_gates, one of its modules), it was given packed sequences, or several tokens behind a "
                 "state that it does not go on from. Read the states in a pass without that."

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, a_kind
 from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
 from nnatomy.standardized.media import load_processor, media_alone
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
@@ -283,9 +283,9 @@ class Vision(Values):
     def _slot_of_stream(self, kind: Kind) -> tuple[Slot, Tensor]:
         """Where the module that runs the layers is called, and which positions are of that kind."""
         name, candidates = kind.names[0], token_ids(self, kind)
-        ids = self.input_ids
         arguments, _ = self._root_inputs(name)
-        both = kind is not AUDIO and self._both()
+        ids = self.input_ids
+        both = kind is not AUDIO and self._both(name)
         slot = _reach(self, self._keywords._above_the_layers()[-1], name, "input")
         if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
             raise NotInThisModelError(f"{name}: the module that runs the layers is given no inputs_embeds.")
@@ -307,17 +307,17 @@ class Vision(Values):
         """An encoder that reads images in one call and videos in another has no one value."""
         if kind is AUDIO:
             return
-        if self._both():
+        if self._both(name):
             raise NotInThisModelError(
                 f"{name}: the prompt has images and videos, and the vision encoder reads them in a call each. Read the calls "
                 "under the module's own name: model.path.to.module.calls[k].output."
             )
 
-    def _both(self) -> bool:
-        """Whether the prompts have images and videos."""
-        recorded = next((c for c in self._blocks.current("images").run.collectors if isinstance(c, RootInputs)), None)
+    def _both(self, name: str) -> bool:
+        """Whether the prompts have images and videos, where `name` is asked for."""
+        recorded = next((c for c in self._blocks.current(name).run.collectors if isinstance(c, RootInputs)), None)
         if recorded is None:  # a scan
-            arguments, _ = self._root_inputs("images")
+            arguments, _ = self._root_inputs(name)
             media = {name for name, value in arguments.items() if value is not None}
         else:
             media = {*recorded.given.media}
@@ -337,7 +337,7 @@ def _with_first(name: str, value: Any, new: Tensor) -> Any:
 
 def _check(name: str, old: Tensor, new: Any) -> None:
     if not isinstance(new, Tensor) or new.shape != old.shape:
-        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else a_kind(new)
         raise AssignmentError(f"{name} is of shape {tuple(old.shape)}; what was assigned is {found}.")
 
 

@@ -3,6 +3,7 @@ image changes."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from reference import hooked
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import AssignmentError, InputError, NotInThisModelError
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, OutsideTraceError
 from nnatomy.standardized.media import image_token
 
 # Of numpy, about the processors' own code.
@@ -108,6 +109,29 @@ def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
             model.trace(**inputs),
         ):
             model.projector_output
+
+
+def test_an_array_is_read_whichever_axis_its_colors_are_on(loaded: Any) -> None:
+    """As the processor itself reads the picture, also where a side is as long as the colors are many."""
+    _, _, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    rows = np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    for pixels in (rows, rows[:3], rows[:, :3]):
+        try:
+            plain = processed(processor, [prompt], [Image.fromarray(pixels)])["pixel_values"]
+        except ValueError:  # some take no picture that is so thin
+            continue
+        tensor = torch.from_numpy(pixels)
+        given = {
+            "array": pixels,
+            "tensor, colors first": tensor.permute(2, 0, 1),
+            **({"array, colors first": pixels.transpose(2, 0, 1)} if pixels.shape[1] != 3 else {}),
+            **({"tensor": tensor} if pixels.shape[0] != 3 else {}),
+        }
+        for how, one in given.items():
+            assert torch.equal(model.prepare(prompt, images=one)["pixel_values"], plain), how
+            again = model.prepare(prompt, images=one.astype(np.float32) if isinstance(one, np.ndarray) else one.float())
+            torch.testing.assert_close(again["pixel_values"], plain, rtol=0, atol=0.05, msg=how)
 
 
 def test_whose_positions_they_are(loaded: Any) -> None:
@@ -320,9 +344,9 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "images", "says"),
     [
-        ("what is this ?", lambda: picture(), "There are 1 images, and 0 places .* '<image>' says in a text where"),
-        ("<image> what", lambda: [picture(), picture()], "There are 2 images, and 1 places"),
-        ("<image> what", lambda: None, "There are 0 images, and 1 places"),
+        ("what is this ?", lambda: picture(), "The prompts have 0 places for 1 image: '<image>' says in a text where"),
+        ("<image> what", lambda: [picture(), picture()], "The prompts have 1 place for 2 images: "),
+        ("<image> what", lambda: None, "The prompts have 1 place for 0 images: "),
         (
             "<image> what",
             lambda: picture().convert("RGBA"),
@@ -335,12 +359,39 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             lambda: np.zeros((16, 16), np.uint8),
             r"Image 0 is an array of shape \(16, 16\): give one of \(height",
         ),
-        ("<image> what", lambda: 7, "Image 0 is a int: give a PIL image, an array, or a file's path"),
+        ("<image> what", lambda: 7, "Image 0 is an int: give a PIL image, an array, or a file's path"),
         (
             "<image> what",
             lambda: torch.zeros(16, 16),
-            r"Image 0 is a tensor of shape \(16, 16\): give one of \(channel",
+            r"Image 0 is a tensor of shape \(16, 16\): give one of \(3, height, width\)",
         ),
+        (
+            "<image> what",
+            lambda: np.zeros((0, 16, 3), np.uint8),
+            r"Image 0 is an array of shape \(0, 16, 3\): give one of \(height",
+        ),
+        (
+            "<image> what",
+            lambda: torch.rand(3, 16, 16),
+            r"Image 0 has values from .* to .*, and the model's processor divides by 255, .*: give bytes \(uint8\), .*255 \* image",
+        ),
+        (
+            "<image> what",
+            lambda: np.ones((16, 16, 3), bool),
+            "Image 0 has values from 1 to 1, and the model's processor",
+        ),
+        (
+            "<image> what",
+            lambda: torch.full((3, 16, 16), torch.nan),
+            r"Image 0 has values from nan to nan: give bytes \(uint8\), from 0 to 255",
+        ),
+        ("<image> what", lambda: torch.randn(3, 16, 16) * 300, r"Image 0 has values from -.* to .*: give bytes"),
+        (
+            "<image> what",
+            lambda: np.zeros((16, 16, 3), complex),
+            "Image 0 is of complex128, and a color has a real number",
+        ),
+        ("<image> what", lambda: np.zeros((16, 16, 3), object), "Image 0 is of object, and a color has a real number"),
         ([[5, 6]], lambda: picture(), "Images, videos and sound go with texts and chats, .* pixel_values=..."),
     ],
 )
@@ -356,8 +407,13 @@ def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
     ):
         model.trace("<image> what", images=picture())
     text = StandardizedTransformer("demo:gpt2")
-    with pytest.raises(InputError, match="The processor of 'demo:gpt2', to read images, could not be loaded"):
-        text.trace("what", images=picture())
+    for argument, kind in (("images", "images"), ("videos", "videos"), ("audio", "sounds")):
+        with pytest.raises(
+            InputError, match=rf"^{argument}=\.\.\.: the model reads no {kind}, its forward takes none of .*, load"[:-6]
+        ):
+            text.trace("what", **{argument: picture()})
+    with pytest.raises(InputError, match=r"^images=\.\.\.: the model reads no images"):
+        text.trace([{"role": "user", "content": [{"type": "image", "image": picture()}]}])
     with pytest.raises(NotInThisModelError, match="GPT2LMHeadModel has no token that stands for a patch"):
         text.image_tokens("what", images=picture())
     with (
@@ -365,6 +421,22 @@ def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
         text.trace("what"),
     ):
         text.vision_layers_output[0]
+
+
+def test_an_argument_by_another_name_is_said(llava: StandardizedTransformer) -> None:
+    for name, meant in (("image", "images"), ("video", "videos"), ("sound", "audio")):
+        with pytest.raises(InputError, match=rf"^{name}=\.\.\.: it is called {meant}=\.\.\., one or a list\.$"):
+            llava.trace("<image> what", **{name: picture()})
+
+
+@pytest.mark.parametrize("name", ["image_embeddings", "projector_output", "vision_layers_output[1]"])
+def test_outside_a_trace_the_name_asked_for_is_said(llava: StandardizedTransformer, name: str) -> None:
+    for ask in (
+        lambda: eval(f"model.{name}", {"model": llava}),
+        lambda: exec(f"model.{name} = torch.zeros(1)", {"model": llava, "torch": torch}),
+    ):
+        with pytest.raises(OutsideTraceError, match=rf"^{re.escape(name)}: values exist only while the model runs"):
+            ask()
 
 
 def test_blocks_with_an_image_each(llava: StandardizedTransformer) -> None:
