@@ -151,7 +151,12 @@ class MixerMode(ShowMode):
             given = gate.f_locals["args"], gate.f_locals["kwargs"]
             self._keeps = bool(states_in(given)) or inside.cache is None
             self._call = MixerCall(
-                module, with_cache(given, inside.cache), inside.slots, inside.alone, is_first=progress.step == 0
+                module,
+                with_cache(given, inside.cache),
+                inside.slots,
+                inside.alone,
+                bool(inside.apart),
+                is_first=progress.step == 0,
             )
 
     def __exit__(self, *error: Any) -> None:
@@ -195,6 +200,12 @@ class MixerMode(ShowMode):
             if isinstance(where, FakeTensor):
                 continue
             if (awaited := awaits_gradient(shown)) or bool(where.any()):
+                if call.by_prefix:
+                    raise NotInThisModelError(
+                        f"{name} of {a_kind(self._module)} cannot be assigned, nor its gradient be asked for: its single step, with "
+                        "which a generation goes on from a state, gives something else than its scan of a prompt "
+                        f"({self._inside.apart:.1e} of it, relative), and no call of it goes on with its scan by one position."
+                    )
                 forced[i] = where, new.reshape(state.shape)
                 changed.append(where | awaited)
                 run = call.run(forced)
