@@ -39,6 +39,7 @@ from nnatomy.remote.connection import Connection
 from nnatomy.remote.tensor import sent, wrap
 from nnatomy.remote.wire import decode
 from nnatomy.standardized.accessors import _Collected
+from nnatomy.standardized.keywords import PIXELS, SOUND
 from nnatomy.standardized.pieces import Elsewhere
 
 #: What a forward pass records for all layers would be recorded at the server, and not be edited.
@@ -112,6 +113,11 @@ class RemoteForward:
             raise NotRemoteError(
                 f"{recorded[0]}=True of a remote model: read what you need by its name, such as model.layers_output[:] or "
                 "model.attention_probabilities[:]."
+            )
+        if read := [name for name in sorted(PIXELS | SOUND) if kwargs.get(name) is not None]:
+            raise NotRemoteError(
+                f"{read[0]}=... of a remote model: a server runs forward passes of tokens, and of no images, videos or sound. Load "
+                "the model here, StandardizedTransformer(id) without a server; or give inputs_embeds=..., with what enters the stream."
             )
         number = self._connection.number()
         arguments = {key: self._sent(one) for key, one in kwargs.items() if one is not None}
