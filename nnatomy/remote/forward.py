@@ -117,7 +117,7 @@ class RemoteForward:
         if read := [name for name in sorted(PIXELS | SOUND) if kwargs.get(name) is not None]:
             raise NotRemoteError(
                 f"{read[0]}=... of a remote model: a server runs forward passes of tokens, and of no images, videos or sound. Load "
-                "the model here, StandardizedTransformer(id) without a server; or give inputs_embeds=..., with what enters the stream."
+                "the model here, StandardizedTransformer(id) without a server; or give inputs_embeds=..., what enters the stream."
             )
         number = self._connection.number()
         arguments = {key: self._sent(one) for key, one in kwargs.items() if one is not None}
