@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from audio_families import FAMILIES, RATE, sound, whisper
+from media_checks import Asked, check_a_batch, check_a_trace, check_generating, check_what_is_assigned
 from reference import hooked
 from torch import Tensor, nn
 
@@ -39,45 +40,16 @@ def processed(processor: Any, text: str, audio: Any) -> dict[str, Any]:
     return {name: value for name, value in made.items() if name != "labels"}
 
 
-def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+def asked_of(loaded: Any) -> Asked:
     name, hf, processor, model = loaded
     prompt = processor.audio_token + " what is this ?"
     inputs = processed(processor, prompt, sound())
-    path, projector = PARTS[name]
-    layers = hf.get_submodule(path)
-    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
-    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
-    if projector:
-        points["projector"] = (hf.get_submodule(projector), "output")
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        other = hf(**{**inputs, "input_features": -inputs["input_features"]}).logits
-        seen = hooked(hf, lambda: hf(**inputs), points)
-        with model.trace(prompt, audio=sound()) as tracer:
-            heard = model.audio_layers_output[:]
-            if projector:
-                given = model.audio_projector_output
-            entered = model.audio_embeddings
-            stream = model.layers_input[0]
-            last = model.layers_output[-1]
-            logits = model.logits
-            tracer.result
-    assert not torch.allclose(plain, other, atol=1e-3), "the sound does not matter"
-    assert torch.equal(logits, plain)
-    assert torch.equal(stream, seen["stream"])
-    assert torch.equal(last, seen["last"])
-    assert len(heard) == len(layers)
-    assert all(torch.equal(value, seen[i]) for i, value in enumerate(heard))
-    (tokens,) = model.audio_tokens(prompt, audio=sound())
-    assert len(entered) == len(tokens.positions)
-    if projector:
-        assert torch.equal(given, seen["projector"])
-    else:
-        with (
-            pytest.raises(NotInThisModelError, match="no module gives .* at a sound's positions"),
-            model.trace(**inputs),
-        ):
-            model.audio_projector_output
+    names = ("audio_layers_output", "audio_projector_output", "audio_embeddings")
+    return Asked(hf, model, prompt, inputs, {"audio": sound()}, "input_features", *PARTS[name], names)
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    check_a_trace(asked_of(loaded))
 
 
 def test_whose_positions_they_are(loaded: Any) -> None:
@@ -108,21 +80,12 @@ def test_whose_positions_they_are(loaded: Any) -> None:
 def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
     _, _, processor, model = loaded
     token = processor.audio_token
-    prompts, sounds = [f"{token} what ?", f"the left {token} right of this a user"], [sound(1), sound(2, frames=64)]
-    with torch.no_grad():
-        with model.trace(prompts, audio=sounds):
-            together = model.logits[:, -1]
-        for i, (prompt, one) in enumerate(zip(prompts, sounds, strict=True)):
-            with model.trace(prompt, audio=one):
-                alone = model.logits[0, -1]
-            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+    prompts = [f"{token} what ?", f"the left {token} right of this a user"]
+    check_a_batch(model, prompts, "audio", [sound(1), sound(2, frames=64)])
 
 
 def test_what_is_assigned_goes_on(loaded: Any) -> None:
-    name, hf, processor, model = loaded
-    prompt = processor.audio_token + " what is this ?"
-    inputs = processed(processor, prompt, sound())
-    path, projector = PARTS[name]
+    asked = asked_of(loaded)
 
     def zeroed(module: nn.Module) -> Tensor:
         def zero(_: Any, __: Any, output: Any) -> Any:
@@ -131,46 +94,17 @@ def test_what_is_assigned_goes_on(loaded: Any) -> None:
         handle = module.register_forward_hook(zero)
         try:
             with torch.no_grad():
-                return hf(**inputs).logits
+                return asked.hf(**asked.inputs).logits
         finally:
             handle.remove()
 
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        for i, layer in enumerate(hf.get_submodule(path)):
-            with model.trace(prompt, audio=sound()):
-                model.audio_layers_output[i] = 0 * model.audio_layers_output[i]
-                logits = model.logits
-            assert torch.equal(logits, zeroed(layer))
-            assert not torch.equal(logits, plain)
-        if projector:
-            with model.trace(prompt, audio=sound()):
-                model.audio_projector_output = 0 * model.audio_projector_output
-                logits = model.logits
-            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
-        (place,) = model.audio_tokens(prompt, audio=sound())
-        with model.trace(prompt, audio=sound()):
-            before = model.audio_embeddings
-            plain_stream = model.layers_input[0][0, place.positions]
-        with model.trace(prompt, audio=sound()):
-            new = torch.randn_like(model.audio_embeddings)
-            model.audio_embeddings = new
-            stream = model.layers_input[0][0, place.positions]
-        torch.testing.assert_close(stream, new * (plain_stream / before), rtol=1e-3, atol=1e-3)
+    for layer in asked.hf.get_submodule(asked.layers):
+        assert not torch.equal(zeroed(layer), asked.hf(**asked.inputs).logits)
+    check_what_is_assigned(asked, zeroed)
 
 
 def test_generating(loaded: Any) -> None:
-    _, hf, processor, model = loaded
-    prompt = processor.audio_token + " what is this ?"
-    inputs = processed(processor, prompt, sound())
-    with torch.no_grad():
-        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
-        with model.generate(prompt, audio=sound(), max_new_tokens=3, do_sample=False) as tracer:
-            counts = [len(model.audio_embeddings) for _ in tracer.iter[:]]
-            tokens = tracer.result
-    assert torch.equal(tokens, plain)
-    (place,) = model.audio_tokens(prompt, audio=sound())
-    assert counts == [len(place.positions), 0, 0]
+    check_generating(asked_of(loaded))
 
 
 def test_an_image_and_a_sound_in_one_prompt() -> None:

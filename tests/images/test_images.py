@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from image_families import FAMILIES
+from media_checks import Asked, check_a_batch, check_a_trace, check_generating, check_what_is_assigned
 from PIL import Image
 from reference import hooked
 from torch import Tensor, nn
@@ -69,46 +70,21 @@ def processed(processor: Any, texts: list[str], images: list[Any]) -> dict[str, 
     return {name: value for name, value in made.items() if name != "labels"}
 
 
-def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
-    _, hf, processor, model = loaded
+def asked_of(loaded: Any) -> Asked:
+    name, hf, processor, model = loaded
     prompt = image_token(processor) + " what is this ?"
     inputs = processed(processor, [prompt], [picture()])
-    path, projector = PARTS[loaded[0]]
-    layers = hf.get_submodule(path)
-    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
-    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
-    if projector:
-        points["projector"] = (hf.get_submodule(projector), "output")
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        other = hf(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
-        seen = hooked(hf, lambda: hf(**inputs), points)
-        with model.trace(prompt, images=picture()) as tracer:
-            vision = model.vision_layers_output[:]
-            if projector:
-                given = model.projector_output
-            entered = model.image_embeddings
-            stream = model.layers_input[0]
-            last = model.layers_output[-1]
-            logits = model.logits
-            tracer.result
-    assert not torch.allclose(plain, other, atol=1e-3), "the image does not matter"
-    assert torch.equal(logits, plain)
-    assert torch.equal(stream, seen["stream"])
-    assert torch.equal(last, seen["last"])
-    assert len(vision) == len(layers)
-    assert all(torch.equal(value, seen[i]) for i, value in enumerate(vision))
-    (tokens,) = model.image_tokens(prompt, images=picture())
-    assert len(entered) == len(tokens.positions)
-    if projector:
-        assert torch.equal(given, seen["projector"])
+    names = ("vision_layers_output", "projector_output", "image_embeddings")
+    return Asked(hf, model, prompt, inputs, {"images": picture()}, "pixel_values", *PARTS[name], names)
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    asked = asked_of(loaded)
+    check_a_trace(asked)
+    if asked.projector:
+        with torch.no_grad(), asked.trace():
+            given, entered = asked.model.projector_output, asked.model.image_embeddings
         assert torch.equal(given.reshape(entered.shape), entered)
-    else:
-        with (
-            pytest.raises(NotInThisModelError, match="no module gives what stands in the stream"),
-            model.trace(**inputs),
-        ):
-            model.projector_output
 
 
 def test_an_array_is_read_whichever_axis_its_colors_are_on(loaded: Any) -> None:
@@ -166,17 +142,10 @@ def test_whose_positions_they_are(loaded: Any) -> None:
 
 def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
     name, _, processor, model = loaded
-    if name in ALONE:
-        return
     token = image_token(processor)
-    prompts, images = [f"{token} what ?", f"the left {token} right of this a user"], [picture(1), picture(2)]
-    with torch.no_grad():
-        with model.trace(prompts, images=images):
-            together = model.logits[:, -1]
-        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            with model.trace(prompt, images=image):
-                alone = model.logits[0, -1]
-            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+    if name not in ALONE:
+        prompts = [f"{token} what ?", f"the left {token} right of this a user"]
+        check_a_batch(model, prompts, "images", [picture(1), picture(2)])
 
 
 def test_rows_and_columns(loaded: Any, request: pytest.FixtureRequest) -> None:
@@ -224,10 +193,8 @@ def test_rows_and_columns(loaded: Any, request: pytest.FixtureRequest) -> None:
 
 
 def test_what_is_assigned_goes_on(loaded: Any) -> None:
-    name, hf, processor, model = loaded
-    prompt = image_token(processor) + " what is this ?"
-    inputs = processed(processor, [prompt], [picture()])
-    path, projector = PARTS[name]
+    asked = asked_of(loaded)
+    model = asked.model
 
     def zeroed(module: nn.Module) -> Tensor:
         """The logits where that module's own forward gives zeros (a hook would come behind what the encoder records of a layer)."""
@@ -239,53 +206,17 @@ def test_what_is_assigned_goes_on(loaded: Any) -> None:
         module.forward = zero
         try:
             with torch.no_grad():
-                return hf(**inputs).logits
+                return asked.hf(**asked.inputs).logits
         finally:
             del module.forward
 
-    with torch.no_grad():
-        for i, layer in enumerate(hf.get_submodule(path)):
-            with model.trace(prompt, images=picture()):
-                model.vision_layers_output[i] = 0 * model.vision_layers_output[i]
-                logits = model.logits
-            assert torch.equal(logits, zeroed(layer))
-        if projector:
-            with model.trace(prompt, images=picture()):
-                model.projector_output = 0 * model.projector_output
-                logits = model.logits
-            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
-        (place,) = model.image_tokens(prompt, images=picture())
-        with model.trace(prompt, images=picture()):
-            new = torch.randn_like(model.image_embeddings)
-            model.image_embeddings = new
-            stream = model.layers_input[0][0, place.positions]
-            logits = model.logits
-        with model.trace(prompt, images=picture()):
-            before = model.image_embeddings
-            plain_stream = model.layers_input[0][0, place.positions]
-            plain = model.logits
-        scale = plain_stream / before  # what some families multiply all embeddings by
-        torch.testing.assert_close(stream, new * scale, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(logits, plain, atol=1e-3)
-        with (
-            pytest.raises(AssignmentError, match="image_embeddings is of shape"),
-            model.trace(prompt, images=picture()),
-        ):
-            model.image_embeddings = new[:, :-1]
+    check_what_is_assigned(asked, zeroed)
+    with pytest.raises(AssignmentError, match="image_embeddings is of shape"), asked.trace():
+        model.image_embeddings = model.image_embeddings[:, :-1]
 
 
 def test_generating(loaded: Any) -> None:
-    _, hf, processor, model = loaded
-    prompt = image_token(processor) + " what is this ?"
-    inputs = processed(processor, [prompt], [picture()])
-    with torch.no_grad():
-        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
-        with model.generate(prompt, images=picture(), max_new_tokens=3, do_sample=False) as tracer:
-            counts = [len(model.image_embeddings) for _ in tracer.iter[:]]
-            tokens = tracer.result
-    assert torch.equal(tokens, plain)
-    (place,) = model.image_tokens(prompt, images=picture())
-    assert counts == [len(place.positions), 0, 0]
+    check_generating(asked_of(loaded))
 
 
 def test_a_scan_gives_the_shapes(loaded: Any) -> None:
