@@ -37,6 +37,26 @@ from pathlib import Path
 from typing import Any
 
 
+def a(noun: str, article: str = "a") -> str:
+    """The noun, or a class's name, behind its article: "an int", "a Tensor", "a UNet".
+
+    Args:
+        article: "A" at the beginning of a sentence.
+    """
+    # (The letters of "ndarray" are said one by one.)
+    return f"{article}{'n' * (noun[:1].lower() in {*'aeio'} or noun == 'ndarray')} {noun}"
+
+
+def a_kind(value: object, article: str = "a") -> str:
+    """What kind of thing was given, with its article: of 7 "an int"."""
+    return a(type(value).__name__, article)
+
+
+def counted(count: int, noun: str) -> str:
+    """So many of them: "1 image", "2 images"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def check_folder(path: Path) -> None:
     """Raise FileNotFoundError if the folder is not there that a file is to be written into, IsADirectoryError if it is one."""
     if path.is_dir():

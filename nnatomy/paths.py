@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nnatomy.errors import InputError, UsageError
+from nnatomy.errors import InputError, UsageError, a_kind
 
 #: What files of this library have in their header, what they are, and what reads them.
 _FILES = {
@@ -34,7 +34,7 @@ def path_of(value: Any, what: str, error: type[UsageError] = InputError) -> Path
     """
     if not isinstance(value, (str, os.PathLike)) or not str(value):
         text = repr(value)
-        short = text if len(text) < 60 else f"a {type(value).__name__}"
+        short = text if len(text) < 60 else a_kind(value)
         raise error(f"path={short}: give the path of {what}, as a text or a pathlib.Path.")
     return Path(value)
 

@@ -16,12 +16,9 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
     FluxTransformer2DModel,
-    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -83,6 +80,20 @@ def t5(width: int = WIDTH) -> Any:
     return lively(T5EncoderModel(config))
 
 
+def language_model(name: str, **others: Any) -> Any:
+    """Of two layers, whose last states are what a pipeline reads: "Gemma2", ..."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": WIDTH,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+    }
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **others})
+    return lively(getattr(transformers, f"{name}Model")(config))
+
+
 def vae(latent_channels: int = 4, blocks: int = 1) -> AutoencoderKL:
     torch.manual_seed(2)
     return AutoencoderKL(
@@ -107,6 +118,18 @@ def lively(module: Any, std: float = 0.15) -> Any:
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(1 + noise if "norm" in name and name.endswith("weight") and parameter.ndim == 1 else noise)
     return module.eval()
+
+
+def of_parts(pipeline: str, transformer: Any, **others: Any) -> Any:
+    """A pipeline of that transformer; by default with a T5 and its tokenizer, the common decoder, and flow matching."""
+    parts = {
+        "vae": vae,
+        "text_encoder": t5,
+        "tokenizer": lambda: tokenizer(20, False),
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+    }
+    made = {name: others.pop(name) if name in others else make() for name, make in parts.items()}
+    return getattr(diffusers, f"{pipeline}Pipeline")(transformer=lively(transformer), **made, **others)
 
 
 def stable_diffusion() -> Any:
@@ -150,10 +173,9 @@ def pixart() -> Any:
         norm_type="ada_norm_single",
         use_additional_conditions=False,
     )
-    return PixArtAlphaPipeline(
-        transformer=lively(transformer),
-        vae=vae(),
-        text_encoder=t5(),
+    return of_parts(
+        "PixArtAlpha",
+        transformer,
         tokenizer=tokenizer(120, False),
         scheduler=DDIMScheduler(clip_sample=False),
     )
@@ -192,10 +214,9 @@ def sd3(dual: bool = False) -> Any:
         dual_attention_layers=(0,) if dual else (),
         qk_norm="rms_norm" if dual else None,
     )
-    return StableDiffusion3Pipeline(
-        transformer=lively(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
+    return of_parts(
+        "StableDiffusion3",
+        transformer,
         text_encoder=clip(projection=True),
         tokenizer=tokenizer(12),
         text_encoder_2=clip(projection=True),
@@ -219,10 +240,9 @@ def flux() -> Any:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     )
-    return FluxPipeline(
-        transformer=lively(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
+    return of_parts(
+        "Flux",
+        transformer,
         text_encoder=clip(),
         tokenizer=tokenizer(12),
         text_encoder_2=t5(),
@@ -264,14 +284,7 @@ def sdxl() -> Any:
 
 
 def pixart_sigma() -> Any:
-    pipeline = pixart()
-    return diffusers.PixArtSigmaPipeline(
-        transformer=pipeline.transformer,
-        vae=vae(),
-        text_encoder=t5(),
-        tokenizer=tokenizer(20, False),
-        scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
+    return of_parts("PixArtSigma", pixart().transformer, scheduler=diffusers.DPMSolverMultistepScheduler())
 
 
 def aura_flow() -> Any:
@@ -289,13 +302,7 @@ def aura_flow() -> Any:
         out_channels=4,
         pos_embed_max_size=256,
     )
-    return diffusers.AuraFlowPipeline(
-        tokenizer=tokenizer(20, False),
-        text_encoder=t5(),
-        vae=vae(),
-        transformer=lively(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
+    return of_parts("AuraFlow", transformer)
 
 
 def chroma() -> Any:
@@ -313,13 +320,7 @@ def chroma() -> Any:
         approximator_hidden_dim=WIDTH,
         approximator_layers=1,
     )
-    return diffusers.ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
-        text_encoder=t5(),
-        tokenizer=tokenizer(20, False),
-        transformer=lively(transformer),
-    )
+    return of_parts("Chroma", transformer)
 
 
 def cogview4() -> Any:
@@ -336,22 +337,11 @@ def cogview4() -> Any:
         condition_dim=4,
         rope_axes_dim=(64, 64),
     )
-    config = transformers.GlmConfig(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    return diffusers.CogView4Pipeline(
+    return of_parts(
+        "CogView4",
+        transformer,
         tokenizer=tokenizer(20),
-        text_encoder=lively(transformers.GlmModel(config)),
-        vae=vae(),
-        transformer=lively(transformer),
+        text_encoder=language_model("Glm", num_key_value_heads=4, head_dim=8, eos_token_id=2),
         scheduler=FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True),
     )
 
@@ -372,21 +362,10 @@ def lumina2() -> Any:
         axes_dim_rope=(4, 4, 8),
         axes_lens=(300, 64, 64),
     )
-    config = transformers.Gemma2Config(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
-    return diffusers.Lumina2Pipeline(
-        transformer=lively(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
-        text_encoder=lively(transformers.Gemma2Model(config)),
+    return of_parts(
+        "Lumina2",
+        transformer,
+        text_encoder=language_model("Gemma2", num_key_value_heads=2, head_dim=8),
         tokenizer=tokenizer(60),
     )
 
@@ -406,16 +385,6 @@ def sana() -> Any:
         caption_channels=WIDTH,
         sample_size=8,
     )
-    config = transformers.Gemma2Config(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
     decoder = diffusers.AutoencoderDC(
         in_channels=3,
         latent_channels=4,
@@ -434,12 +403,12 @@ def sana() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     ).eval()
-    return diffusers.SanaPipeline(
+    return of_parts(
+        "Sana",
+        transformer,
         tokenizer=tokenizer(300),
-        text_encoder=lively(transformers.Gemma2Model(config)),
+        text_encoder=language_model("Gemma2", num_key_value_heads=2, head_dim=8),
         vae=decoder,
-        transformer=lively(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
     )
 
 
@@ -460,11 +429,10 @@ def wan() -> Any:
     decoder = diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     ).eval()
-    return diffusers.WanPipeline(
-        tokenizer=tokenizer(20, False),
-        text_encoder=t5(),
+    return of_parts(
+        "Wan",
+        transformer,
         vae=decoder,
-        transformer=lively(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
 
@@ -495,11 +463,10 @@ def cogvideox() -> Any:
         norm_num_groups=2,
         temporal_compression_ratio=4,
     ).eval()
-    return diffusers.CogVideoXPipeline(
-        tokenizer=tokenizer(20, False),
-        text_encoder=t5(),
+    return of_parts(
+        "CogVideoX",
+        transformer,
         vae=decoder,
-        transformer=lively(transformer),
         scheduler=diffusers.CogVideoXDDIMScheduler(),
     )
 
@@ -533,13 +500,7 @@ def ltx() -> Any:
         decoder_causal=False,
     ).eval()
     decoder.use_framewise_encoding = decoder.use_framewise_decoding = False
-    return diffusers.LTXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=decoder,
-        text_encoder=t5(),
-        tokenizer=tokenizer(20, False),
-        transformer=lively(transformer),
-    )
+    return of_parts("LTX", transformer, vae=decoder)
 
 
 def hunyuan_dit() -> Any:
@@ -559,18 +520,10 @@ def hunyuan_dit() -> Any:
         text_len_t5=256,
         activation_fn="gelu-approximate",
     )
-    bert = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    return diffusers.HunyuanDiTPipeline(
-        transformer=lively(transformer),
-        vae=vae(),
-        text_encoder=lively(transformers.BertModel(bert)),
+    return of_parts(
+        "HunyuanDiT",
+        transformer,
+        text_encoder=language_model("Bert"),
         tokenizer=tokenizer(77),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(20, False),
@@ -603,22 +556,11 @@ def z_image() -> Any:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     )
-    config = transformers.Qwen3Config(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-    )
-    return diffusers.ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(),
-        text_encoder=lively(transformers.Qwen3Model(config)),
+    return of_parts(
+        "ZImage",
+        transformer,
+        text_encoder=language_model("Qwen3", num_hidden_layers=3, num_key_value_heads=2, head_dim=8),
         tokenizer=chatty(20),
-        transformer=lively(transformer),
     )
 
 
@@ -667,12 +609,12 @@ def qwen_image() -> Any:
         vision_start_token_id=6,
         vision_end_token_id=7,
     )
-    return diffusers.QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+    return of_parts(
+        "QwenImage",
+        transformer,
         vae=decoder,
         text_encoder=lively(transformers.Qwen2_5_VLForConditionalGeneration(config)),
         tokenizer=tokenizer(60),
-        transformer=lively(transformer),
     )
 
 

@@ -12,7 +12,7 @@ from nnatomy.core.frames import hide_our_frames
 from nnatomy.core.points import Collector, Question, Slot
 from nnatomy.core.progress import Place
 from nnatomy.core.run import Run
-from nnatomy.errors import RowsError
+from nnatomy.errors import RowsError, a_kind
 
 
 class Waiting(NamedTuple):
@@ -187,7 +187,7 @@ class _StaysAsRead(Collector):
             self._run.watch()
             if [copy._version for copy in self._copies] != self._versions:
                 raise RowsError(
-                    f"An input of a {type(slot.module).__name__} was read in a block of tracer.invoke, with gradients, and is "
+                    f"An input of {a_kind(slot.module)} was read in a block of tracer.invoke, with gradients, and is "
                     "changed in place in that module. For the gradients the model goes on with a copy, and whoever else has "
                     "the tensor would not see the change. Read it where it is made (the output of the module before), or trace "
                     "under torch.no_grad()."

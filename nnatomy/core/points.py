@@ -20,6 +20,8 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from nnatomy.errors import a_kind
+
 
 class Axes(NamedTuple):
     """Which axes of a tensor are of positions: those of this step alone, and those of all so far. (The core hands it on.)"""
@@ -63,7 +65,7 @@ def versions(value: Any) -> Any:
 
 def described(value: Any) -> str:
     """What was given in the place of a tensor, for an error to say."""
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
 
 
 class Report(NamedTuple):

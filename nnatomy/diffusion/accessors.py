@@ -14,7 +14,7 @@ from torch.nn import Module
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot, Tap
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, counted
 from nnatomy.names import Name
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.pickling import NotPickled
@@ -88,7 +88,9 @@ class Accessor(NotPickled):
         if isinstance(layer, slice):
             layers = range(len(self))[layer]
             if len(value) != len(layers):
-                raise AssignmentError(f"{self._said(layer)} is {len(layers)} layers; {len(value)} were assigned.")
+                raise AssignmentError(
+                    f"{self._said(layer)} is {counted(len(layers), 'layer')}; {len(value)} were assigned."
+                )
             for i, one in zip(layers, value, strict=True):
                 self[i] = one
             return

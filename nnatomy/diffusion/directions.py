@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnatomy.diffusion.runs import accessor_of, check, chosen, generator
 from nnatomy.diffusion.transformer import DiffusionTransformer
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 
 
 @dataclass(frozen=True)
@@ -97,4 +97,4 @@ class Direction:
             accessor[layer] = stream + factor * direction.to(stream)
 
     def __repr__(self) -> str:
-        return f"<a direction at {self.name} of {len(self.directions)} layers>"
+        return f"<a direction at {self.name} of {counted(len(self.directions), 'layer')}>"

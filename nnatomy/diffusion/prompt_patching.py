@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnatomy.diffusion.runs import Metric, accessor_of, check, chosen, latents_of
 from nnatomy.diffusion.transformer import DiffusionTransformer
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class PromptPatching:
         )
 
     def __repr__(self) -> str:
-        return (
-            f"<{self.name} of {self.other!r} in {self.prompt!r}: {len(self.steps)} steps x {len(self.layers)} layers>"
-        )
+        size = f"{counted(len(self.steps), 'step')} x {counted(len(self.layers), 'layer')}"
+        return f"<{self.name} of {self.other!r} in {self.prompt!r}: {size}>"
 
 
 @torch.no_grad()

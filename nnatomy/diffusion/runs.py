@@ -14,7 +14,7 @@ from nnatomy.diffusion.accessors import Accessor
 from nnatomy.diffusion.names import OF_LAYERS
 from nnatomy.diffusion.stage import latents_of as latents_in
 from nnatomy.diffusion.transformer import DiffusionTransformer
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 
 #: What a method measures of a picture's latents.
 Metric = Callable[[Tensor], float]
@@ -23,7 +23,7 @@ Metric = Callable[[Tensor], float]
 def check(model: Any, method: str, prompt: Any, kwargs: dict[str, Any], least: str = "prompt") -> None:
     """Raise InputError for what no method can run."""
     if not isinstance(model, DiffusionTransformer):
-        raise InputError(f"{method} takes a DiffusionTransformer; got a {type(model).__name__}.")
+        raise InputError(f"{method} takes a DiffusionTransformer; got {a_kind(model)}.")
     is_one = isinstance(prompt, str) or (isinstance(prompt, list) and len(prompt) == 1)
     if not is_one:
         raise InputError(

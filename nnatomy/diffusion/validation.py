@@ -36,7 +36,7 @@ from nnatomy.diffusion.blocks import BlockCheck, classify
 from nnatomy.diffusion.halves import Halves
 from nnatomy.diffusion.names import OF_LAYERS, OF_STEPS, ROWS, TABLE
 from nnatomy.diffusion.recording import Recorder, tensor_of
-from nnatomy.errors import InputError, UnknownArchitectureError
+from nnatomy.errors import InputError, UnknownArchitectureError, a_kind
 from nnatomy.validation.near import TOLERANCE, distance, is_same
 from nnatomy.validation.report import Findings, Place, Report, Row
 
@@ -355,7 +355,7 @@ def _picture(result: Any) -> Tensor:
     images = next(iter(result.values())) if isinstance(result, dict) else result[0]
     if not isinstance(images, Tensor):
         raise InputError(
-            f"The pipeline gives a {type(images).__name__} where latents were asked for, so nothing can be compared."
+            f"The pipeline gives {a_kind(images)} where latents were asked for, so nothing can be compared."
         )
     return images
 

@@ -16,7 +16,7 @@ from nnatomy.diffusion.recording import Recorder
 from nnatomy.diffusion.runs import check, chosen, generator
 from nnatomy.diffusion.transformer import DiffusionTransformer
 from nnatomy.diffusion.words import encoders_of, positions_of, segments_of
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError, NotInThisModelError, counted
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class WordMaps:
 
     def __repr__(self) -> str:
         height, width = self.maps.shape[2:]
-        return f"<maps of {', '.join(self.words)}: {len(self.steps)} steps, {height} x {width}>"
+        return f"<maps of {', '.join(self.words)}: {counted(len(self.steps), 'step')}, {height} x {width}>"
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nnatomy.diffusion.recording import Recorder
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 
 
 class Segment(NamedTuple):
@@ -78,7 +78,7 @@ def positions_of(word: str, prompt: str, segments: list[Segment]) -> list[int]:
     for _, tokenizer, start, length in segments:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
-                f"words: a {type(tokenizer).__name__} does not say which of its tokens are which letters: give the pipeline a fast "
+                f"words: {a_kind(tokenizer)} does not say which of its tokens are which letters: give the pipeline a fast "
                 "one."
             )
         offsets = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=length).offset_mapping

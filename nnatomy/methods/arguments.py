@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError
+from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
 
@@ -82,7 +82,7 @@ def model(name: str, value: Any) -> None:
             if isinstance(value, str)
             else "StandardizedTransformer(model, tokenizer)"
         )
-        raise InputError(f"{name} is a {type(value).__name__}: methods take a StandardizedTransformer, {how}.")
+        raise InputError(f"{name} is {a_kind(value)}: methods take a StandardizedTransformer, {how}.")
 
 
 CHECKS: dict[str, Check] = {

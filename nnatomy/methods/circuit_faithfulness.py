@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.methods.arguments import method
 from nnatomy.methods.edge_attribution import EdgeAttribution
 from nnatomy.methods.edges import INSIDE, Graph, Streams, graph_of, heads_written, run
@@ -112,7 +112,7 @@ def circuit_faithfulness(
         [0.0, 0.68, 1.06, 1.0]
     """
     if not isinstance(attribution, EdgeAttribution):
-        raise InputError(f"attribution is a {type(attribution).__name__}: give what edge_attribution gave.")
+        raise InputError(f"attribution is {a_kind(attribution)}: give what edge_attribution gave.")
     pairs = Pairs.of(model, clean, corrupted)
     graph = graph_of(model, pairs.clean)
     if tuple(graph.sources) != attribution.sources or tuple(graph.destinations) != attribution.destinations:

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from tqdm.auto import tqdm
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.activation_store import ActivationStore, StoreWriter, fingerprint
 from nnatomy.methods.activations import Activations
 from nnatomy.methods.arguments import method, several
@@ -243,5 +243,5 @@ def _selection(
     for at in chosen:
         if not -len(read) <= at < len(read):
             where = " in the decoder" if read is tokens.decoder else ""
-            raise InputError(f"{name} has {len(read)} tokens{where}: there is no position {at}.")
+            raise InputError(f"{name} has {counted(len(read), 'token')}{where}: there is no position {at}.")
     return Selection(tokens, [range(len(read))[at] for at in chosen])

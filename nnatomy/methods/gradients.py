@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.methods.pairs import gap, refuse_same
 from nnatomy.methods.points import accessor_of, attends_to_encoder, axes_of, streams_of
 from nnatomy.methods.prompts import prepared, token_texts
@@ -201,7 +201,7 @@ def measured(metric: Metric, logits: Float[Tensor, "prompt vocab"]) -> Float[Ten
     """The metric. Raises InputError unless it is one number for each prompt."""
     value = metric(logits)
     if not isinstance(value, Tensor) or value.shape != logits.shape[:1]:
-        is_ = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        is_ = f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
         raise InputError(
             f"A metric takes logits of (prompt, vocab) and returns one number for each prompt: a tensor of "
             f"({len(logits)},). It returned {is_}."

@@ -120,7 +120,7 @@ class LogitLens(Result, Tensor):
         whole(1)("k", k)
         rows = self._places(prompt, position)
         if not -len(rows) <= layer < len(rows):
-            raise InputError(f"layer={layer}: there are {len(rows)} layers, 0 to {len(rows) - 1}.")
+            raise InputError(f"layer={layer}: the layers are 0 to {len(rows) - 1}.")
         best = rows[layer].float().topk(min(k, rows.shape[-1]))
         return [(self.text(i), x) for i, x in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import method
 from nnatomy.methods.logit_lens import Lens
 from nnatomy.methods.metrics import Spelling, token_ids
@@ -233,7 +233,9 @@ def _targets(
         return None, as_they_are
     each: list[Any] = [targets] * len(where) if isinstance(targets, (str, int)) else list(targets)
     if len(each) != len(where):
-        raise InputError(f"There are {len(where)} prompts and {len(each)} targets: give one for all, or one each.")
+        raise InputError(
+            f"{counted(len(where), 'prompt')} and {counted(len(each), 'target')}: give one for all, or one each."
+        )
     tokens = [get_first_tokens(one, model, True)[0] if isinstance(one, str) else one for one in each]
     tokens = token_ids(list(tokens), model).tolist()
     spellings = [

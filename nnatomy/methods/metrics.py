@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nnatomy.core.frames import warn
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import model as check_model
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import is_fake
+from nnatomy.standardized.text import is_unknown, known_ids, written_ids
 
 Metric = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]]
 
@@ -39,7 +40,7 @@ def logit_difference(answer: Answer, wrong: Answer, model: StandardizedTransform
         model: whose tokenizer reads the texts.
 
     Raises:
-        InputError: for a text of several tokens or none, or without a tokenizer.
+        InputError: for a text of several tokens or none, one that the tokenizer does not know, or without a tokenizer.
 
     Example:
         >>> import torch
@@ -207,7 +208,9 @@ class Answers:
         if values.ndim != 2:
             raise InputError(f"A metric takes logits of (batch, vocab); got {tuple(values.shape)}.")
         if len(self.ids) not in (1, len(values)):
-            raise InputError(f"{len(self.ids)} answers for {len(values)} rows of logits: give one, or one for each.")
+            raise InputError(
+                f"{counted(len(self.ids), 'answer')} for {counted(len(values), 'row')} of logits: give one, or one for each."
+            )
         if int(self.ids.max()) >= values.shape[-1]:
             raise InputError(f"There is no token {int(self.ids.max())} among logits of {values.shape[-1]}.")
         for i, spelling in enumerate(self._spellings):
@@ -244,12 +247,10 @@ class Spelling(NamedTuple):
     def of(cls, text: str, token: int, model: Any) -> Spelling | None:
         """None if there is no other."""
         other_text = text[1:] if text.startswith(" ") else f" {text}"
-        others = model.tokenizer(other_text, add_special_tokens=False)["input_ids"]
-        return (
-            cls(text, token, other_text, int(others[0]), model.tokenizer)
-            if len(others) == 1 and others[0] != token
-            else None
-        )
+        others = written_ids(model.tokenizer, other_text)
+        if len(others) != 1 or others[0] == token or is_unknown(model.tokenizer, others[0], other_text):
+            return None
+        return cls(text, token, other_text, int(others[0]), model.tokenizer)
 
     def compare(self, logits: Float[Tensor, "batch vocab"]) -> bool:
         """Warn if the other is ten times as probable in a row; returns whether it is.
@@ -287,7 +288,7 @@ def _token_id(text: str, model: StandardizedTransformer | None) -> int:
             f"The answer {text!r} is text: give the model whose tokenizer reads it (metric(..., model=model)), or a "
             "token id."
         )
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = known_ids(model.tokenizer, text, "The answer")
     if len(ids) != 1:
         tokens = model.tokenizer.convert_ids_to_tokens(ids)
         raise InputError(

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import method
 from nnatomy.methods.patched_rows import PatchedRows, of_rows
 from nnatomy.methods.progress import shown
@@ -88,8 +88,8 @@ def patchscope_lens(
         given = _states(source, source_prompts, chosen, source_position)
     elif len(given) not in (len(chosen), source.num_layers):
         raise InputError(
-            f"latents are of {len(given)} layers: give one for each of the {len(chosen)} layers asked for, or for each of "
-            f"the model's {source.num_layers}."
+            f"latents are of {counted(len(given), 'layer')}: give one for each of {len(chosen)} asked "
+            f"for, or for each of the model's {source.num_layers}."
         )
     elif len(given) != len(chosen):
         given = given[chosen]
@@ -99,7 +99,9 @@ def patchscope_lens(
     wanted = repeat_prompt() if target_patch_prompts is None else target_patch_prompts
     targets = TargetPromptBatch.auto(wanted, count)
     if len(targets) != count:
-        raise InputError(f"There are {count} sources and {len(targets)} target prompts: give one for all, or one each.")
+        raise InputError(
+            f"{counted(count, 'source')} and {counted(len(targets), 'target prompt')}: give one for all, or one each."
+        )
     inputs, columns = _prepared(nn_model, targets)
     rows = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(count))
 
@@ -217,8 +219,8 @@ def patch_object_attn_lens(
     count = len(columns)
     if any(len(state) not in (1, count) for state in states.values()):
         raise InputError(
-            f"There are {len(states[nn_model.attention_layers[0]])} sources and {count} target prompts: give one source for "
-            "all, or one each."
+            f"{counted(len(states[nn_model.attention_layers[0]]), 'source')} and {counted(count, 'target prompt')}: "
+            "give one source for all, or one each."
         )
     rows = torch.cartesian_prod(torch.arange(nn_model.num_layers), torch.arange(count))
 
@@ -267,7 +269,7 @@ def _written(model: StandardizedTransformer, read: list[int], layers: Layers) ->
     into = into * len(read) if len(into) == 1 else into
     if len(into) != len(read):
         raise InputError(
-            f"{len(read)} layers are read and {len(into)} are to be written: give one target layer for all, or one each."
+            f"{counted(len(read), 'layer')} to read and {len(into)} to write: give one target layer for all, or one each."
         )
     return torch.tensor(into)
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.methods.activation_patching import Grid, measured
 from nnatomy.methods.arguments import method
 from nnatomy.methods.metrics import Metric
@@ -161,7 +161,7 @@ def picture_patching(
     """
     if not isinstance(image, ImageTokens):
         raise InputError(
-            f"image is a {type(image).__name__}: give one of model.image_tokens(prompt, images=...), such as its [0]."
+            f"image is {a_kind(image)}: give one of model.image_tokens(prompt, images=...), such as its [0]."
         )
     grid = image.patch_grid
     sizes = tuple(region) if isinstance(region, Sequence) else ()

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import whole
 from nnatomy.methods.result import Axis, Result
 
@@ -87,4 +87,4 @@ class PromptTest(Result):
             lines.append((repr(text), str(int(rank)), f"{float(p):.1%}", best))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(text.ljust(to) for text, to in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([f"{len(self.tokens)} tokens: {' '.join(map(repr, self.tokens))}", *table])
+        return "\n".join([f"{counted(len(self.tokens), 'token')}: {' '.join(map(repr, self.tokens))}", *table])

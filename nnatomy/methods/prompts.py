@@ -16,6 +16,7 @@ from nnatomy.errors import InputError
 from nnatomy.methods.arguments import method, several
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import mask_of
+from nnatomy.standardized.text import is_unknown, written_ids
 from nnatomy.standardized.text import token_texts as token_texts
 
 #: What a word is put behind, to see its tokens in the middle of a text. A tokenizer that puts a space before every text puts
@@ -146,7 +147,7 @@ def get_first_tokens(
         found = [_first_token(tokenizer, spelling) for spelling in spellings]
         if not one_spelling and found[1] == space:
             found.pop()
-        known = [token for token in found if token is not None and token != tokenizer.unk_token_id]
+        known = [token for token in found if token is not None and not is_unknown(tokenizer, token, word)]
         if not word.strip(" ") or not known:
             raise InputError(
                 f"The word {word!r} has no token of its own in this tokenizer: choose another, or give the ids yourself: "
@@ -158,15 +159,11 @@ def get_first_tokens(
 
 def _first_token(tokenizer: Any, text: str) -> int | None:
     """The first token of `text` in the middle of a text."""
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
     for before in _BEFORE:
-        start, whole = ids(before), ids(before + text)
+        start, whole = written_ids(tokenizer, before), written_ids(tokenizer, before + text)
         if start and len(whole) > len(start) and whole[: len(start)] == start:
             return whole[len(start)]
-    return next(iter(ids(text)), None)
+    return next(iter(written_ids(tokenizer, text)), None)
 
 
 @method

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nnatomy.errors import InputError, MissingPackageError
+from nnatomy.errors import InputError, MissingPackageError, a, a_kind
 from nnatomy.methods.activation_store import write_whole
 from nnatomy.methods.arguments import whole
 from nnatomy.paths import file_of, path_of, what_is_at
@@ -217,7 +217,9 @@ class Result:
                 about = json.loads((file.metadata() or {})[_KEY])
                 kind = KINDS[about["class"]]
                 if not issubclass(kind, cls):
-                    raise InputError(f"{path} is a {kind.__name__}, not a {cls.__name__}: {kind.__name__}.load(path).")
+                    raise InputError(
+                        f"{path} is {a(kind.__name__)}, not {a(cls.__name__)}: {kind.__name__}.load(path)."
+                    )
                 state = {name: _unpacked(one, file) for name, one in about["state"].items()}
             found = kind._of_state(state)
             shape = tuple(len(axis.labels) for axis in found.axes)
@@ -329,7 +331,7 @@ def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"dict": [[key, _packed(one, tensors)] for key, one in value.items()]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise InputError(f"A {type(value).__name__} cannot be written to a file: results hold numbers, texts and tensors.")
+    raise InputError(f"{a_kind(value, 'A')} cannot be written to a file: results hold numbers, texts and tensors.")
 
 
 def _unpacked(value: Any, file: Any) -> Any:
@@ -344,4 +346,4 @@ def _unpacked(value: Any, file: Any) -> Any:
         return tuple(_unpacked(one, file) for one in of)
     if kind == "dict":
         return {key: _unpacked(one, file) for key, one in of}
-    raise ValueError(f"it has a {kind}")
+    raise ValueError(f"it has {a(kind)}")

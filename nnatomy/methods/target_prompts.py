@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import several, whole
 from nnatomy.standardized.positions import is_one, numbers
 
@@ -78,7 +78,7 @@ class TargetPromptBatch:
         index = torch.tensor(given * len(prompts) if is_one(index_to_patch) else given)
         if index.shape != (len(prompts),):
             raise InputError(
-                f"index_to_patch has {index.numel()} positions for {len(prompts)} prompts: give one for all, or one each."
+                f"index_to_patch has {index.numel()} positions for {counted(len(prompts), 'prompt')}: give one for all, or one each."
             )
         return cls(prompts, index)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.methods.arguments import method
 from nnatomy.methods.prompts import Prompt, plain
 from nnatomy.standardized import StandardizedTransformer
@@ -80,7 +80,7 @@ def _read(
         value = get(model, layer)
         if not isinstance(value, Tensor) or value.ndim < 2:
             raise InputError(
-                f"get_activations gave a {type(value).__name__} of layer {layer}, and no tensor of (batch, seq, ...)."
+                f"get_activations gave {a_kind(value)} of layer {layer}, and no tensor of (batch, seq, ...)."
             )
         if is_fake(value):
             found[layer] = value[:, -1]

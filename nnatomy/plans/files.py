@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.errors import PlanError
+from nnatomy.errors import PlanError, a_kind
 from nnatomy.methods.activation_store import write_whole
 from nnatomy.paths import path_of, what_is_at
 from nnatomy.plans.graph import GIVEN, Block, Node, Of, Part, Ref, Size, function, mapped, row_of
@@ -129,7 +129,7 @@ def _told_leaf(leaf: Any) -> Any:
         return {"memory": _FORMAT_NAMES[leaf]}
     if isinstance(leaf, torch.layout) and leaf is torch.strided:
         return {"layout": "strided"}
-    raise PlanError(f"A plan cannot have a {type(leaf).__name__} ({leaf!r:.60}) among the arguments of a function.")
+    raise PlanError(f"A plan cannot have {a_kind(leaf)} ({leaf!r:.60}) among the arguments of a function.")
 
 
 _GIVES = {"put": 0, "skip": 0}

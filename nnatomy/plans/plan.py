@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.core.frames import warn
-from nnatomy.errors import NnatomyError, PlanError
+from nnatomy.errors import NnatomyError, PlanError, a_kind
 from nnatomy.paths import path_of
 from nnatomy.plans.expected import Check, compare
 from nnatomy.plans.graph import Block, Node
@@ -141,7 +141,7 @@ class Plan:
             how = f"StandardizedTransformer({model!r})" if isinstance(model, str) else "plan.apply(model)"
             if isinstance(model, torch.nn.Module):
                 how = "StandardizedTransformer(model, tokenizer)"
-            raise PlanError(f"A plan is applied to a StandardizedTransformer; got a {type(model).__name__}: {how}.")
+            raise PlanError(f"A plan is applied to a StandardizedTransformer; got {a_kind(model)}: {how}.")
         if model.config.is_encoder_decoder:
             raise PlanError("Of encoder-decoders no plans are made yet.")
         missing: dict[str, str] = {}

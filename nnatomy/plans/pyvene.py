@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnatomy.errors import PlanError
+from nnatomy.errors import PlanError, a, counted
 from nnatomy.paths import path_of
 from nnatomy.plans.plan import Plan
 from nnatomy.standardized.positions import Where, own_positions
@@ -129,7 +129,9 @@ def _kinds(told: Any, count: int) -> list[str]:
     texts = [told] * count if isinstance(told, str) else _list(told)
     names = [re.sub(r"^<class '|'>$", "", one).rpartition(".")[2] for one in texts if isinstance(one, str)]
     if len(names) != count:
-        raise PlanError(f"The config has {count} representations, and {len(names)} types of interventions.")
+        raise PlanError(
+            f"The config has {counted(count, 'representation')}, and {counted(len(names), 'type')} of interventions."
+        )
     return names
 
 
@@ -153,7 +155,7 @@ def _check(row: dict[str, Any], kind: str, source: Tensor | None, model: Any, i:
     if kind == "ZeroIntervention":
         return
     if not isinstance(source, Tensor):
-        raise PlanError(f"{where} is a {kind}, and needs its source: from_pyvene(..., sources={{{i}: tensor}}).")
+        raise PlanError(f"{where} is {a(kind)}, and needs its source: from_pyvene(..., sources={{{i}: tensor}}).")
     if source.shape[-1:] != (model.hidden_size,):
         raise PlanError(
             f"sources[{i}] is of {tuple(source.shape)}, the model's residual stream of width {model.hidden_size}."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnatomy.blocks.capture import Body, Names
 from nnatomy.core.frames import is_ours
-from nnatomy.errors import AssignmentError, InputError, NnatomyError, NotReachedError, PlanError, UsageError
+from nnatomy.errors import AssignmentError, InputError, NnatomyError, NotReachedError, PlanError, UsageError, counted
 from nnatomy.plans.expected import finite, measured
 from nnatomy.plans.graph import Block, Node, Part
 from nnatomy.plans.identity import identity
@@ -205,7 +205,7 @@ class _Making:
             raise
         except (NnatomyError, RuntimeError, IndexError, ValueError) as error:
             raise PlanError(
-                f"{_line_of(error)}: on another prompt, of {len(ids)} tokens, the block fails ({error}), {_FOR_ONE}"
+                f"{_line_of(error)}: on another prompt, of {counted(len(ids), 'token')}, the block fails ({error}), {_FOR_ONE}"
             ) from None
 
     def _on_a_short_one(self) -> list[Recording]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from nnatomy.errors import PlanError
+from nnatomy.errors import PlanError, counted
 from nnatomy.plans.graph import Block, Node, Of, Part, Ref, Size, mapped
 from nnatomy.plans.identity import weights
 from nnatomy.plans.recorder import WHOLE, memory
@@ -204,7 +204,7 @@ class _Pass:
             raise PlanError(f"{node.name} of a plan cannot be done to tensors of {given}: {error}") from None
         made = [] if node.gives == 0 else [one for one in pytree.tree_leaves(result) if isinstance(one, Tensor)]
         if len(made) != node.gives:
-            raise PlanError(f"{node.name} of a plan gives {len(made)} tensors, and not {node.gives}.")
+            raise PlanError(f"{node.name} of a plan gives {counted(len(made), 'tensor')}, and not {node.gives}.")
         return made
 
     def _near(self, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from nnatomy.errors import counted
 from nnatomy.plans.graph import Block, Node, Of, Part, Ref, Size, mapped
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def written(plan: Plan) -> str:
     about = plan.about
     lines = [f"plan of {about.get('id')} ({about.get('class')}, {about.get('dtype')})"]
     if plan.only is not None:
-        lines.append(f"for one prompt alone, of {len(plan.only['ids'])} tokens: {plan.only['why']}")
+        lines.append(f"for one prompt alone, of {counted(len(plan.only['ids']), 'token')}: {plan.only['why']}")
     for i, block in enumerate(plan.blocks):
         if len(plan.blocks) > 1:
             lines.append(f"block {i}:")
@@ -30,7 +31,7 @@ def written(plan: Plan) -> str:
     lines += [f"{name}: {_shape(tensor)}" for name, tensor in plan.constants.items() if tensor.ndim]
     lines += [f"note: {note}" for note in plan.notes]
     for prompt in plan.prompts:
-        what = repr(prompt["text"]) if prompt.get("text") else f"{len(prompt['ids'])} tokens"
+        what = repr(prompt["text"]) if prompt.get("text") else f"{counted(len(prompt['ids']), 'token')}"
         lines.append(f"expected on {what}: {len(prompt['numbers'])} numbers")
     return "\n".join(map(_plain, lines))
 

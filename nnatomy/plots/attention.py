@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label, visible, width
-from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import Figure, check_numbers, color_axis, graph_objects, laid_out
 
 _PAGE = 900  # pixels
 _LETTERS, _LETTER = 14, 7  # of a label: columns at most, pixels each
@@ -109,7 +109,7 @@ def attention(
                 font={"size": 13},
             )
     figure.layout.coloraxis = color_axis("sequential", "probability", 0.0, float(shown.nan_to_num().max()))
-    laid_out(figure, title, height=plan.height + 50, width=plan.width + 40)
+    laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, grows=True)
     figure.update_layout(margin={"l": 10, "r": 30, "b": 20})
     if heads > 1:
         figure.update_layout(updatemenus=[_menu(figure, names, plan)])
@@ -118,7 +118,8 @@ def attention(
 
 def head_names(patterns: Num[Tensor, "*layer head query key"], layer: int | Sequence[int] | None) -> list[str]:
     """`L4H7`; `H7` where the layer is not known. Raises InputError where layers and patterns are not as many."""
-    *stacked, heads, _, _ = patterns.shape
+    check_numbers("patterns", patterns, "(head, query, key)")
+    *stacked, heads = patterns.shape[:-2] or (0, 0, 0)
     if len(stacked) > 1:
         raise InputError(
             f"The patterns have the axes {tuple(patterns.shape)}: give (head, query, key), or layers of them."
@@ -135,7 +136,9 @@ def masked(patterns: Num[Tensor, "*layer head query key"], tokens: Sequence[str]
     """The maps of all heads, on the CPU; what a causal mask hides is NaN, and no probability of zero."""
     queries, keys = patterns.shape[-2:]
     if len(tokens) != keys or queries > keys:
-        raise InputError(f"The patterns are over {queries} queries and {keys} keys; there are {len(tokens)} tokens.")
+        raise InputError(
+            f"The patterns are over {queries} queries and {keys} keys, and not over {counted(len(tokens), 'token')}."
+        )
     shown = patterns.detach().float().cpu().flatten(0, -3)
     later = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     return shown if shown[:, later].any() else shown.masked_fill(later, torch.nan)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label
-from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out, numbers
 
 
 def bars(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "", value_name: str = "value") -> Figure:
@@ -35,9 +35,9 @@ def bars(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = ""
         >>> figure.data[0].x.tolist()
         [1.5, -0.5]
     """
+    shown = numbers("values", values, "(label)")
     if len(labels) != len(values):
-        raise InputError(f"{len(values)} values with {len(labels)} labels: give one label each.")
-    shown = values.detach().double().cpu()
+        raise InputError(f"{counted(len(values), 'value')} with {counted(len(labels), 'label')}: give one label each.")
     go = graph_objects()
     figure = go.Figure(
         go.Bar(

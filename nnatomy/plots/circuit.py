@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label
-from nnatomy.plots.look import COLORS, SIGNED, Figure, graph_objects, laid_out
+from nnatomy.plots.look import COLORS, SIGNED, Figure, graph_objects, laid_out, numbers
 
 _STEPS = (5, 10, 20, 40, 80, 160, 320)
 _POINTS = 16  # of each curve
@@ -56,14 +56,15 @@ def circuit(
         >>> [edge.text for edge in figure.data[:2]]
         ['L0H1 → logits<br>effect: -0.9', 'embeddings → L0H1.q<br>effect: 0.2']
     """
+    shown = numbers("scores", scores, "(source, destination)")
     if scores.shape != (len(sources), len(destinations)):
         raise InputError(
-            f"scores are {tuple(scores.shape)}, with names for {len(sources)} sources and {len(destinations)} "
-            "destinations: give one name each."
+            f"scores are {tuple(scores.shape)}, with names for {counted(len(sources), 'source')} and "
+            f"{counted(len(destinations), 'destination')}: give one name each."
         )
     if isinstance(k, bool) or k < 1:
         raise InputError(f"k={k}: give the number of edges to draw, at least 1.")
-    edges = _largest(scores.detach().double().cpu(), k)
+    edges = _largest(shown, k)
     most = max((abs(value) for *_, value in edges), default=1.0)
     nodes = {_node(sources[s]) for s, _, _ in edges} | {_node(destinations[d]) for _, d, _ in edges}
     places, rows, widest = _places(nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label
 from nnatomy.plots.look import Figure, graph_objects, laid_out
 
@@ -42,7 +42,9 @@ def curves(
     figure = go.Figure()
     for name, values in ys.items():
         if len(values) != len(x):
-            raise InputError(f"The curve {name!r} has {len(values)} values for {len(x)} places on the axis.")
+            raise InputError(
+                f"The curve {name!r} has {counted(len(values), 'value')} for {counted(len(x), 'place')} on the axis."
+            )
         figure.add_scatter(
             x=[float(place) for place in x],
             y=[float(value) for value in values],

@@ -8,9 +8,9 @@ from typing import Any
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label, lines, visible, width
-from nnatomy.plots.look import Figure, cell_texts, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import Figure, cell_texts, color_axis, graph_objects, laid_out, numbers
 
 _LETTER = 7.5  # pixels
 _PAGE = 900  # pixels
@@ -62,6 +62,7 @@ def heat_map(
         >>> figure.layout.xaxis.ticktext[1]
         '·capital'
     """
+    shown = numbers("values", values, "(row, column)")
     _check(tuple(values.shape), rows, columns, texts=texts, hover=hover)
     room = _PAGE - 60 - round(_LETTER * _wide(rows, _LABEL))
     most = min(_TEXT, int(room / (_LETTER * max(len(columns), 1))) - 1)  # letters that a cell has room for
@@ -69,7 +70,6 @@ def heat_map(
     cells = texts if most >= min(longest, _LEGIBLE) else None
     written = len(columns) * _LETTER * max(min(longest, most) + 1, 5)
     flat = len(columns) * _LETTER * _wide(columns, _LABEL) <= room
-    shown = values.detach().double().cpu()
     go = graph_objects()
     figure = go.Figure(
         go.Heatmap(
@@ -120,7 +120,8 @@ def color_limits(values: Tensor, diverging: bool) -> tuple[float, float]:
 def _check(shape: tuple[int, ...], rows: Sequence[str], columns: Sequence[str], **cells: Any) -> None:
     if (len(rows), len(columns)) != shape:
         raise InputError(
-            f"values are {shape}, with labels for {len(rows)} rows and {len(columns)} columns: give one label each."
+            f"values are {shape}, with labels for {counted(len(rows), 'row')} and {counted(len(columns), 'column')}: "
+            "give one label each."
         )
     for name, given in cells.items():
         if given is not None and (len(given) != shape[0] or any(len(row) != shape[1] for row in given)):

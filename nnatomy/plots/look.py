@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from nnatomy.errors import MissingPackageError
+from torch import Tensor
+
+from nnatomy.errors import InputError, MissingPackageError, a_kind
 from nnatomy.plots.labels import label, visible
 
 Figure = Any  # a plotly.graph_objects.Figure: plotly is imported when the first one is made
@@ -157,15 +159,50 @@ def theme(dark: bool) -> dict[str, Any]:
     }
 
 
-def laid_out(figure: Figure, title: str, *, height: int, width: int | None = None, least: int | None = None) -> Figure:
-    """`figure` in the common look; it is as wide as its place where no width is given, in a saved page not below `least`."""
+def check_numbers(name: str, values: Any, axes: str) -> None:
+    """Check that values can be drawn.
+
+    Args:
+        name: what the caller calls them.
+        axes: what they are of, such as "(row, column)".
+
+    Raises:
+        InputError: if they are no tensor, or complex: a color or a height says one number.
+    """
+    if not isinstance(values, Tensor):
+        raise InputError(f"{name} is {a_kind(values)}: give a tensor of {axes}, such as torch.tensor(values).")
+    if values.is_complex():
+        raise InputError(f"{name} is of complex numbers: draw one number of each, its .abs(), .real or .imag.")
+
+
+def numbers(name: str, values: Any, axes: str) -> Tensor:
+    """Values to draw, in double precision on the CPU. Arguments and errors as `check_numbers`."""
+    check_numbers(name, values, axes)
+    found: Tensor = values.detach().double().cpu()
+    return found
+
+
+def laid_out(
+    figure: Figure,
+    title: str,
+    *,
+    height: int,
+    width: int | None = None,
+    least: int | None = None,
+    grows: bool = False,
+) -> Figure:
+    """`figure` in the common look; it is as wide as its place where no width is given, in a saved page not below `least`.
+
+    Args:
+        grows: a saved page that has room shows it larger than `width` and `height`, in the same proportion.
+    """
     shown = textwrap.wrap(visible(title), min(110, (width or 680) // 8), max_lines=3, placeholder=" …") if title else []
     figure.update_layout(
         template=theme(dark=False),
         title={"text": "<br>".join(label(line) for line in shown)},
         height=height + 22 * len(shown),
         width=width,
-        meta={"least": least},
+        meta={"least": least, "grows": grows},
     )
     bar = figure.layout.coloraxis.colorscale is not None and figure.layout.coloraxis.showscale is not False
     above = 30 + _BAR_HEIGHT * bar

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError, MissingPackageError
+from nnatomy.errors import InputError, MissingPackageError, a_kind
 from nnatomy.plots.heat_map import color_limits
 from nnatomy.plots.labels import label, lines, visible
-from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out, numbers
 
 #: In pixels: the longer side of a picture, what is between two, the width of a page, the line above each.
 _SIDE, _GAP, _PAGE, _NAME = 200, 20, 900, 24
@@ -49,7 +49,7 @@ def over_picture(
         A plotly Figure, which `nnatomy.plots.save` writes as a page or a picture.
 
     Raises:
-        InputError: if there are no maps, a map is not (row, column), or the picture is none.
+        InputError: if there are no maps, a map is not (row, column) of real numbers, or the picture is none.
         MissingPackageError: if plotly or Pillow is not installed.
 
     Example:
@@ -63,13 +63,9 @@ def over_picture(
     go = graph_objects()
     shown = _as_picture(picture)
     if not isinstance(maps, Mapping):
-        raise InputError(f'maps is a {type(maps).__name__}: give tensors by name, such as {{"head 0": map}}.')
-    if wrong := [name for name, one in maps.items() if not isinstance(one, Tensor)]:
-        found = type(maps[wrong[0]]).__name__
-        raise InputError(
-            f"maps[{wrong[0]!r}] is a {found}: give a tensor of (row, column), such as torch.tensor(values)."
-        )
-    if not maps or any(one.ndim != 2 for one in maps.values()):
+        raise InputError(f'maps is {a_kind(maps)}: give tensors by name, such as {{"head 0": map}}.')
+    values = {name: numbers(f"maps[{name!r}]", one, "(row, column)") for name, one in maps.items()}
+    if not maps or any(one.ndim != 2 or not one.numel() for one in maps.values()):
         raise InputError(
             f"maps: give at least one of (row, column); got {[tuple(one.shape) for one in maps.values()]}."
         )
@@ -79,7 +75,6 @@ def over_picture(
     shown = shown.resize((2 * width, 2 * height), resample=0 if scale > 2 else 1)
     plan = _Plan(1 + len(maps), width, height)
     figure = go.Figure()
-    values = {name: one.detach().double().cpu() for name, one in maps.items()}
     for number, name in enumerate(["the picture", *maps]):
         axes = {"xaxis": f"x{number + 1}", "yaxis": f"y{number + 1}"}
         figure.add_trace(go.Image(source=_source(shown), dx=0.5, dy=0.5, x0=0.25, y0=0.25, hoverinfo="skip", **axes))
@@ -115,7 +110,7 @@ def over_picture(
     every = torch.cat([one.flatten() for one in values.values()])
     kind = "diverging" if diverging else "sequential"
     figure.layout.coloraxis = color_axis(kind, value_name, *color_limits(every, diverging))
-    figure = laid_out(figure, title, height=plan.height + 50, width=plan.width + 40)
+    figure = laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, grows=True)
     figure.update_layout(margin={"l": 20, "r": 20, "b": 20})
     return figure
 
@@ -185,8 +180,8 @@ def _as_picture(picture: Any) -> Any:
     if hasattr(picture, "convert"):
         return picture.convert("RGB")
     shape = tuple(getattr(picture, "shape", ()))
-    if len(shape) != 3 or shape[2] != 3 or str(picture.dtype).rpartition(".")[2] != "uint8":
-        found = f"of shape {shape} and {picture.dtype}" if shape else f"a {type(picture).__name__}"
+    if len(shape) != 3 or shape[2] != 3 or 0 in shape or str(picture.dtype).rpartition(".")[2] != "uint8":
+        found = f"of shape {shape} and {picture.dtype}" if shape else a_kind(picture)
         raise InputError(f"picture is {found}: give a PIL image, or (height, width, 3) of bytes (uint8).")
     return Image.fromarray(picture.cpu().numpy() if isinstance(picture, Tensor) else picture)
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.bars import bars
 from nnatomy.plots.heat_map import color_limits, heat_map
 from nnatomy.plots.labels import label
-from nnatomy.plots.look import Figure, cell_texts
+from nnatomy.plots.look import Figure, cell_texts, numbers
 
 _PART = re.compile(r"L(\d+)(?:H(\d+)| (.+))")
 _FEW = 24  # parts that bars show well
@@ -47,8 +47,9 @@ def parts(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "
         >>> list(figure.layout.yaxis.ticktext), figure.data[0].z.shape
         (['embeddings', '0', '1', '2', '3', '4', '5'], (7, 8))
     """
+    shown = numbers("values", values, "(label)")
     if len(labels) != len(values):
-        raise InputError(f"{len(values)} values with {len(labels)} labels: give one label each.")
+        raise InputError(f"{counted(len(values), 'value')} with {counted(len(labels), 'label')}: give one label each.")
     found = [_PART.fullmatch(name) for name in labels]
     cells = [
         (one[1], f"H{one[2]}" if one[2] else one[3]) if one else (name, "")
@@ -65,7 +66,6 @@ def parts(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = "
         {column for one, (_, column) in zip(found, cells, strict=True) if one and one[2]}, key=lambda h: int(h[1:])
     )
     columns = heads + list(dict.fromkeys(column for _, column in cells if column and column not in heads))
-    shown = values.detach().double().cpu()
     grid = torch.full((len(rows), len(columns)), torch.nan, dtype=torch.float64)
     hover = [[""] * len(columns) for _ in rows]
     bands = {}

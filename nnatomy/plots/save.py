@@ -27,6 +27,15 @@ const paint = () => {{
   return traces.length ? Plotly.update(plot, {{text: texts[i]}}, looks[i], traces) : Plotly.relayout(plot, looks[i]);
 }};
 dark.addEventListener("change", paint); paint();
+const sizes = {sizes};
+const fill = () => {{  // as wide as the page, up to twice as large as drawn; what is square stays so
+  const plot = document.querySelector(".plotly-graph-div"), menu = plot.layout.updatemenus?.[0];
+  const by = Math.min(Math.max((document.querySelector(".plot").clientWidth - sizes.beside) / sizes.wide, 1), 2);
+  const heights = sizes.heights.map(one => sizes.above + by * one);
+  menu?.buttons.forEach((one, i) => {{ one.args[1].height = heights[i]; }});
+  Plotly.relayout(plot, {{width: sizes.beside + by * sizes.wide, height: heights[menu?.active ?? 0]}});
+}};
+if (sizes) {{ addEventListener("resize", fill); fill(); }}
 </script></body></html>
 """
 
@@ -73,6 +82,9 @@ def page(figure: Figure) -> str:
         drawn.update_layout(
             title={"text": ""}, margin={"t": figure.layout.margin.t - lines}, height=figure.layout.height - lines
         )
+        for change in _heights_of_menus(drawn):
+            change["height"] -= lines
+    sizes = _sizes(drawn)
     plot = drawn.to_html(full_html=False, include_plotlyjs=True, config=config)
     whole = title.replace("<br>", " ")
     return _PAGE.format(
@@ -86,7 +98,29 @@ def page(figure: Figure) -> str:
         looks=json.dumps(looks),
         texts=within_script([[*one.values()] for one in texts]),
         traces=[*texts[0]],
+        sizes=json.dumps(sizes),
     )
+
+
+def _heights_of_menus(figure: Figure) -> list[dict[str, Any]]:
+    """What each choice of the figure's menu changes, where it changes the height."""
+    changes = [button.args[1] for menu in figure.layout.updatemenus for button in menu.buttons]
+    return [one for one in changes if "height" in one]
+
+
+def _sizes(figure: Figure) -> dict[str, Any] | None:
+    """The sizes in pixels of a figure that grows with its page, without its margins; None of another."""
+    layout, margin = figure.layout, figure.layout.margin
+    if not (layout.meta or {}).get("grows"):
+        return None
+    beside, above = margin.l + margin.r, margin.t + margin.b
+    heights = [one["height"] for one in _heights_of_menus(figure)] or [layout.height]
+    return {
+        "wide": layout.width - beside,
+        "beside": beside,
+        "above": above,
+        "heights": [one - above for one in heights],
+    }
 
 
 def look(figure: Figure, dark: bool) -> dict[str, Any]:

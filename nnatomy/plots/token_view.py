@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import visible
+from nnatomy.plots.look import numbers
 from nnatomy.plots.view import View
 
 _STYLE = ".values { display: flex; flex-wrap: wrap; gap: 0 1.2rem; }\n"
@@ -90,11 +91,11 @@ def token_view(
     channels: dict[str, list[float | None]] = {}
     kinds, limits = [], []
     for name, given in named.items():
+        shown = numbers(name, given, "(token)")
         if given.shape != (len(tokens),):
             raise InputError(
-                f"{name!r} has values of shape {tuple(given.shape)} for {len(tokens)} tokens: give one each."
+                f"{name!r} has values of shape {tuple(given.shape)} for {counted(len(tokens), 'token')}: give one each."
             )
-        shown = given.detach().double().cpu()
         finite = shown[shown.isfinite()]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
         kinds.append("diverging" if low < 0 else "sequential")

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from nnatomy.errors import NotRemoteError
+from nnatomy.errors import NotRemoteError, a_kind
 from nnatomy.remote.connection import Connection
 
 
@@ -29,7 +29,7 @@ class Caches:
             NotRemoteError: unless it is an empty cache, or one that a pass of this model has left so.
         """
         if not isinstance(value, DynamicCache):
-            raise NotRemoteError(f"A {type(value).__name__} cannot be sent to the server of a remote model.")
+            raise NotRemoteError(f"{a_kind(value, 'A')} cannot be sent to the server of a remote model.")
         number, held = self._known.get(value, (0, []))
         if number and [*map(id, _held(value))] == [*map(id, held)]:
             return {"object": number}

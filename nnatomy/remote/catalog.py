@@ -29,6 +29,10 @@ WITHOUT_GRADIENTS = frozenset(
 NOT_WHOLE = {
     "ablate_direction": "it is called in a block, and changes what passes there",
     "collect_activations": "it writes files, of whatever size",
+    **dict.fromkeys(
+        ("image_lens", "picture_patching"),
+        "a server runs forward passes of tokens, and of no images: call it with a model that is loaded here",
+    ),
     "run_prompts": "it takes a function of yours; the methods that it calls are run there",
 }
 #: The arguments of which each of one is looked at with each of another.

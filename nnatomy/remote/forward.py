@@ -32,13 +32,14 @@ from nnatomy.core.cache import Cache
 from nnatomy.core.gates import runs
 from nnatomy.core.points import Axes, Slot
 from nnatomy.core.taps import Taps
-from nnatomy.errors import NotRemoteError
+from nnatomy.errors import NotRemoteError, a
 from nnatomy.methods.frozen_norms import FrozenNorms
 from nnatomy.remote.caches import Caches
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.tensor import sent, wrap
 from nnatomy.remote.wire import decode
 from nnatomy.standardized.accessors import _Collected
+from nnatomy.standardized.keywords import PIXELS, SOUND
 from nnatomy.standardized.pieces import Elsewhere
 
 #: What a forward pass records for all layers would be recorded at the server, and not be edited.
@@ -65,12 +66,12 @@ class RemoteObject:
         self._number, self._kind = number, kind
 
     def __repr__(self) -> str:
-        return f"<a {self._kind} at the server of a remote model>"
+        return f"<{a(self._kind)} at the server of a remote model>"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise NotRemoteError(f".{name} of a {self._kind}: it is at the server of a remote model, and no tensor.")
+        raise NotRemoteError(f".{name} of {a(self._kind)}: it is at the server of a remote model, and no tensor.")
 
 
 class _NoTaps(Taps):
@@ -112,6 +113,11 @@ class RemoteForward:
             raise NotRemoteError(
                 f"{recorded[0]}=True of a remote model: read what you need by its name, such as model.layers_output[:] or "
                 "model.attention_probabilities[:]."
+            )
+        if read := [name for name in sorted(PIXELS | SOUND) if kwargs.get(name) is not None]:
+            raise NotRemoteError(
+                f"{read[0]}=... of a remote model: a server runs forward passes of tokens, and of no images, videos or sound. Load "
+                "the model here, StandardizedTransformer(id) without a server; or give inputs_embeds=..., what enters the stream."
             )
         number = self._connection.number()
         arguments = {key: self._sent(one) for key, one in kwargs.items() if one is not None}
@@ -253,7 +259,7 @@ class RemoteForward:
         of_model = sys.modules[type(self._root).__module__]
         kind = getattr(modeling_outputs, name, getattr(of_model, name, None))
         if not (isinstance(kind, type) and issubclass(kind, ModelOutput)):
-            raise NotRemoteError(f"The model returns a {name}, which only a local model can.")
+            raise NotRemoteError(f"The model returns {a(name)}, which only a local model can.")
         made = kind(**{key: self._received(one, changes) for key, one in fields})
         object.__setattr__(made, "_number_at_server", number)
         finalize(made, self._connection.dead.append, number)

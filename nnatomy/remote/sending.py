@@ -16,7 +16,7 @@ from torch.nn import Module
 from nnatomy.core import Collector, Slot
 from nnatomy.core.progress import INSIDE
 from nnatomy.core.run import Run
-from nnatomy.errors import InputError, NotRemoteError
+from nnatomy.errors import InputError, NotRemoteError, a
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.forward import RECORDS, RemoteForward
 from nnatomy.remote.gradients import refuse_functions_of_the_users
@@ -92,7 +92,7 @@ class Sender:
         if type(hf_model).__name__ != self._told["class"] or here != there:
             different = next((f": {a} here, {b} there" for a, b in zip(here, there, strict=False) if a != b), "")
             raise NotRemoteError(
-                f"The server {self.connection.server} has a {self._told['class']} under the name {self._told['name']!r}, which is "
+                f"The server {self.connection.server} has {a(self._told['class'])} under the name {self._told['name']!r}, which is "
                 f"not this {type(hf_model).__name__}{different}. Say which of its models is: remote='NAME'."
             )
         for i, (one, (_, shape, strides, dtype, needs, _)) in enumerate(

@@ -13,7 +13,7 @@ from torch.nn import Module
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from nnatomy.arch_configs.resolve import Anatomy
-from nnatomy.errors import LoadError
+from nnatomy.errors import LoadError, a
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.tensor import RemoteTensor
 from nnatomy.remote.wire import DTYPES, PROTOCOL
@@ -41,7 +41,7 @@ def skeleton_of(told: dict[str, Any], connection: Connection) -> Module:
     """The model's modules, whose parameters and buffers are remote tensors."""
     kind = getattr(transformers, told["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise LoadError(f"The server's model is a {told['class']}, which is no model of Transformers here.")
+        raise LoadError(f"The server's model is {a(told['class'])}, which is no model of Transformers here.")
     settings = json.loads(told["config"])
     config = AutoConfig.for_model(**settings)
     config._attn_implementation = told["attention"]

@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from nnatomy.errors import NotRemoteError
+from nnatomy.errors import NotRemoteError, a_kind
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.functions import Function
 from nnatomy.remote.shapes import meta_of
@@ -185,7 +185,7 @@ def _sent_tensor(connection: Connection, one: Tensor) -> Any:
 
 
 def _no_form(value: Any) -> Any:
-    raise NotRemoteError(f"A {type(value).__name__} cannot be sent to the server of a remote model.")
+    raise NotRemoteError(f"{a_kind(value, 'A')} cannot be sent to the server of a remote model.")
 
 
 def _nothing(kind: str, _: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nnatomy import methods
+from nnatomy.errors import a_kind
 from nnatomy.methods.circuit_faithfulness import Faithfulness
 from nnatomy.methods.direct_logit_attribution import LogitAttribution
 from nnatomy.methods.edge_attribution import EdgeAttribution
@@ -81,7 +82,7 @@ class Sender:
             self.metrics.append(value)
             return {"metric": [value.name, self.send(value.data())]}
         if CLASSES.get(type(value).__name__) is not type(value):
-            raise NotSendableError(f"a {type(value).__name__}")
+            raise NotSendableError(a_kind(value))
         state = (
             value._state()
             if isinstance(value, Result)
@@ -148,7 +149,7 @@ def _here(tensor: Tensor, detached: bool) -> Tensor:
     if detached and type(tensor) is Tensor:
         tensor = tensor.detach()
     if type(tensor) is not Tensor or tensor.requires_grad or tensor.dtype not in NAMES:
-        raise NotSendableError("a tensor with a gradient" if tensor.requires_grad else f"a {type(tensor).__name__}")
+        raise NotSendableError("a tensor with a gradient" if tensor.requires_grad else a_kind(tensor))
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         raise NotSendableError("a tensor that is not dense")
     return tensor.cpu()

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.remote.wire import NAMES, PROTOCOL, to_bytes
 from nnatomy.serve.forward import accessors
 from nnatomy.serve.tensors import Weights
@@ -30,7 +30,7 @@ def check_servable(model: Any) -> None:
     hf_model = model.hf_model
     if model.steps_of is not hf_model:
         raise InputError(
-            f"A {type(hf_model).__name__} wraps the model: it cannot be served. Merge it (merge_and_unload), and serve what it wraps."
+            f"{a_kind(hf_model, 'A')} wraps the model: it cannot be served. Merge it (merge_and_unload), and serve what it wraps."
         )
     if getattr(transformers, type(hf_model).__name__, None) is not type(hf_model):
         raise InputError(
@@ -39,7 +39,7 @@ def check_servable(model: Any) -> None:
         )
     if hf_model.config.is_encoder_decoder:
         raise InputError(
-            f"A {type(hf_model).__name__} is an encoder-decoder: it cannot be served. Run it where it is loaded, without a server."
+            f"{a_kind(hf_model, 'A')} is an encoder-decoder: it cannot be served. Run it where it is loaded, without a server."
         )
 
 

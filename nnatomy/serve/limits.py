@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from nnatomy.errors import a_kind
 from nnatomy.remote.shapes import Shapes
 from nnatomy.serve.policy import GIVE_VALUES, SIZED_BY_VALUES, Refused
 
@@ -154,7 +155,7 @@ def check_put(new: Any, old: Any, limits: Limits, wider: int = 1) -> None:
         if isinstance(one, (Tensor, bool, float, complex)) or one is None:
             continue
         if not any(one is other or (type(one) is type(other) and one == other) for other in known):
-            raise Refused(f"a {type(one).__name__} that has not been there: tensors and switches can be put")
+            raise Refused(f"{a_kind(one)} that has not been there: tensors and switches can be put")
 
 
 #: So many elements can always be put.

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
 
+from nnatomy.errors import a
+
 _ALLOWED = frozenset(
     """
     _conj _conj_physical _linalg_det _linalg_eigh _linalg_slogdet
@@ -161,7 +163,7 @@ def check(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
             raise Refused(f"{op}: a layout")
         kind = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
         if given is not None and not isinstance(given, _ENUMERATED.get(kind, object)):
-            raise Refused(f"{op}: {argument.name} is a {kind}")
+            raise Refused(f"{op}: {argument.name} is {a(kind)}")
 
 
 def _overflows(number: Any, by: Any) -> bool:

@@ -26,6 +26,8 @@ from nnatomy.errors import (
     OutOfOrderError,
     RowsError,
     UsageError,
+    a_kind,
+    counted,
 )
 from nnatomy.names import UNREACHED, Name
 from nnatomy.standardized.hidden import input_of, is_closed, output_of, with_input, with_output
@@ -102,7 +104,7 @@ class LayerAccessor(NotPickled):
         """What it is, of which shape, and on which layers: what `help` says."""
         layers = [layer for layer, module in enumerate(self.modules) if module is not None]
         if layers:
-            there = f"There are {len(self)} layers, 0 to {len(self) - 1}"
+            there = f"The layers are 0 to {len(self) - 1}"
             there += f"; of these {', '.join(map(str, layers))} have it." if len(layers) < len(self) else "."
         else:
             there = f"This model has none: {'; '.join(self.refusals()) or self._none}."
@@ -153,9 +155,10 @@ class LayerAccessor(NotPickled):
                 else None
             )
             if count != len(layers):
-                given = f"a {type(value).__name__} was" if count is None else f"{count} were"
+                given = f"{a_kind(value)} was" if count is None else f"{count} were"
                 raise AssignmentError(
-                    f"{self.name}[{_written(layer)}] is {len(layers)} layers; {given} assigned. Give a list of one tensor for each."
+                    f"{self.name}[{_written(layer)}] is {counted(len(layers), 'layer')}; {given} assigned. "
+                    "Give a list of one tensor for each."
                 )
             for i, one in zip(layers, value, strict=True):
                 self[i] = one
@@ -251,7 +254,7 @@ class LayerAccessor(NotPickled):
             self._check_whole(whole(slot), layer, block.run)
             if isinstance(slot, RowSlot) and is_closed(slot.value):
                 raise RowsError(
-                    f"{self.name}[{layer}] is in a {type(slot.value).__name__}, of which nobody can tell which rows are this "
+                    f"{self.name}[{layer}] is in {a_kind(slot.value)}, of which nobody can tell which rows are this "
                     "block's. Read it in a block without a prompt (`with tracer.invoke():`), which sees the whole batch."
                 )
             return slot
@@ -387,12 +390,10 @@ def _written(layers: slice) -> str:
 def check_fits(name: str, old: Any, new: Any) -> None:
     """Raise AssignmentError unless `new` is a tensor of the shape, dtype and device of `old`."""
     if getattr(new, "ndim", 0) and not isinstance(new, Tensor):
-        raise AssignmentError(
-            f"{name} is a tensor; a {type(new).__name__} was assigned: assign torch.as_tensor(array)."
-        )
+        raise AssignmentError(f"{name} is a tensor; {a_kind(new)} was assigned: assign torch.as_tensor(array).")
     if not isinstance(new, Tensor):
         raise AssignmentError(
-            f"{name} is a tensor; a {type(new).__name__} was assigned. For one number in all entries, assign "
+            f"{name} is a tensor; {a_kind(new)} was assigned. For one number in all entries, assign "
             f"torch.full_like({name}, number); to scale it, {name} * number."
         )
     if old.shape == new.shape and old.dtype == new.dtype and old.device == new.device:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchModuleError, check_folder
+from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchModuleError, a_kind, check_folder, counted
 from nnatomy.names import row_of
 from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized.asked_for import check_cuda
@@ -166,7 +166,7 @@ class ActivationCache:
 
     def __repr__(self) -> str:
         size = sum(value.nbytes for value in self.tensors.values())
-        return f"<ActivationCache of {len(self.tensors)} values, {size / 1e6:,.1f} MB: {', '.join(self)}>"
+        return f"<ActivationCache of {counted(len(self.tensors), 'value')}, {size / 1e6:,.1f} MB: {', '.join(self)}>"
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
         """All layers of that name in one tensor. Raises CacheError where their shapes differ, or there is no such name."""
@@ -268,7 +268,7 @@ class ActivationCache:
 
         check_cuda("device", device)
         if model is not None and not isinstance(model, StandardizedTransformer):
-            raise InputError(f"model is a {type(model).__name__}: give the StandardizedTransformer that was run.")
+            raise InputError(f"model is {a_kind(model)}: give the StandardizedTransformer that was run.")
         path = file_of(path, "a file that ActivationCache.save wrote")
         try:
             opened = safe_open(path, "pt", device=str(device))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nnatomy.blocks.rows import RowSlot
 from nnatomy.errors import InputError, LayerIndexError
+from nnatomy.names import OF_LAYERS
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.hidden import with_output
 from nnatomy.standardized.left_out import leaves_something, run_aside
@@ -72,6 +74,8 @@ class Edits(Names):
             raise refuse_skip(f"skip_layers of layer {layer}", by[0])
 
     def _checked(self, layer: int) -> int:
+        if not isinstance(layer, SupportsIndex):
+            raise LayerIndexError(f"skip_layer({layer!r}): give the number of a layer, 0 to {self.num_layers - 1}.")
         self.layers_input.module(layer)
         return layer
 
@@ -95,7 +99,8 @@ class Edits(Names):
                 as in `tensor[batch_index, token_positions]`.
 
         Raises:
-            InputError: if the vector is not as wide as the stream, or there are no such prompts or positions.
+            InputError: if the vector is not as wide as the stream, `layers` are no numbers, or there are no such prompts or
+                positions.
             LayerIndexError: for a layer that there is not.
         """
         try:
@@ -114,9 +119,7 @@ class Edits(Names):
                 f"The steering vector is of shape {tuple(vector.shape)}, the model's residual stream of width "
                 f"{self.hidden_size}: give one of (..., {self.hidden_size})."
             )
-        each = [layers] if isinstance(layers, int) else list(layers)
-        if not each:
-            raise InputError("layers: give at least one to steer.")
+        each = _numbers(layers)
         for i in each:
             self.layers_output.module(i)  # raises if there is none
         for layer in sorted(range(self.num_layers)[i] for i in each):
@@ -152,3 +155,22 @@ class Edits(Names):
         columns, there = (one.to(hidden.device) for one in own.columns(wanted, prompts))
         added = vector.expand(*columns.shape, -1)[there]
         hidden[prompts.to(hidden.device)[there], columns[there]] += added
+
+
+def _numbers(layers: Any) -> list[int]:
+    """The layers to steer. Raises InputError for what are none."""
+    each = [layers] if isinstance(layers, SupportsIndex) else layers
+    if isinstance(each, str) or not isinstance(each, Iterable):
+        elsewhere = ""
+        if isinstance(layers, str) and layers in OF_LAYERS:
+            elsewhere = f" At another name add it in the trace, model.{layers}[3] = model.{layers}[3] + vector."
+        raise InputError(
+            f"layers={layers!r}: steer adds a vector to the output of layers, by their numbers: steer(3, vector), steer([3, 5], "
+            f"vector).{elsewhere}"
+        )
+    numbers = [*each]
+    if not numbers:
+        raise InputError("layers: give at least one to steer.")
+    if wrong := [one for one in numbers if not isinstance(one, SupportsIndex)]:
+        raise InputError(f"layers={layers!r}: {wrong[0]!r} is no number of a layer.")
+    return [index(one) for one in numbers]

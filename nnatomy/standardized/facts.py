@@ -17,6 +17,7 @@ from weakref import ref
 from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy, Shards
+from nnatomy.errors import a, a_kind
 
 #: Fields of a config that change no value that a name stands for, or none but by what is compared beside them.
 _IDLE = re.compile(
@@ -97,7 +98,7 @@ class Facts:
         now = dict(self._root.named_modules())
         found = [text for settings in self._settings for text in settings.changed()]
         found += [
-            f"{path} is {'another' if type(now[path]) is kind else f'a {type(now[path]).__name__}, no'} {kind.__name__}"
+            f"{path} is {'another' if type(now[path]) is kind else f'{a_kind(now[path])}, no'} {kind.__name__}"
             for path, (module, kind) in self._paths.items()
             if path in now and (now[path] is not module() or type(now[path]) is not kind)
         ]
@@ -189,4 +190,4 @@ def _largest(module: Module) -> tuple[dict[str, Any], str] | None:
 
 
 def _described(kind: Any) -> str:
-    return "none" if kind is None else f"a {kind[0].__name__} of {kind[1]} and {tuple(kind[2])}"
+    return "none" if kind is None else f"{a(kind[0].__name__)} of {kind[1]} and {tuple(kind[2])}"

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nnatomy.errors import a_kind
+
 #: The name of the argument that holds the hidden states, where they are passed by name.
 _HIDDEN = "hidden_states"
 
@@ -95,4 +97,4 @@ def _fields(value: Any) -> dict[str, Any]:
         return dict(value)
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(f"a {type(value).__name__}")
+    raise TypeError(a_kind(value))

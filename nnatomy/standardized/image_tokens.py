@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError, NotInThisModelError, a_kind
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,29 @@ class ImageTokens:
         return self.grid
 
     def position_of(self, row: int, column: int) -> int:
-        """The position of the token of that patch. Raises IndexError if there is none."""
+        """The position of the token of that patch. Raises IndexError if there is none, InputError for no numbers."""
         rows, columns = self.patch_grid
+        if not (isinstance(row, SupportsIndex) and isinstance(column, SupportsIndex)):
+            raise InputError(f"position_of({row!r}, {column!r}): give whole numbers, of a row and a column of patches.")
+        row, column = index(row), index(column)
         if not (-rows <= row < rows and -columns <= column < columns):
             raise IndexError(
                 f"The image is of {rows} rows and {columns} columns of patches: there is no ({row}, {column})."
             )
         return int(self.positions[row % rows * columns + column % columns])
 
-    def region(self, rows: slice, columns: slice) -> Int[Tensor, " token"]:
-        """The positions of the patches in these rows and columns, such as `photo.region(slice(0, 2), slice(None))`.
+    def region(self, rows: slice = slice(None), columns: slice = slice(None)) -> Int[Tensor, " token"]:
+        """The positions of the patches in these rows and columns, such as `photo.region(rows=slice(0, 2))`; of all by default.
 
         Raises:
             NotInThisModelError: if the tokens are no grid of patches.
-            InputError: if no patch is there.
+            InputError: if no patch is there, or rows or columns are no slice of whole numbers.
         """
+        for name, one in (("rows", rows), ("columns", columns)):
+            if not _is_slice(one):
+                raise InputError(
+                    f"{name}={one!r}: give a slice of whole numbers, such as slice(0, 2) for the first two."
+                )
         found = self.positions.unflatten(0, self.patch_grid)[rows, columns].flatten()
         if not len(found):
             raise InputError(
@@ -80,7 +89,7 @@ class ImageTokens:
 
         Raises:
             NotInThisModelError: if the tokens are no grid of patches.
-            InputError: if the axis is shorter than the prompt.
+            InputError: if the axis is shorter than the prompt, or the values are no tensor.
 
         Example (of a model `vlm` that reads images):
             photo, = vlm.image_tokens(prompt, images=picture)
@@ -89,6 +98,10 @@ class ImageTokens:
             seen = photo.arranged(pattern[photo.prompt, :, -1])    # (head, row, column): what the last position attends to
         """
         grid = self.patch_grid
+        if not isinstance(values, Tensor):
+            raise InputError(f"values is {a_kind(values)}: give a tensor, torch.as_tensor(values).")
+        if not isinstance(axis, int):
+            raise InputError(f"axis={axis!r}: give the number of the axis of positions.")
         if values.ndim <= (axis if axis >= 0 else -axis - 1) or values.shape[axis] <= int(self.positions.max()):
             raise InputError(
                 f"values of shape {tuple(values.shape)} have no axis {axis} with a place for each position up to "
@@ -126,6 +139,17 @@ def grid_of(inputs: dict[str, Any], merge: int, is_image: Bool[Tensor, " seq"]) 
         None,
         f"it is {count} tokens made of {shape[-2]} by {shape[-1]} pixels: nobody can tell which are of one row.",
     )
+
+
+def _is_slice(one: Any) -> bool:
+    """Whether it is a slice that a list takes."""
+    if not isinstance(one, slice):
+        return False
+    try:
+        one.indices(1)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _runs(is_image: Bool[Tensor, " seq"]) -> list[tuple[int, int]]:

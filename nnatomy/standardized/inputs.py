@@ -22,7 +22,7 @@ from nnatomy.core.frames import warn
 from nnatomy.errors import InputError
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
-from nnatomy.standardized.media import holds_media, misses_media, read_media
+from nnatomy.standardized.media import holds_media, kinds_given, misses_media, read_media
 from nnatomy.standardized.media_kinds import KINDS, MEDIA
 from nnatomy.standardized.text import text_ids
 
@@ -189,6 +189,12 @@ class Prompts:
 
     def _read_media(self, prompts: Any, media: dict[str, Any], texts: dict[str, Any], side: str) -> dict[str, Any]:
         template = {name: value for name, value in texts.items() if name != "prepend_bos" and value is not None}
+        for kind in kinds_given(prompts, media):
+            if not any(map(self.reads, kind.inputs)):
+                raise InputError(
+                    f"{kind.argument}=...: the model reads no {kind.name}s, its forward takes none of "
+                    f"{', '.join(sorted(kind.inputs))}. Give the text alone, or load a model that reads {kind.name}s."
+                )
         if texts.get("prepend_bos") is not None:
             raise InputError("prepend_bos: beside images the processor says how a text begins.")
         if self.main_input != "input_ids" and prompts is not None:

@@ -29,9 +29,24 @@ _OF_GENERATE = frozenset(("tokenizer", "assistant_tokenizer"))
 #: What `generate` never hands on.
 _NOT_OF_GENERATE = frozenset(("labels", "return_dict", "num_items_in_batch"))
 #: What an encoder of images or videos reads.
-PIXELS = frozenset(("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"))
+PIXELS = frozenset(
+    (
+        "pixel_values",
+        "pixel_values_images",
+        "pixel_values_videos",
+        "image_patches",
+        "image_pixel_values",
+        "flattened_patches",
+    )
+)
 #: What an encoder of sound reads.
-SOUND = frozenset(("input_features", "input_values", "audio_input_ids"))
+SOUND = frozenset(("input_features", "input_values", "audio_input_ids", "audio_input_features"))
+#: What else people call the arguments that a processor reads.
+_MEANT = {
+    **dict.fromkeys(("image", "picture", "pictures"), "images"),
+    "video": "videos",
+    **dict.fromkeys(("sound", "sounds", "audios"), "audio"),
+}
 #: The names that a KV cache goes by.
 _CACHES = frozenset(CACHE_NAMES)
 
@@ -57,11 +72,16 @@ class Keywords:
             ours: what the caller takes itself, to be named where it is near.
             generating: whether they go to `generate`, which hands on to the forward what is not for its own config.
         """
+        given = set(given)
+        for name in sorted(given.intersection(_MEANT)):
+            # (A word in a forward's code is no argument of that name.)
+            if _MEANT[name] in ours and name not in _named(self._model.forward, read=False)[0]:
+                raise InputError(f"{name}=...: it is called {_MEANT[name]}=..., one or a list.")
         if generating:
-            self._refuse(set(given), self.of_generate(), ours, "generate")
+            self._refuse(given, self.of_generate(), ours, "generate")
         elif not self._known.issuperset(given):
             self._known = self.of_forward()
-            self._refuse(set(given), self._known, ours, "forward")
+            self._refuse(given, self._known, ours, "forward")
 
     def _refuse(self, given: set[str], taken: set[str], ours: Iterable[str], method: str) -> None:
         own = sorted(_named(self._causal.forward, read=False)[0])

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoProcessor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a, counted
 from nnatomy.standardized.chats import is_chat
 from nnatomy.standardized.media_files import READ, media_list
-from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, Kind, a, place_token
+from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, Kind, place_token
 from nnatomy.standardized.media_tokens import Alone
 
 #: What processors raise at what they cannot read, or lack a package for.
@@ -50,6 +50,18 @@ def holds_media(prompts: Any) -> bool:
         for message in chat
         for part in _parts(message)
     )
+
+
+def kinds_given(prompts: Any, media: Mapping[str, Any]) -> list[Kind]:
+    """What there is beside text, by its argument or in chats."""
+    types = {
+        part.get("type")
+        for chat in _chats(prompts)
+        for message in chat
+        for part in _parts(message)
+        if isinstance(part, Mapping)
+    }
+    return [kind for kind in KINDS if media.get(kind.argument) is not None or kind.part in types]
 
 
 def read_media(
@@ -185,12 +197,12 @@ def _places(processor: Any, kind: Kind, texts: Sequence[str], given: int) -> lis
         return [1] * given
     if not token:
         raise InputError(
-            f"{type(processor).__name__} has no token for the place of {a(kind)} in a text, and {kind.argument}=... gives "
+            f"{type(processor).__name__} has no token for the place of {a(kind.name)} in a text, and {kind.argument}=... gives "
             f"{given}: it reads none."
         )
     raise InputError(
-        f"There are {given} {kind.name}s, and {sum(places)} places for one in the prompts: {token!r} says in a text where "
-        f"{a(kind)} goes, such as {token + texts[0]!r:.80}, and {{'type': {kind.part!r}}} in a chat."
+        f"The prompts have {counted(sum(places), 'place')} for {counted(given, kind.name)}: {token!r} says in a text where "
+        f"{a(kind.name)} goes, such as {token + texts[0]!r:.80}, and {{'type': {kind.part!r}}} in a chat."
     )
 
 

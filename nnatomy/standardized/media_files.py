@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind
 
 
@@ -37,48 +38,95 @@ def _is_frame(one: Any) -> bool:
     return hasattr(one, "mode") or getattr(one, "ndim", 0) == 3
 
 
-def _rgb(image: Any, index: int, _: Any = None, what: str = "Image") -> Any:
-    """The image, read from its file if a path is given."""
+def _image(image: Any, index: int, processor: Any) -> Any:
+    return _rgb(image, f"Image {index}", getattr(processor, "image_processor", None))
+
+
+def _rgb(image: Any, what: str, reader: Any) -> Any:
+    """The image, read from its file if a path is given.
+
+    Args:
+        reader: what makes the model's numbers of it.
+    """
     if isinstance(image, (str, Path)):
         from PIL import Image, UnidentifiedImageError
 
         try:
-            return Image.open(_file(image, f"{what} {index}")).convert("RGB")
+            return Image.open(_file(image, what)).convert("RGB")
         except UnidentifiedImageError:
-            raise InputError(f"{what} {index}: the file {str(image)!r} is no image.") from None
-    mode = getattr(image, "mode", "RGB")
-    if isinstance(mode, str) and mode != "RGB":
-        raise InputError(f"{what} {index} is of mode {mode!r}, and models read RGB: give image.convert('RGB').")
-    if isinstance(image, Tensor) and image.ndim != 3:
-        raise InputError(
-            f"{what} {index} is a tensor of shape {tuple(image.shape)}: give one of (channel, height, width)."
-        )
-    if isinstance(image, np.ndarray) and (image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1])):
-        raise InputError(
-            f"{what} {index} is an array of shape {image.shape}: give one of (height, width, 3), red, green and blue."
-        )
-    if not isinstance(image, (Tensor, np.ndarray)) and not hasattr(image, "convert"):
-        raise InputError(f"{what} {index} is a {type(image).__name__}: give a PIL image, an array, or a file's path.")
+            raise InputError(f"{what}: the file {str(image)!r} is no image.") from None
+    if isinstance(image, (Tensor, np.ndarray)):
+        return _pixels(image, what, reader)
+    if not hasattr(image, "convert"):
+        raise InputError(f"{what} is {a_kind(image)}: give a PIL image, an array, or a file's path.")
+    if isinstance(mode := getattr(image, "mode", "RGB"), str) and mode != "RGB":
+        raise InputError(f"{what} is of mode {mode!r}, and models read RGB: give image.convert('RGB').")
     return image
 
 
-def _video(video: Any, index: int, _: Any) -> Any:
+def _pixels(image: Tensor | np.ndarray, what: str, reader: Any) -> Any:
+    """The image as its processor reads it rightly, whichever axis the colors are on.
+
+    A processor takes an array whose first axis is 1 or 3 long for one of (channel, height, width); so a picture of bytes is given as
+    a PIL image, and one of other numbers with its channels first.
+    """
+    shape = tuple(image.shape)
+    if len(shape) != 3 or 3 not in (shape[0], shape[-1]) or 0 in shape:
+        kind, axes = (
+            ("a tensor", "(3, height, width)") if isinstance(image, Tensor) else ("an array", "(height, width, 3)")
+        )
+        raise InputError(f"{what} is {kind} of shape {shape}: give one of {axes}, red, green and blue.")
+    _check_values(image, what, reader)
+    first = shape[0] == 3 and (isinstance(image, Tensor) or shape[-1] != 3)
+    if str(image.dtype).rpartition(".")[2] != "uint8":
+        return (
+            image
+            if first
+            else image.transpose(0, 2).transpose(1, 2)
+            if isinstance(image, Tensor)
+            else image.transpose(2, 0, 1)
+        )
+    from PIL import Image
+
+    plain = image.cpu().numpy() if isinstance(image, Tensor) else image
+    return Image.fromarray(np.ascontiguousarray(plain.transpose(1, 2, 0) if first else plain))
+
+
+def _check_values(pixels: Tensor | np.ndarray, what: str, reader: Any) -> None:
+    """Raise InputError for numbers that are no brightness, or that the processor would divide by 255 once more."""
+    if str(pixels.dtype).rpartition(".")[2] == "uint8":
+        return
+    mend = "give bytes (uint8), from 0 to 255"
+    values = torch.as_tensor(pixels) if isinstance(pixels, Tensor) or pixels.dtype.kind in "biuf" else None
+    if values is None or values.is_complex():
+        raise InputError(f"{what} is of {pixels.dtype}, and a color has a real number: {mend}.")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):  # also of NaN
+        raise InputError(f"{what} has values from {low:.4g} to {high:.4g}: {mend}.")
+    if high <= 1 and getattr(reader, "do_rescale", False):
+        raise InputError(
+            f"{what} has values from {low:.4g} to {high:.4g}, and the model's processor divides by 255, so that it would be all but "
+            f"black: {mend}, (255 * image).round() as uint8."
+        )
+
+
+def _video(video: Any, index: int, processor: Any) -> Any:
     """The frames; a path as it is, which the processor's decoder reads."""
+    what, reader = f"Video {index}", getattr(processor, "video_processor", None)
     if isinstance(video, (str, Path)):
-        return str(_file(video, f"Video {index}"))
+        return str(_file(video, what))
     if isinstance(video, (list, tuple)):
-        frames = [np.asarray(_rgb(frame, i, what=f"Video {index}, frame")) for i, frame in enumerate(video)]
+        frames = [np.asarray(_rgb(frame, f"{what}, frame {i}", reader)) for i, frame in enumerate(video)]
         if len(shapes := sorted({frame.shape for frame in frames})) > 1:
-            raise InputError(
-                f"Video {index} has frames of several shapes, {', '.join(map(str, shapes))}: give one size."
-            )
+            raise InputError(f"{what} has frames of several shapes, {', '.join(map(str, shapes))}: give one size.")
         return np.stack(frames)
     shape = tuple(getattr(video, "shape", ()))
-    if len(shape) != 4 or 3 not in (shape[1], shape[3]):
-        found = f"of shape {shape}" if shape else f"a {type(video).__name__}"
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]) or 0 in shape:
+        found = f"of shape {shape}" if shape else a_kind(video)
         raise InputError(
-            f"Video {index} is {found}: give an array of (frame, height, width, 3), a list of frames, or a file's path."
+            f"{what} is {found}: give an array of (frame, height, width, 3), a list of frames, or a file's path."
         )
+    _check_values(video, what, reader)
     return video
 
 
@@ -107,12 +155,20 @@ def _sound(sound: Any, index: int, processor: Any) -> Any:
             f"Sound {index} has {rate} samples a second, and the model reads {wanted}: resample it (librosa.resample, "
             "torchaudio.functional.resample)."
         )
-    made = (
-        np.asarray(sound, dtype=np.float32) if not isinstance(sound, Tensor) else sound.detach().cpu().float().numpy()
-    )
-    if made.ndim != 1 or not len(made):
-        raise InputError(f"Sound {index} is of shape {made.shape}: give (sample), of one channel.")
-    return made
+    if isinstance(sound, Tensor):
+        sound = sound.detach().cpu()
+        sound = sound.float() if sound.is_floating_point() else sound
+    samples = np.asarray(sound)
+    if samples.ndim != 1 or not len(samples):
+        raise InputError(f"Sound {index} is of shape {samples.shape}: give (sample), of one channel.")
+    if samples.dtype.kind != "f":
+        full = f": samples / {np.iinfo(samples.dtype).max + 1}" if samples.dtype.kind == "i" else ""
+        raise InputError(
+            f"Sound {index} has samples of {samples.dtype}: give floating-point numbers from -1 to 1{full}."
+        )
+    if not np.isfinite(samples).all():
+        raise InputError(f"Sound {index} has samples that are NaN or infinite.")
+    return samples.astype(np.float32)
 
 
 def _file(path: str | Path, what: str) -> Path:
@@ -122,4 +178,4 @@ def _file(path: str | Path, what: str) -> Path:
 
 
 #: By kind, how one is read: what was given, which it is, and the processor.
-READ: dict[Kind, Callable[[Any, int, Any], Any]] = {IMAGE: _rgb, VIDEO: _video, AUDIO: _sound}
+READ: dict[Kind, Callable[[Any, int, Any], Any]] = {IMAGE: _image, VIDEO: _video, AUDIO: _sound}

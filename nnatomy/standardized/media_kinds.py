@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import NotInThisModelError, a
 from nnatomy.standardized.keywords import PIXELS, SOUND
 
 
@@ -80,9 +80,9 @@ def token_ids(model: Any, kind: Kind) -> list[int]:
     known = (getattr(model.config, name, None) for name in kind.of_config)
     found = [*dict.fromkeys(one for one in known if isinstance(one, int))]
     if not found:
-        piece = "some time of a sound" if kind is AUDIO else f"a patch of {a(kind)}"
+        piece = "some time of a sound" if kind is AUDIO else f"a patch of {a(kind.name)}"
         raise NotInThisModelError(
-            f"{type(model.hf_model).__name__} has no token that stands for {piece}: {a(kind)} is no positions of a prompt."
+            f"{type(model.hf_model).__name__} has no token that stands for {piece}: {a(kind.name)} is no positions of a prompt."
         )
     return found
 
@@ -91,8 +91,3 @@ def place_token(processor: Any, kind: Kind) -> str:
     """What stands for one in a text: the token that is replaced by its pieces, or the one that begins them; "" if nothing."""
     known = (getattr(processor, name, None) for name in kind.of_processor)
     return next((str(token) for token in known if token), "")
-
-
-def a(kind: Kind) -> str:
-    """`an image`, `a video`."""
-    return f"an {kind.name}" if kind.name[0] in "aeiou" else f"a {kind.name}"

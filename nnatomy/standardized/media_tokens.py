@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError, NotInThisModelError, counted
 from nnatomy.standardized.media_kinds import Kind
 
 
@@ -45,9 +45,11 @@ class VideoTokens:
         return self.grid
 
     def position_of(self, frame: int, row: int, column: int) -> int:
-        """The position of the token of that patch. Raises IndexError if there is none."""
+        """The position of the token of that patch. Raises IndexError if there is none, InputError for no numbers."""
         grid = self.patch_grid
         at = (frame, row, column)
+        if not all(isinstance(one, SupportsIndex) for one in at):
+            raise InputError(f"position_of{at!r}: give whole numbers, of a frame, a row and a column of patches.")
         if any(not -size <= index < size for index, size in zip(at, grid, strict=True)):
             raise IndexError(
                 "The video is of {} frames of {} rows and {} columns of patches: there is no {}.".format(*grid, at)
@@ -107,8 +109,8 @@ def shared(
         counts = [int(mask.sum()) for mask in masks]
         if sum(counts) != len(positions):
             raise InputError(
-                f"Prompt {prompt} has {len(positions)} tokens of {kind.name}s, and its {kind.name}s by themselves are {counts}: "
-                "nobody can tell whose they are."
+                f"Prompt {prompt} has {counted(len(positions), 'token')} of {kind.name}s, and its {kind.name}s by themselves are "
+                f"{counts}: nobody can tell whose they are."
             )
         parts = positions.split(counts)
         found += [

@@ -40,6 +40,8 @@ class Inside:
     Attributes:
         slots: where it keeps its states; `states`: which of them has which name.
         alone: whether its single steps are right for one prompt alone.
+        apart: how far its single steps are from what it gives at once, where they are not the same; its states are then those behind
+            its first position, its first two, ..., and are not written: no call goes on from one by one position as its scan does.
         cache: for a pass without one, an empty cache, and the keyword it comes by; None where there has to be one.
         shown: where in its code time steps and gates are; `last`: whose positions are in the last axis.
         absent: by name, why it has none.
@@ -48,6 +50,7 @@ class Inside:
     slots: tuple[Slot, ...] = ()
     states: dict[str, int] = field(default_factory=dict)
     alone: bool = False
+    apart: float = 0.0
     cache: tuple[str, Any] | None = None
     shown: LayerSums = field(default_factory=LayerSums)
     last: dict[str, bool] = field(default_factory=dict)
@@ -126,7 +129,9 @@ def _find_states(inside: Inside, call: MixerCall, returned: Any) -> None:
     own = output_of(returned)
     allowed = tolerance(own)
     ends = [read(slot, call.module, call.arguments, returned) for slot in inside.slots]
-    for call.alone in (False, True):  # RWKV's single step takes the prompts for positions
+    # RWKV's single step takes the prompts for positions; that of Zamba2 and Nemotron-H does not limit the time steps.
+    apart: list[float] = []
+    for call.alone, call.by_prefix in ((False, False), (True, False), (False, True)):
         try:
             given, states = call.run()
             parts = [(end, call.whole(end)[1]) for end in (3, 5)]
@@ -135,13 +140,14 @@ def _find_states(inside: Inside, call: MixerCall, returned: Any) -> None:
             continue
         pairs = [(given, own), *((one[:, -1], end) for one, end in zip(states, ends, strict=True))]
         pairs += [(one[:, end - 1], two) for end, part in parts for one, two in zip(states, part, strict=True)]
-        off = max(off_by(one, other) for one, other in pairs)
-        if off <= allowed:
+        apart.append(max(off_by(one, other) for one, other in pairs))
+        if apart[-1] <= allowed:
             break
-        why = "its own single steps, with which a generation goes on, give something else than it gives at once"
+        why = "its own single steps, with which a generation goes on, give something else than it gives at once: "
+        why += f"{apart[0]:.1e} of it"
     else:
         raise _NoneError(why)
-    inside.alone = call.alone
+    inside.alone, inside.apart = call.alone, apart[0] if call.by_prefix and len(apart) > 1 else 0.0
     inside.cache = _empty_cache(call, given)
     windows = [i for i, one in enumerate(states) if _is_window(one, call.stream)]
     rest = [i for i in range(len(states)) if i not in windows]
@@ -153,6 +159,8 @@ def _find_states(inside: Inside, call: MixerCall, returned: Any) -> None:
         if states[i].ndim > len(ROWS[name].axes):
             raise _NoneError(f"{name} would have {states[i].ndim} axes")
         inside.states[name] = i
+    if call.by_prefix:
+        return
     if rest:
         _check_written(call, given, states, rest)
     for i in windows if not rest else ():
@@ -167,7 +175,7 @@ def _empty_cache(call: MixerCall, given: Tensor) -> tuple[str, Any] | None:
     args, kwargs = call._prompt(0).arguments
     bare = with_cache((args, {**kwargs, empty[0]: None}), empty)
     try:
-        again, _ = MixerCall(call.module, bare, call.slots, call.alone).run()
+        again, _ = MixerCall(call.module, bare, call.slots, call.alone, call.by_prefix).run()
     except Exception:  # noqa: BLE001 - a cache that is not made for prompts to come: then there has to be one
         return None
     return empty if off_by(again, given[:1]) <= tolerance(given) else None

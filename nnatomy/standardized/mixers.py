@@ -21,7 +21,7 @@ from nnatomy.core.gates import is_gate
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Axes, Report
 from nnatomy.core.progress import ENTERING
-from nnatomy.errors import NotInThisModelError
+from nnatomy.errors import NotInThisModelError, a_kind
 from nnatomy.names import OF_MIXERS, ROWS, STATES
 from nnatomy.standardized.accessors import LayerAccessor
 from nnatomy.standardized.hidden import input_of, output_of, with_output
@@ -151,7 +151,12 @@ class MixerMode(ShowMode):
             given = gate.f_locals["args"], gate.f_locals["kwargs"]
             self._keeps = bool(states_in(given)) or inside.cache is None
             self._call = MixerCall(
-                module, with_cache(given, inside.cache), inside.slots, inside.alone, is_first=progress.step == 0
+                module,
+                with_cache(given, inside.cache),
+                inside.slots,
+                inside.alone,
+                bool(inside.apart),
+                is_first=progress.step == 0,
             )
 
     def __exit__(self, *error: Any) -> None:
@@ -195,6 +200,12 @@ class MixerMode(ShowMode):
             if isinstance(where, FakeTensor):
                 continue
             if (awaited := awaits_gradient(shown)) or bool(where.any()):
+                if call.by_prefix:
+                    raise NotInThisModelError(
+                        f"{name} of {a_kind(self._module)} cannot be assigned, nor its gradient be asked for: its single step, with "
+                        "which a generation goes on from a state, gives something else than its scan of a prompt "
+                        f"({self._inside.apart:.1e} of it, relative), and no call of it goes on with its scan by one position."
+                    )
                 forced[i] = where, new.reshape(state.shape)
                 changed.append(where | awaited)
                 run = call.run(forced)
@@ -211,7 +222,7 @@ class MixerMode(ShowMode):
         off = max(off_by(one, other) for one, other in ends)
         if off > 10 * tolerance(ends[0][1]):
             raise NotInThisModelError(
-                f"the states of a {type(self._module).__name__} by position: this call has ended elsewhere than its own single "
+                f"the states of {a_kind(self._module)} by position: this call has ended elsewhere than its own single "
                 f"steps, from which they are computed (off by {off:.1e}, relative). Something inside of it has been changed in this "
                 "pass (time_steps, mixer_gates, one of its modules), it was given packed sequences, or several tokens behind a "
                 "state that it does not go on from. Read the states in a pass without that."

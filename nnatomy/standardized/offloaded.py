@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from nnatomy.errors import a_kind
+
 
 def value_of(module: Module, name: str) -> Tensor:
     """The parameter or buffer of that name; of a module that is offloaded a copy, on the device that it computes on.
@@ -22,4 +24,4 @@ def value_of(module: Module, name: str) -> Tensor:
         if getattr(one, "weights_map", None) is not None:
             found: Tensor = one.weights_map[name]
             return found.to(found.device if one.execution_device is None else one.execution_device, copy=True)
-    raise LookupError(f"the {name} of a {type(module).__name__} is on the meta device: it was never loaded")
+    raise LookupError(f"the {name} of {a_kind(module)} is on the meta device: it was never loaded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn
 
-from nnatomy.errors import UsageError
+from nnatomy.errors import UsageError, a_kind
 
 
 class NotPickled:
@@ -22,7 +22,7 @@ class NotPickled:
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         raise UsageError(
-            f"A {type(self).__name__} is a view of a model in this process, and cannot be pickled (saved, or sent to another "
+            f"{a_kind(self, 'A')} is a view of a model in this process, and cannot be pickled (saved, or sent to another "
             "process). Save what it is a view of: model.hf_model.save_pretrained(folder) and "
             "model.tokenizer.save_pretrained(folder); there, StandardizedTransformer(folder)."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import is_batch
 from nnatomy.standardized.running import Running
-from nnatomy.standardized.text import token_texts
+from nnatomy.standardized.text import refuse_unknown, token_texts, written_ids
 
 #: So many of the most probable tokens are kept, at least.
 _KEPT = 10
@@ -117,7 +117,8 @@ class PromptTexts(Running):
             answer, `ranks`, `top`, `to_dataframe`, `save`, `plot`.
 
         Raises:
-            InputError: if either is no text, or their last and first token are one in the text; if there is no tokenizer.
+            InputError: if either is no text, or their last and first token are one in the text; if there is no tokenizer, or it does
+                not know the answer.
 
         Example:
             >>> from nnatomy import StandardizedTransformer
@@ -148,8 +149,9 @@ class PromptTexts(Running):
                 )
             given = {"input_ids": [whole[:-1]]}
         else:
-            wanted = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            wanted = written_ids(self.tokenizer, answer)
             given["decoder_input_ids"] = [[start, *wanted[:-1]]]
+        refuse_unknown(self.tokenizer, wanted, answer, "The answer")
         model: Any = self
         with torch.no_grad(), model.trace(**given):
             probs = model.logits[0, -len(wanted) :].float().softmax(-1)

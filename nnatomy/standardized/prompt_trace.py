@@ -19,7 +19,7 @@ from nnatomy.core import Collector, Slot
 from nnatomy.core.frames import user_frames
 from nnatomy.core.run import Run
 from nnatomy.core.thread_state import ThreadState
-from nnatomy.errors import InputError, NotInThisModelError
+from nnatomy.errors import InputError, NotInThisModelError, a_kind
 from nnatomy.parallel import LockstepRun
 from nnatomy.standardized.inputs import OPTIONS
 from nnatomy.standardized.kept_state import states_in
@@ -169,7 +169,7 @@ class RootInputs(Collector):
         for module, (name, layer) in self.once.items():
             if (calls := self._progress.calls.get(module, 0)) > 1:
                 raise NotInThisModelError(
-                    f"{name}[{layer}]: in this pass its module, a {type(module).__name__}, is called {calls} times, and none of "
+                    f"{name}[{layer}]: in this pass its module, {a_kind(module)}, is called {calls} times, and none of "
                     "these calls is the layer's: read each by the module's own name, model.path.to.module.calls[k].output."
                 )
 

@@ -23,7 +23,7 @@ from transformers.utils import output_capturing
 from nnatomy.blocks.rows import is_opaque
 from nnatomy.core import Collector, Slot
 from nnatomy.core.run import Run
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.standardized.keywords import PIXELS, SOUND
 from nnatomy.standardized.media_kinds import KINDS, MEDIA
 from nnatomy.standardized.tower import media_encoder
@@ -106,7 +106,7 @@ class Recorded:
         module = slot.module
         if slot.kind == "input":
             if slot.skipped and _records_now() and any(map(_records, module.modules())):
-                raise refuse_skip(f"skip of a {type(module).__name__}", self._by or "output_hidden_states")
+                raise refuse_skip(f"skip of {a_kind(module)}", self._by or "output_hidden_states")
             return
         leaves = _leaves(slot.value)
         made = self._made.pop((module, slot.kind), leaves)
@@ -154,7 +154,7 @@ class _Inside:
         ]
         if not self.found and any(not _is_same(one, self.new) for one in alike):
             raise InputError(
-                f"{by}=True: what was assigned inside of a {type(self.module).__name__} would not be in what the model records "
+                f"{by}=True: what was assigned inside of {a_kind(self.module)} would not be in what the model records "
                 f"of it, which is another tensor than the one that was read. Leave {by} out, and read what you need by its name."
             )
 

@@ -52,6 +52,7 @@ class MixerCall:
         arguments: (args, kwargs).
         slots: where its states are.
         alone: whether its single steps are to have one prompt each.
+        by_prefix: whether it is run on its first position, its first two, ..., and not on one after the other.
         is_first: whether it is of the first step of a pass, in which states kept on modules begin anew.
 
     Attributes:
@@ -59,9 +60,16 @@ class MixerCall:
     """
 
     def __init__(
-        self, module: Module, arguments: Any, slots: tuple[Slot, ...] = (), alone: bool = False, is_first: bool = True
+        self,
+        module: Module,
+        arguments: Any,
+        slots: tuple[Slot, ...] = (),
+        alone: bool = False,
+        by_prefix: bool = False,
+        is_first: bool = True,
     ) -> None:
-        self.module, self.arguments, self.slots, self.alone = module, arguments, slots, alone
+        self.module, self.arguments, self.slots = module, arguments, slots
+        self.alone, self.by_prefix = alone, by_prefix
         self._caches = _copied(states_in(arguments), slots)
         self._on_modules = dict(_on_modules(module))
         self._is_first = is_first
@@ -78,7 +86,7 @@ class MixerCall:
         return self.given
 
     def run(self, forced: dict[int, tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run it on one position after the other.
+        """Run it on one position after the other; or, `by_prefix`, on the first, the first two, ..., with nothing forced.
 
         Args:
             forced: by slot, where in (batch, seq) another state is put after a position, and which. Where its entries are not
@@ -87,6 +95,11 @@ class MixerCall:
         Returns:
             What it gives, (batch, seq, hidden), and of each slot the states after each position, (batch, seq, ...).
         """
+        if self.by_prefix:
+            assert not forced
+            parts = [self.whole(end + 1) for end in range(self.stream.shape[1])]
+            after = zip(*(states for _, states in parts), strict=True)
+            return torch.cat([given[:, -1:] for given, _ in parts], 1), [torch.stack(one, 1) for one in after]
         batch, forced = self.stream.shape[0], forced or {}
         if self.alone and batch > 1:
             cut = [{i: (where[r : r + 1], new[r : r + 1]) for i, (where, new) in forced.items()} for r in range(batch)]

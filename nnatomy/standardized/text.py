@@ -28,8 +28,42 @@ def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list
         if bos is None:
             raise InputError("prepend_bos=True: the tokenizer has no token for the beginning of a text (bos_token).")
         return ids if ids[:1] == [bos] else [bos, *ids]
-    written = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    written = written_ids(tokenizer, text)
     return ids[max(0, _leading(bos, ids) - _leading(bos, written)) :]
+
+
+def written_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text as it stands within another one: nothing is put around it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def is_unknown(tokenizer: Any, token: int, text: str) -> bool:
+    """Whether `token` stands for what the tokenizer does not know, so that it says nothing of `text`, which it was made from.
+
+    Some tokenizers have one token for that and for another use (GPT-2's ends a text); a text that spells it out means it.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return unknown is not None and token == unknown and str(tokenizer.unk_token) not in text
+
+
+def known_ids(tokenizer: Any, text: str, what: str) -> list[int]:
+    """`written_ids` of a text whose probability is asked for.
+
+    Raises:
+        InputError: if the tokenizer does not know some of it: the number would be that of its token for the unknown.
+    """
+    ids = written_ids(tokenizer, text)
+    refuse_unknown(tokenizer, ids, text, what)
+    return ids
+
+
+def refuse_unknown(tokenizer: Any, ids: Any, text: str, what: str) -> None:
+    """As `known_ids`, of tokens that were made from that text."""
+    if any(is_unknown(tokenizer, token, text) for token in ids):
+        raise InputError(
+            f"{what} {text!r}: the tokenizer does not know it, or a part of it, and writes {tokenizer.unk_token!r} (token "
+            f"{tokenizer.unk_token_id}) for it, as for any other such text. Choose a text that it knows."
+        )
 
 
 def _leading(token: int | None, ids: list[int]) -> int:

@@ -1,71 +1,23 @@
-"""The side of a model that reads images, videos or sound, by names of a trace: the encoder's layers, what projects their output, what
-enters the stream. `tower.py` finds the modules.
-"""
+"""A model that reads images, videos or sound beside text: by which processor, and where they are in its prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import Module
 
-from nnatomy.core import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
 from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
 from nnatomy.standardized.media import load_processor, media_alone
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
 from nnatomy.standardized.media_tokens import AudioTokens, VideoTokens, shared, video_grid
-from nnatomy.standardized.prompt_trace import RootInputs
-from nnatomy.standardized.tower import Tower, find_tower
-from nnatomy.standardized.values import Values
-from nnatomy.standardized.watched import watcher
-from nnatomy.tracing.attach import first_tensor, with_first_tensor
+from nnatomy.standardized.media_values import MediaValues
 
 
-class EncoderLayers:
-    """`model.vision_layers_output[i]`, `model.audio_layers_output[i]`: what a layer of the encoder gives, in the encoder's own axes.
-
-    Can be assigned.
-    """
-
-    def __init__(self, model: Any, kind: Kind) -> None:
-        self._model, self._kind, self._name = model, kind, kind.names[1]
-        self._layers, self._why = model._tower(kind).layers, model._tower(kind).no_layers
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, layer: int | slice) -> Any:
-        if isinstance(layer, slice):
-            return [self[i] for i in range(len(self))[layer]]
-        return first_tensor(self._slot(layer).value)
-
-    def __setitem__(self, layer: int, value: Tensor) -> None:
-        slot = self._slot(layer)
-        slot.value = _with_first(f"{self._name}[{layer}]", slot.value, value)
-
-    def _slot(self, layer: int) -> Slot:
-        if not self._layers:
-            raise NotInThisModelError(f"{self._name}: {self._why}")
-        if not isinstance(layer, SupportsIndex):
-            raise LayerIndexError(f"{self._name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}.")
-        if not -len(self) <= layer < len(self):
-            raise LayerIndexError(
-                f"The {self._name.partition('_')[0]} encoder has layers 0 to {len(self) - 1}, so no {layer}."
-            )
-        name = f"{self._name}[{layer}]"
-        self._model._refuse_both(self._kind, name)
-        return _reach(self._model, self._layers[layer], name)
-
-
-class Vision(Values):
+class Vision(MediaValues):
     """A model with the names of what reads images, videos and sound, where it has that and a processor reads them for it."""
 
     _processor: Any = None
@@ -200,153 +152,3 @@ class Vision(Values):
             (one for one in ids for mine in alone for made in mine if (made.inputs["input_ids"] == one).any()), ids[0]
         )
         return shared(inputs["input_ids"] == stands, alone, stands, kind)
-
-    @property
-    def image_embeddings(self) -> Float[Tensor, "token hidden"]:
-        """What enters the residual stream at the images' positions, in the order of prompts and positions; can be assigned."""
-        return self._embeddings(IMAGE)
-
-    @image_embeddings.setter
-    def image_embeddings(self, value: Tensor) -> None:
-        self._put_embeddings(IMAGE, value)
-
-    @property
-    def video_embeddings(self) -> Float[Tensor, "token hidden"]:
-        """What enters the residual stream at the videos' positions, in the order of prompts and positions; can be assigned."""
-        return self._embeddings(VIDEO)
-
-    @video_embeddings.setter
-    def video_embeddings(self, value: Tensor) -> None:
-        self._put_embeddings(VIDEO, value)
-
-    @property
-    def audio_embeddings(self) -> Float[Tensor, "token hidden"]:
-        """What enters the residual stream at the sounds' positions, in the order of prompts and positions; can be assigned."""
-        return self._embeddings(AUDIO)
-
-    @audio_embeddings.setter
-    def audio_embeddings(self, value: Tensor) -> None:
-        self._put_embeddings(AUDIO, value)
-
-    @property
-    def vision_layers_output(self) -> EncoderLayers:
-        """What each layer of the encoder of images and videos gives."""
-        return EncoderLayers(self, IMAGE)
-
-    @property
-    def audio_layers_output(self) -> EncoderLayers:
-        """What each layer of the encoder of sound gives."""
-        return EncoderLayers(self, AUDIO)
-
-    @property
-    def projector_output(self) -> Tensor:
-        """The images' patches as the language model is given them, in the shape that the module gives; can be assigned."""
-        return first_tensor(self._slot_of_projector(IMAGE).value)
-
-    @projector_output.setter
-    def projector_output(self, value: Tensor) -> None:
-        slot = self._slot_of_projector(IMAGE)
-        slot.value = _with_first("projector_output", slot.value, value)
-
-    @property
-    def audio_projector_output(self) -> Tensor:
-        """The sounds as the language model is given them, in the shape that the module gives; can be assigned."""
-        return first_tensor(self._slot_of_projector(AUDIO).value)
-
-    @audio_projector_output.setter
-    def audio_projector_output(self, value: Tensor) -> None:
-        slot = self._slot_of_projector(AUDIO)
-        slot.value = _with_first("audio_projector_output", slot.value, value)
-
-    def _slot_of_projector(self, kind: Kind) -> Slot:
-        name = kind.names[2]
-        if (module := self._tower(kind).projector) is None:
-            raise NotInThisModelError(f"{name}: {self._tower(kind).no_projector}")
-        self._refuse_both(kind, name)
-        return _reach(self, module, name)
-
-    def _embeddings(self, kind: Kind) -> Tensor:
-        _refuse_to_be_watched(kind.names[0])
-        slot, places = self._slot_of_stream(kind)
-        return slot.value[1]["inputs_embeds"][
-            places.nonzero(as_tuple=True)
-        ]  # (of a mask a scan would not know how many)
-
-    def _put_embeddings(self, kind: Kind, value: Tensor) -> None:
-        name = kind.names[0]
-        slot, places = self._slot_of_stream(kind)
-        args, kwargs = slot.value
-        embeds = kwargs["inputs_embeds"]
-        _check(name, embeds[places], value)
-        slot.value = args, {**kwargs, "inputs_embeds": embeds.masked_scatter(places[..., None], value.to(embeds.dtype))}
-
-    def _slot_of_stream(self, kind: Kind) -> tuple[Slot, Tensor]:
-        """Where the module that runs the layers is called, and which positions are of that kind."""
-        name, candidates = kind.names[0], token_ids(self, kind)
-        ids = self.input_ids
-        arguments, _ = self._root_inputs(name)
-        both = kind is not AUDIO and self._both()
-        slot = _reach(self, self._keywords._above_the_layers()[-1], name, "input")
-        if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
-            raise NotInThisModelError(f"{name}: the module that runs the layers is given no inputs_embeds.")
-        encoded = arguments.get("mm_encoder_outputs") or {}  # what `generate` itself has had encoded
-        # A later step of a generation has none, whatever token it begins with.
-        given = any(arguments.get(argument) is not None for argument in kind.inputs) or bool(
-            {kind.name, kind.modality} & {modality for modality, one in encoded.items() if one is not None}
-        )
-        of_videos = token_ids(self, VIDEO)[0] if kind is not AUDIO else -1
-        if both and not (ids == of_videos).any():
-            raise NotInThisModelError(
-                f"{name}: the prompt has images and videos, and one token stands for patches of both. Read "
-                "layers_input[0] at the positions."
-            )
-        places = next((one for one in (ids == token for token in candidates) if one.any()), ids == candidates[0])
-        return slot, places & given
-
-    def _refuse_both(self, kind: Kind, name: str) -> None:
-        """An encoder that reads images in one call and videos in another has no one value."""
-        if kind is AUDIO:
-            return
-        if self._both():
-            raise NotInThisModelError(
-                f"{name}: the prompt has images and videos, and the vision encoder reads them in a call each. Read the calls "
-                "under the module's own name: model.path.to.module.calls[k].output."
-            )
-
-    def _both(self) -> bool:
-        """Whether the prompts have images and videos."""
-        recorded = next((c for c in self._blocks.current("images").run.collectors if isinstance(c, RootInputs)), None)
-        if recorded is None:  # a scan
-            arguments, _ = self._root_inputs("images")
-            media = {name for name, value in arguments.items() if value is not None}
-        else:
-            media = {*recorded.given.media}
-        return media >= {"pixel_values", "pixel_values_videos"}
-
-    def _tower(self, kind: Kind) -> Tower:
-        towers: dict[Kind, Tower] = self.__dict__.setdefault("_towers", {})
-        if kind not in towers:
-            towers[kind] = find_tower(self, kind)
-        return towers[kind]
-
-
-def _with_first(name: str, value: Any, new: Tensor) -> Any:
-    _check(name, first_tensor(value), new)
-    return with_first_tensor(value, new)
-
-
-def _check(name: str, old: Tensor, new: Any) -> None:
-    if not isinstance(new, Tensor) or new.shape != old.shape:
-        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
-        raise AssignmentError(f"{name} is of shape {tuple(old.shape)}; what was assigned is {found}.")
-
-
-def _reach(model: Any, module: Module, name: str, kind: str = "output") -> Slot:
-    _refuse_to_be_watched(name)
-    block = model._blocks.current(name)
-    return block.reach(module, kind, name)
-
-
-def _refuse_to_be_watched(name: str) -> None:
-    if (one := watcher.get()) is not None:
-        one.refuse(f"{name} is of an image, and a plan has none")

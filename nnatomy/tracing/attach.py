@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from nnatomy.core.gates import unseen
 from nnatomy.core.points import Collector, Slot, Tap, described
-from nnatomy.errors import AssignmentError, UsageError
+from nnatomy.errors import AssignmentError, UsageError, a_kind
 
 
 class Point(NamedTuple):
@@ -111,7 +111,7 @@ class Attachment(Collector):
     def _tensor(self, point: Point, slot: Slot) -> Tensor:
         value = point.get(slot.value)
         if not isinstance(value, Tensor):
-            raise UsageError(f"{self}: there is no tensor at {point.name}, but a {type(value).__name__}.")
+            raise UsageError(f"{self}: there is no tensor at {point.name}, but {a_kind(value)}.")
         return value
 
     def __repr__(self) -> str:

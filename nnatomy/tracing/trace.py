@@ -231,11 +231,16 @@ class Traceable(ModuleView, core.Traceable):
     def _point(self, point: str | ModuleView) -> Point:
         if isinstance(point, ModuleView):
             point = f"{point.path}.output"
-        path, _, kind = point.rpartition(".")
+        path, _, kind = point.rpartition(".") if isinstance(point, str) else ("", "", "")
         if kind not in ("input", "output"):
-            raise UsageError(f"{point!r} is no point: give a path and .input or .output, such as 'layers.3.output'.")
+            raise UsageError(f"{point!r} is no point: {self._said_of_points(point)}")
         module = self[path].module if path else self.module
         return Point(point, module, kind, first_tensor, with_first_tensor)
+
+    def _said_of_points(self, point: Any) -> str:
+        """Which points there are to attach at, where `point` is none."""
+        del point
+        return "give a path and .input or .output, such as 'layers.3.output'."
 
     def _child(self, name: str) -> ModuleView:
         attached = self._attached.get(name) if self.edits else None

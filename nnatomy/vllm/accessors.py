@@ -11,7 +11,7 @@ from torch import Tensor
 from nnatomy.core.block import Block
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError, a_kind, counted
 from nnatomy.names import Name
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.pickling import NotPickled
@@ -74,9 +74,9 @@ class Accessor(NotPickled):
             layers = range(len(self))[layer]
             count = len(value) if isinstance(value, (Sequence, Tensor)) else None
             if count != len(layers):
-                given = f"a {type(value).__name__} was" if count is None else f"{count} were"
+                given = f"{a_kind(value)} was" if count is None else f"{count} were"
                 raise AssignmentError(
-                    f"{self.name}[...] is {len(layers)} layers; {given} assigned. Give a list of one tensor for each."
+                    f"{self.name}[...] is {counted(len(layers), 'layer')}; {given} assigned. Give a list of one tensor for each."
                 )
             for i, one in zip(layers, value, strict=True):
                 self[i] = one

@@ -16,6 +16,7 @@ from nnatomy.errors import (
     InputError,
     LoadError,
     NoSuchModuleError,
+    counted,
 )
 from nnatomy.names import OF_LAYERS, ROWS
 from nnatomy.standardized.asked_for import check_model
@@ -219,8 +220,8 @@ class VllmTransformer(NotPickled, Values, Traceable):
         for i, one in enumerate(lists):
             if len(one) >= limit:
                 raise InputError(
-                    f"Prompt {i} has {len(one)} tokens, and the engine takes fewer than its max_model_len, {limit}, so that one can "
-                    f"be written: give a shorter one, or load the engine with max_model_len={len(one) + 1}."
+                    f"Prompt {i} has {counted(len(one), 'token')}, and the engine takes fewer than its max_model_len, "
+                    f"{limit}, so that one can be written: give a shorter one, or load the engine with max_model_len={len(one) + 1}."
                 )
         return lists
 

@@ -36,7 +36,9 @@ def find_cross_attentions(model: Any) -> list[Roles]:
 
 def _find(model: Any, accessors: dict[str, LayerAccessor]) -> list[Roles]:
     if not accessors["attentions_output"].modules:
-        return [dict.fromkeys(("Q", "K", "V", "O"), names.NO_CROSS)] * len(model._anatomy.layers)
+        # (A layer that does not run on text may attend to what an image is made into, which nobody has seen then.)
+        idle = model._anatomy.absent["layer"]
+        return [dict.fromkeys(("Q", "K", "V", "O"), why or names.NO_CROSS) for why in idle]
     layers = [_Attention(model, accessors, i) for i in range(len(model._anatomy.layers))]
     looked_at = (one for layer in layers for one in layer.looked_at)
     with passing(model) as inputs, looking(looked_at), model.trace(**inputs):

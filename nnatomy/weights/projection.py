@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nnatomy.errors import a
 from nnatomy.standardized.offloaded import value_of
 from nnatomy.validation.near import is_near
 
@@ -100,7 +101,7 @@ def weight_of(module: Module, path: str) -> Tensor:
     if _is_split(weight) or not weight.is_floating_point() or weight.ndim != 2:
         kind = f"{type(weight).__name__} of {weight.dtype}, {tuple(weight.shape)}"
         raise RefusedError(
-            f"the weight of {name} is a {kind}, and no plain matrix: it is quantized, or split. {_QUANTIZED}"
+            f"the weight of {name} is {a(kind)}, and no plain matrix: it is quantized, or split. {_QUANTIZED}"
         )
     return weight
 

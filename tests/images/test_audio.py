@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from audio_families import FAMILIES, RATE, sound, whisper
+from media_checks import Asked, check_a_batch, check_a_trace, check_generating, check_what_is_assigned
 from reference import hooked
 from torch import Tensor, nn
 
@@ -39,45 +40,16 @@ def processed(processor: Any, text: str, audio: Any) -> dict[str, Any]:
     return {name: value for name, value in made.items() if name != "labels"}
 
 
-def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+def asked_of(loaded: Any) -> Asked:
     name, hf, processor, model = loaded
     prompt = processor.audio_token + " what is this ?"
     inputs = processed(processor, prompt, sound())
-    path, projector = PARTS[name]
-    layers = hf.get_submodule(path)
-    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
-    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
-    if projector:
-        points["projector"] = (hf.get_submodule(projector), "output")
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        other = hf(**{**inputs, "input_features": -inputs["input_features"]}).logits
-        seen = hooked(hf, lambda: hf(**inputs), points)
-        with model.trace(prompt, audio=sound()) as tracer:
-            heard = model.audio_layers_output[:]
-            if projector:
-                given = model.audio_projector_output
-            entered = model.audio_embeddings
-            stream = model.layers_input[0]
-            last = model.layers_output[-1]
-            logits = model.logits
-            tracer.result
-    assert not torch.allclose(plain, other, atol=1e-3), "the sound does not matter"
-    assert torch.equal(logits, plain)
-    assert torch.equal(stream, seen["stream"])
-    assert torch.equal(last, seen["last"])
-    assert len(heard) == len(layers)
-    assert all(torch.equal(value, seen[i]) for i, value in enumerate(heard))
-    (tokens,) = model.audio_tokens(prompt, audio=sound())
-    assert len(entered) == len(tokens.positions)
-    if projector:
-        assert torch.equal(given, seen["projector"])
-    else:
-        with (
-            pytest.raises(NotInThisModelError, match="no module gives .* at a sound's positions"),
-            model.trace(**inputs),
-        ):
-            model.audio_projector_output
+    names = ("audio_layers_output", "audio_projector_output", "audio_embeddings")
+    return Asked(hf, model, prompt, inputs, {"audio": sound()}, "input_features", *PARTS[name], names)
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    check_a_trace(asked_of(loaded))
 
 
 def test_whose_positions_they_are(loaded: Any) -> None:
@@ -108,21 +80,12 @@ def test_whose_positions_they_are(loaded: Any) -> None:
 def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
     _, _, processor, model = loaded
     token = processor.audio_token
-    prompts, sounds = [f"{token} what ?", f"the left {token} right of this a user"], [sound(1), sound(2, frames=64)]
-    with torch.no_grad():
-        with model.trace(prompts, audio=sounds):
-            together = model.logits[:, -1]
-        for i, (prompt, one) in enumerate(zip(prompts, sounds, strict=True)):
-            with model.trace(prompt, audio=one):
-                alone = model.logits[0, -1]
-            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+    prompts = [f"{token} what ?", f"the left {token} right of this a user"]
+    check_a_batch(model, prompts, "audio", [sound(1), sound(2, frames=64)])
 
 
 def test_what_is_assigned_goes_on(loaded: Any) -> None:
-    name, hf, processor, model = loaded
-    prompt = processor.audio_token + " what is this ?"
-    inputs = processed(processor, prompt, sound())
-    path, projector = PARTS[name]
+    asked = asked_of(loaded)
 
     def zeroed(module: nn.Module) -> Tensor:
         def zero(_: Any, __: Any, output: Any) -> Any:
@@ -131,46 +94,17 @@ def test_what_is_assigned_goes_on(loaded: Any) -> None:
         handle = module.register_forward_hook(zero)
         try:
             with torch.no_grad():
-                return hf(**inputs).logits
+                return asked.hf(**asked.inputs).logits
         finally:
             handle.remove()
 
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        for i, layer in enumerate(hf.get_submodule(path)):
-            with model.trace(prompt, audio=sound()):
-                model.audio_layers_output[i] = 0 * model.audio_layers_output[i]
-                logits = model.logits
-            assert torch.equal(logits, zeroed(layer))
-            assert not torch.equal(logits, plain)
-        if projector:
-            with model.trace(prompt, audio=sound()):
-                model.audio_projector_output = 0 * model.audio_projector_output
-                logits = model.logits
-            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
-        (place,) = model.audio_tokens(prompt, audio=sound())
-        with model.trace(prompt, audio=sound()):
-            before = model.audio_embeddings
-            plain_stream = model.layers_input[0][0, place.positions]
-        with model.trace(prompt, audio=sound()):
-            new = torch.randn_like(model.audio_embeddings)
-            model.audio_embeddings = new
-            stream = model.layers_input[0][0, place.positions]
-        torch.testing.assert_close(stream, new * (plain_stream / before), rtol=1e-3, atol=1e-3)
+    for layer in asked.hf.get_submodule(asked.layers):
+        assert not torch.equal(zeroed(layer), asked.hf(**asked.inputs).logits)
+    check_what_is_assigned(asked, zeroed)
 
 
 def test_generating(loaded: Any) -> None:
-    _, hf, processor, model = loaded
-    prompt = processor.audio_token + " what is this ?"
-    inputs = processed(processor, prompt, sound())
-    with torch.no_grad():
-        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
-        with model.generate(prompt, audio=sound(), max_new_tokens=3, do_sample=False) as tracer:
-            counts = [len(model.audio_embeddings) for _ in tracer.iter[:]]
-            tokens = tracer.result
-    assert torch.equal(tokens, plain)
-    (place,) = model.audio_tokens(prompt, audio=sound())
-    assert counts == [len(place.positions), 0, 0]
+    check_generating(asked_of(loaded))
 
 
 def test_an_image_and_a_sound_in_one_prompt() -> None:
@@ -239,10 +173,10 @@ def test_an_encoder_of_sound(listener: StandardizedTransformer) -> None:
         (
             "what is this ?",
             sound(),
-            r"There are 1 sounds, and 0 places .* '<\|AUDIO\|>' says in a text where a sound goes",
+            r"The prompts have 0 places for 1 sound: '<\|AUDIO\|>' says in a text where a sound goes",
         ),
-        ("<|AUDIO|> what", [sound(), sound()], "There are 2 sounds, and 1 places"),
-        ("<|AUDIO|> what", None, "There are 0 sounds, and 1 places"),
+        ("<|AUDIO|> what", [sound(), sound()], "The prompts have 1 place for 2 sounds: "),
+        ("<|AUDIO|> what", None, "The prompts have 1 place for 0 sounds: "),
         (
             "<|AUDIO|> what",
             (sound(), 44_100),
@@ -254,6 +188,17 @@ def test_an_encoder_of_sound(listener: StandardizedTransformer) -> None:
             np.zeros((2, 100), np.float32),
             r"Sound 0 is of shape \(2, 100\): give \(sample\), of one channel",
         ),
+        (
+            "<|AUDIO|> what",
+            np.zeros(400, np.int16),
+            "Sound 0 has samples of int16: give floating-point numbers from -1 to 1: samples / 32768",
+        ),
+        (
+            "<|AUDIO|> what",
+            torch.zeros(400, dtype=torch.complex64),
+            r"Sound 0 has samples of complex64: give floating-point numbers from -1 to 1\.",
+        ),
+        ("<|AUDIO|> what", np.full(400, np.nan, np.float32), "Sound 0 has samples that are NaN or infinite"),
         ("<|AUDIO|> what", "nowhere.wav", "Sound 0: there is no file 'nowhere.wav'"),
         (None, sound(), "audio without a prompt: .* says in a text where a sound goes"),
         ([[5, 6]], sound(), "Images, videos and sound go with texts and chats, .* input_features=..."),
@@ -278,13 +223,11 @@ def test_a_sound_as_data_sets_have_it(listens: StandardizedTransformer) -> None:
 
 
 def test_what_the_model_or_its_processor_does_not_read(listens: StandardizedTransformer) -> None:
-    with pytest.raises(InputError, match="Qwen2AudioProcessor has no token for a place of a image|an image"):
+    with pytest.raises(InputError, match=r"^images=\.\.\.: the model reads no images, its forward takes none of"):
         listens.trace("what", images=np.zeros((8, 8, 3), np.uint8))
     text = StandardizedTransformer("demo:gpt2")
     text.processor = listens.processor
-    with pytest.raises(
-        InputError, match="the processor makes input_features of it, which the model's forward does not"
-    ):
+    with pytest.raises(InputError, match=r"^audio=\.\.\.: the model reads no sounds, its forward takes none of"):
         text.trace("<|AUDIO|> what", audio=sound())
     with pytest.raises(InputError, match="The model reads no text but input_features: .* decoder_input_ids"):
         hf, processor = whisper()

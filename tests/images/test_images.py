@@ -3,18 +3,20 @@ image changes."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from image_families import FAMILIES
+from media_checks import Asked, check_a_batch, check_a_trace, check_generating, check_what_is_assigned
 from PIL import Image
 from reference import hooked
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import AssignmentError, InputError, NotInThisModelError
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, OutsideTraceError
 from nnatomy.standardized.media import image_token
 
 # Of numpy, about the processors' own code.
@@ -68,46 +70,44 @@ def processed(processor: Any, texts: list[str], images: list[Any]) -> dict[str, 
     return {name: value for name, value in made.items() if name != "labels"}
 
 
-def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
-    _, hf, processor, model = loaded
+def asked_of(loaded: Any) -> Asked:
+    name, hf, processor, model = loaded
     prompt = image_token(processor) + " what is this ?"
     inputs = processed(processor, [prompt], [picture()])
-    path, projector = PARTS[loaded[0]]
-    layers = hf.get_submodule(path)
-    points: dict[Any, Any] = {i: (layer, "output") for i, layer in enumerate(layers)}
-    points |= {"stream": (model.layers[0].module, "input"), "last": (model.layers[-1].module, "output")}
-    if projector:
-        points["projector"] = (hf.get_submodule(projector), "output")
-    with torch.no_grad():
-        plain = hf(**inputs).logits
-        other = hf(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
-        seen = hooked(hf, lambda: hf(**inputs), points)
-        with model.trace(prompt, images=picture()) as tracer:
-            vision = model.vision_layers_output[:]
-            if projector:
-                given = model.projector_output
-            entered = model.image_embeddings
-            stream = model.layers_input[0]
-            last = model.layers_output[-1]
-            logits = model.logits
-            tracer.result
-    assert not torch.allclose(plain, other, atol=1e-3), "the image does not matter"
-    assert torch.equal(logits, plain)
-    assert torch.equal(stream, seen["stream"])
-    assert torch.equal(last, seen["last"])
-    assert len(vision) == len(layers)
-    assert all(torch.equal(value, seen[i]) for i, value in enumerate(vision))
-    (tokens,) = model.image_tokens(prompt, images=picture())
-    assert len(entered) == len(tokens.positions)
-    if projector:
-        assert torch.equal(given, seen["projector"])
+    names = ("vision_layers_output", "projector_output", "image_embeddings")
+    return Asked(hf, model, prompt, inputs, {"images": picture()}, "pixel_values", *PARTS[name], names)
+
+
+def test_a_trace_is_what_the_model_gives(loaded: Any) -> None:
+    asked = asked_of(loaded)
+    check_a_trace(asked)
+    if asked.projector:
+        with torch.no_grad(), asked.trace():
+            given, entered = asked.model.projector_output, asked.model.image_embeddings
         assert torch.equal(given.reshape(entered.shape), entered)
-    else:
-        with (
-            pytest.raises(NotInThisModelError, match="no module gives what stands in the stream"),
-            model.trace(**inputs),
-        ):
-            model.projector_output
+
+
+def test_an_array_is_read_whichever_axis_its_colors_are_on(loaded: Any) -> None:
+    """As the processor itself reads the picture, also where a side is as long as the colors are many."""
+    _, _, processor, model = loaded
+    prompt = image_token(processor) + " what is this ?"
+    rows = np.random.default_rng(3).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    for pixels in (rows, rows[:3], rows[:, :3]):
+        try:
+            plain = processed(processor, [prompt], [Image.fromarray(pixels)])["pixel_values"]
+        except ValueError:  # some take no picture that is so thin
+            continue
+        tensor = torch.from_numpy(pixels)
+        given = {
+            "array": pixels,
+            "tensor, colors first": tensor.permute(2, 0, 1),
+            **({"array, colors first": pixels.transpose(2, 0, 1)} if pixels.shape[1] != 3 else {}),
+            **({"tensor": tensor} if pixels.shape[0] != 3 else {}),
+        }
+        for how, one in given.items():
+            assert torch.equal(model.prepare(prompt, images=one)["pixel_values"], plain), how
+            again = model.prepare(prompt, images=one.astype(np.float32) if isinstance(one, np.ndarray) else one.float())
+            torch.testing.assert_close(again["pixel_values"], plain, rtol=0, atol=0.05, msg=how)
 
 
 def test_whose_positions_they_are(loaded: Any) -> None:
@@ -142,17 +142,10 @@ def test_whose_positions_they_are(loaded: Any) -> None:
 
 def test_a_batch_is_its_prompts_alone(loaded: Any) -> None:
     name, _, processor, model = loaded
-    if name in ALONE:
-        return
     token = image_token(processor)
-    prompts, images = [f"{token} what ?", f"the left {token} right of this a user"], [picture(1), picture(2)]
-    with torch.no_grad():
-        with model.trace(prompts, images=images):
-            together = model.logits[:, -1]
-        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            with model.trace(prompt, images=image):
-                alone = model.logits[0, -1]
-            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3)
+    if name not in ALONE:
+        prompts = [f"{token} what ?", f"the left {token} right of this a user"]
+        check_a_batch(model, prompts, "images", [picture(1), picture(2)])
 
 
 def test_rows_and_columns(loaded: Any, request: pytest.FixtureRequest) -> None:
@@ -200,10 +193,8 @@ def test_rows_and_columns(loaded: Any, request: pytest.FixtureRequest) -> None:
 
 
 def test_what_is_assigned_goes_on(loaded: Any) -> None:
-    name, hf, processor, model = loaded
-    prompt = image_token(processor) + " what is this ?"
-    inputs = processed(processor, [prompt], [picture()])
-    path, projector = PARTS[name]
+    asked = asked_of(loaded)
+    model = asked.model
 
     def zeroed(module: nn.Module) -> Tensor:
         """The logits where that module's own forward gives zeros (a hook would come behind what the encoder records of a layer)."""
@@ -215,53 +206,17 @@ def test_what_is_assigned_goes_on(loaded: Any) -> None:
         module.forward = zero
         try:
             with torch.no_grad():
-                return hf(**inputs).logits
+                return asked.hf(**asked.inputs).logits
         finally:
             del module.forward
 
-    with torch.no_grad():
-        for i, layer in enumerate(hf.get_submodule(path)):
-            with model.trace(prompt, images=picture()):
-                model.vision_layers_output[i] = 0 * model.vision_layers_output[i]
-                logits = model.logits
-            assert torch.equal(logits, zeroed(layer))
-        if projector:
-            with model.trace(prompt, images=picture()):
-                model.projector_output = 0 * model.projector_output
-                logits = model.logits
-            assert torch.equal(logits, zeroed(hf.get_submodule(projector)))
-        (place,) = model.image_tokens(prompt, images=picture())
-        with model.trace(prompt, images=picture()):
-            new = torch.randn_like(model.image_embeddings)
-            model.image_embeddings = new
-            stream = model.layers_input[0][0, place.positions]
-            logits = model.logits
-        with model.trace(prompt, images=picture()):
-            before = model.image_embeddings
-            plain_stream = model.layers_input[0][0, place.positions]
-            plain = model.logits
-        scale = plain_stream / before  # what some families multiply all embeddings by
-        torch.testing.assert_close(stream, new * scale, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(logits, plain, atol=1e-3)
-        with (
-            pytest.raises(AssignmentError, match="image_embeddings is of shape"),
-            model.trace(prompt, images=picture()),
-        ):
-            model.image_embeddings = new[:, :-1]
+    check_what_is_assigned(asked, zeroed)
+    with pytest.raises(AssignmentError, match="image_embeddings is of shape"), asked.trace():
+        model.image_embeddings = model.image_embeddings[:, :-1]
 
 
 def test_generating(loaded: Any) -> None:
-    _, hf, processor, model = loaded
-    prompt = image_token(processor) + " what is this ?"
-    inputs = processed(processor, [prompt], [picture()])
-    with torch.no_grad():
-        plain = hf.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=3)
-        with model.generate(prompt, images=picture(), max_new_tokens=3, do_sample=False) as tracer:
-            counts = [len(model.image_embeddings) for _ in tracer.iter[:]]
-            tokens = tracer.result
-    assert torch.equal(tokens, plain)
-    (place,) = model.image_tokens(prompt, images=picture())
-    assert counts == [len(place.positions), 0, 0]
+    check_generating(asked_of(loaded))
 
 
 def test_a_scan_gives_the_shapes(loaded: Any) -> None:
@@ -320,9 +275,9 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
 @pytest.mark.parametrize(
     ("prompt", "images", "says"),
     [
-        ("what is this ?", lambda: picture(), "There are 1 images, and 0 places .* '<image>' says in a text where"),
-        ("<image> what", lambda: [picture(), picture()], "There are 2 images, and 1 places"),
-        ("<image> what", lambda: None, "There are 0 images, and 1 places"),
+        ("what is this ?", lambda: picture(), "The prompts have 0 places for 1 image: '<image>' says in a text where"),
+        ("<image> what", lambda: [picture(), picture()], "The prompts have 1 place for 2 images: "),
+        ("<image> what", lambda: None, "The prompts have 1 place for 0 images: "),
         (
             "<image> what",
             lambda: picture().convert("RGBA"),
@@ -335,12 +290,39 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             lambda: np.zeros((16, 16), np.uint8),
             r"Image 0 is an array of shape \(16, 16\): give one of \(height",
         ),
-        ("<image> what", lambda: 7, "Image 0 is a int: give a PIL image, an array, or a file's path"),
+        ("<image> what", lambda: 7, "Image 0 is an int: give a PIL image, an array, or a file's path"),
         (
             "<image> what",
             lambda: torch.zeros(16, 16),
-            r"Image 0 is a tensor of shape \(16, 16\): give one of \(channel",
+            r"Image 0 is a tensor of shape \(16, 16\): give one of \(3, height, width\)",
         ),
+        (
+            "<image> what",
+            lambda: np.zeros((0, 16, 3), np.uint8),
+            r"Image 0 is an array of shape \(0, 16, 3\): give one of \(height",
+        ),
+        (
+            "<image> what",
+            lambda: torch.rand(3, 16, 16),
+            r"Image 0 has values from .* to .*, and the model's processor divides by 255, .*: give bytes \(uint8\), .*255 \* image",
+        ),
+        (
+            "<image> what",
+            lambda: np.ones((16, 16, 3), bool),
+            "Image 0 has values from 1 to 1, and the model's processor",
+        ),
+        (
+            "<image> what",
+            lambda: torch.full((3, 16, 16), torch.nan),
+            r"Image 0 has values from nan to nan: give bytes \(uint8\), from 0 to 255",
+        ),
+        ("<image> what", lambda: torch.randn(3, 16, 16) * 300, r"Image 0 has values from -.* to .*: give bytes"),
+        (
+            "<image> what",
+            lambda: np.zeros((16, 16, 3), complex),
+            "Image 0 is of complex128, and a color has a real number",
+        ),
+        ("<image> what", lambda: np.zeros((16, 16, 3), object), "Image 0 is of object, and a color has a real number"),
         ([[5, 6]], lambda: picture(), "Images, videos and sound go with texts and chats, .* pixel_values=..."),
     ],
 )
@@ -356,8 +338,13 @@ def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
     ):
         model.trace("<image> what", images=picture())
     text = StandardizedTransformer("demo:gpt2")
-    with pytest.raises(InputError, match="The processor of 'demo:gpt2', to read images, could not be loaded"):
-        text.trace("what", images=picture())
+    for argument, kind in (("images", "images"), ("videos", "videos"), ("audio", "sounds")):
+        with pytest.raises(
+            InputError, match=rf"^{argument}=\.\.\.: the model reads no {kind}, its forward takes none of .*, load"[:-6]
+        ):
+            text.trace("what", **{argument: picture()})
+    with pytest.raises(InputError, match=r"^images=\.\.\.: the model reads no images"):
+        text.trace([{"role": "user", "content": [{"type": "image", "image": picture()}]}])
     with pytest.raises(NotInThisModelError, match="GPT2LMHeadModel has no token that stands for a patch"):
         text.image_tokens("what", images=picture())
     with (
@@ -365,6 +352,22 @@ def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
         text.trace("what"),
     ):
         text.vision_layers_output[0]
+
+
+def test_an_argument_by_another_name_is_said(llava: StandardizedTransformer) -> None:
+    for name, meant in (("image", "images"), ("video", "videos"), ("sound", "audio")):
+        with pytest.raises(InputError, match=rf"^{name}=\.\.\.: it is called {meant}=\.\.\., one or a list\.$"):
+            llava.trace("<image> what", **{name: picture()})
+
+
+@pytest.mark.parametrize("name", ["image_embeddings", "projector_output", "vision_layers_output[1]"])
+def test_outside_a_trace_the_name_asked_for_is_said(llava: StandardizedTransformer, name: str) -> None:
+    for ask in (
+        lambda: eval(f"model.{name}", {"model": llava}),
+        lambda: exec(f"model.{name} = torch.zeros(1)", {"model": llava, "torch": torch}),
+    ):
+        with pytest.raises(OutsideTraceError, match=rf"^{re.escape(name)}: values exist only while the model runs"):
+            ask()
 
 
 def test_blocks_with_an_image_each(llava: StandardizedTransformer) -> None:

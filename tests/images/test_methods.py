@@ -229,3 +229,4 @@ def test_patterns_by_text_and_image() -> None:
         photo.arranged(pattern[:, -1, :3])
     with pytest.raises(InputError, match="none is in rows slice"):
         photo.region(slice(9, 12), slice(None))
+    assert torch.equal(photo.region(columns=slice(0, 1)), photo.positions.view(4, 4)[:, 0])

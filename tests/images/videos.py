@@ -201,8 +201,12 @@ def test_an_image_and_a_video_in_one_prompt() -> None:
 @pytest.mark.parametrize(
     ("prompt", "videos", "says"),
     [
-        ("what ?", video(), r"There are 1 videos, and 0 places .* '<\|video_pad\|>' says in a text where a video goes"),
-        ("<|video_pad|> what", [video(), video()], "There are 2 videos, and 1 places"),
+        (
+            "what ?",
+            video(),
+            r"The prompts have 0 places for 1 video: '<\|video_pad\|>' says in a text where a video goes",
+        ),
+        ("<|video_pad|> what", [video(), video()], "The prompts have 1 place for 2 videos: "),
         (
             "<|video_pad|> what",
             video()[0],

@@ -243,7 +243,7 @@ def test_dtype_and_any_kind_of_prompt() -> None:
             LayerIndexError,
             "mlps_output[7]: the model has 3 layers, 0 to 2.",
         ),
-        (([[5, 6], [7]],), {"positions": 1}, InputError, "prompts[1] has 1 tokens: there is no position 1."),
+        (([[5, 6], [7]],), {"positions": 1}, InputError, "prompts[1] has 1 token: there is no position 1."),
         (
             ([[5, 6]],),
             {"positions": "first"},

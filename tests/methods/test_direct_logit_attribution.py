@@ -160,7 +160,7 @@ def test_what_cannot_be_is_said() -> None:
     model = StandardizedTransformer("demo:gpt2")
     with pytest.raises(InputError, match=r"The answer ' Paris Rome' is 2 tokens, .*Give one token"):
         direct_logit_attribution(model, "The capital of France is", answer=" Paris Rome")
-    with pytest.raises(InputError, match="3 answers for 1 rows of logits: give one, or one for each"):
+    with pytest.raises(InputError, match="3 answers for 1 row of logits: give one, or one for each"):
         direct_logit_attribution(model, "The capital of France is", answer=[1, 2, 3])
     prompts = ["The capital of France is", "Japan is in"]
     with pytest.raises(InputError, match=r"prompt 1 has 3 tokens, at 0 to 2 \(or -3 to -1\); there is no position -5"):

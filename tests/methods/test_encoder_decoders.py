@@ -231,7 +231,7 @@ def test_what_cannot_be_collected_is_refused(model: StandardizedTransformer) -> 
             "all",
             "Collect names of the one and of the other in two calls",
         ),
-        ("layers_output", 1, r"prompts\[0\] has 1 tokens in the decoder: there is no position 1"),
+        ("layers_output", 1, r"prompts\[0\] has 1 token in the decoder: there is no position 1"),
         ("encoder_layers_output", 5, r"prompts\[0\] has 5 tokens: there is no position 5"),
         (
             "encoder_cross_attentions_output",

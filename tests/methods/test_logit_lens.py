@@ -174,7 +174,7 @@ def test_targets_of_statistics() -> None:
     assert [paris.texts[int(i)] for i in paris.target_tokens[:, -1]] == [" Paris", " Asia"]
     assert (paris.target_rank[:, -1, -1] == 0).all()
     assert (paris.kl[:, -1].nan_to_num() == 0).all()
-    with pytest.raises(InputError, match=r"There are 2 prompts and 1 targets"):
+    with pytest.raises(InputError, match=r"2 prompts and 1 target"):
         lens_statistics(model, ["a", "b"], targets=[1])
     with pytest.raises(InputError, match=r"not both"):
         lens_statistics(model, "a", targets=1, next_tokens=True)

@@ -143,7 +143,7 @@ def test_latents_are_by_the_layers_asked_for_or_by_all() -> None:
     close(patchscope_lens(model, target_patch_prompts=target, latents=list(latents)), expected)
     close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents), expected[:, [0, 2]])
     close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents[[0, 2]]), expected[:, [0, 2]])
-    with pytest.raises(InputError, match=r"latents are of 2 layers: give one for each of the 1 layers"):
+    with pytest.raises(InputError, match=r"latents are of 2 layers: give one for each of 1 asked for"):
         patchscope_lens(model, None, target, layers=0, latents=latents[:2])
 
 
@@ -153,9 +153,9 @@ def test_what_does_not_fit_is_said() -> None:
         patchscope_lens(model)
     with pytest.raises(InputError, match=r"one of the two"):
         patchscope_lens(model, sources, target, latents=torch.zeros(3, 2, 32))
-    with pytest.raises(InputError, match=r"There are 2 sources and 1 target prompts"):
+    with pytest.raises(InputError, match=r"2 sources and 1 target prompt"):
         patchscope_lens(model, sources, [target])
-    with pytest.raises(InputError, match=r"3 layers are read and 2 are to be written"):
+    with pytest.raises(InputError, match=r"3 layers to read and 2 to write"):
         patchscope_lens(model, sources, target, target_layers=[0, 1])
     with pytest.raises(LayerIndexError, match=r"layers_output\[3\]: the model has 3 layers"):
         patchscope_lens(model, sources, target, layers=3)
@@ -225,7 +225,7 @@ def test_attention_reads_the_source(model_type: str, sources: int) -> None:
 
 
 def test_attention_lens_says_what_does_not_fit() -> None:
-    with pytest.raises(InputError, match=r"There are 2 sources and 3 target prompts"):
+    with pytest.raises(InputError, match=r"2 sources and 3 target prompts"):
         patch_object_attn_lens(wrapped("llama"), ids("llama", 4, 4), ids("llama", 5, 5, 5), attn_idx_patch=0)
     mamba = StandardizedTransformer(zoo_shared("mamba"))
     with pytest.raises(NotInThisModelError, match=r"attentions_input\[0\]: this layer has none"):

@@ -138,7 +138,7 @@ def test_what_is_no_such_file_is_refused(found: dict[str, Result], tmp_path: Pat
     with pytest.raises(InputError, match="is no file that a result's save wrote"):
         kind.load(path)
     found["edge_attribution"].save(path)
-    with pytest.raises(InputError, match=r"is a EdgeAttribution, not a HeadMap: EdgeAttribution.load\(path\)"):
+    with pytest.raises(InputError, match=r"is an EdgeAttribution, not a HeadMap: EdgeAttribution.load\(path\)"):
         kind.load(path)
 
 
@@ -174,7 +174,7 @@ def test_a_lens_is_a_tensor(found: dict[str, Result]) -> None:
     assert [x for _, x in lens.top(3, layer=2)] == best
     assert lens.to_dataframe(3).query("layer == 2")["effect"].tolist() == best
     assert torch.equal(torch.as_tensor(lens.plot().data[0].z).squeeze().float(), plain[0].max(-1).values)
-    with pytest.raises(InputError, match="layer=99: there are"):
+    with pytest.raises(InputError, match="layer=99: the layers are 0 to 5"):
         lens.top(layer=99)
 
 

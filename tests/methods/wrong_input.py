@@ -136,7 +136,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.lens_statistics(m, P, targets=[" a", " b"]),
         "InputError",
-        "There are 1 prompts and 2 targets: give one for all, or one each.",
+        "1 prompt and 2 targets: give one for all, or one each.",
     ),
     (
         lambda: of.lens_statistics(m, P, targets=10**6),
@@ -248,7 +248,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.patchscope_lens(m, P, layers=[0, 1], target_layers=[0, 1, 2]),
         "InputError",
-        "2 layers are read and 3 are to be written: give one target layer for all, or one each.",
+        "2 layers to read and 3 to write: give one target layer for all, or one each.",
     ),
     (
         lambda: of.patchscope_generate(m, P, of.TargetPrompt("a", -1), max_length=0, layers=0),
@@ -283,7 +283,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.patch_object_attn_lens(m, [P, Q], [P, Q, P], attn_idx_patch=0),
         "InputError",
-        "There are 2 sources and 3 target prompts: give one source for all, or one each.",
+        "2 sources and 3 target prompts: give one source for all, or one each.",
     ),
     (
         lambda: of.TargetPromptBatch.from_prompts(["a", "b"], [1]),
@@ -624,7 +624,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.circuit_faithfulness(m, P, Q, metric=met, attribution=3, sizes=[1]),
         "InputError",
-        "attribution is a int: give what edge_attribution gave.",
+        "attribution is an int: give what edge_attribution gave.",
     ),
     (
         lambda: of.direct_logit_attribution(m, P, answer=" Paris", by="x"),
@@ -659,7 +659,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.direct_logit_attribution(m, P, answer=[1, 2]),
         "InputError",
-        "2 answers for 1 rows of logits: give one, or one for each.",
+        "2 answers for 1 row of logits: give one, or one for each.",
     ),
     (
         lambda: of.get_token_activations(m, P, layers=[99]),
@@ -687,7 +687,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.get_token_activations(m, P, layers=None, get_activations=lambda a, b: 3),
         "InputError",
-        "get_activations gave a int of layer 0, and no tensor of (batch, seq, ...).",
+        "get_activations gave an int of layer 0, and no tensor of (batch, seq, ...).",
     ),
     (
         lambda: of.get_token_activations(m),
@@ -939,8 +939,8 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (
         lambda: t(lambda: m.steer("all", torch.ones(H))),
-        "LayerIndexError",
-        "layers_output['a']: layers are counted, 0 to 5, or sliced.",
+        "InputError",
+        "layers='all': steer adds a vector to the output of layers, by their numbers: steer(3, vector), steer([3, 5], vector).",
     ),
     (lambda: t(lambda: m.steer([], torch.ones(H))), "InputError", "layers: give at least one to steer."),
     (lambda: t(lambda: m.steer(1, torch.ones(H), "2")), "InputError", "factor='2': it is a number."),
@@ -998,12 +998,12 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: t(lambda: m.skip_layer("a")),
         "LayerIndexError",
-        "layers_input['a']: layers are counted, 0 to 5, or sliced.",
+        "skip_layer('a'): give the number of a layer, 0 to 5.",
     ),
     (
         lambda: t(lambda: m.skip_layer(1, 3)),
         "AssignmentError",
-        "skip_with of layer 1 is a tensor; a int was assigned.",
+        "skip_with of layer 1 is a tensor; an int was assigned.",
     ),
     (lambda: m.run_with_cache(P, 5), "InputError", "names=5: give one standard name or several, or None for all."),
     (lambda: m.run_with_cache(P, layers="all"), "InputError", "layers='all': give a whole number, or several."),

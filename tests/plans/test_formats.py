@@ -201,7 +201,7 @@ REFUSED = {
     ),
     "no list": ({"representations": "x"}, "has a list of representations"),
     "no layer": (config(["x", "block_output"]), "is no representation of pyvene's"),
-    "no type": (config(row(1), row(2), kinds=["ZeroIntervention"]), "2 representations, and 1 types"),
+    "no type": (config(row(1), row(2), kinds=["ZeroIntervention"]), "2 representations, and 1 type"),
 }
 
 

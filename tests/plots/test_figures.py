@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,7 +15,7 @@ import torch
 from contrast import contrast
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
-from nnatomy.plots import attention, bars, circuit, curves, heat_map, over_picture, parts
+from nnatomy.plots import attention, bars, circuit, curves, heat_map, over_picture, parts, token_view
 from nnatomy.plots.look import COLORS, SCALES, SIGNED, cell_texts, color_at, ink_on, theme
 
 TOKENS = ["The", " the", " the", "<b>x</b>"]
@@ -369,27 +370,27 @@ def test_a_long_title_is_folded() -> None:
     [
         (
             lambda: heat_map(VALUES, rows=["0"], columns=TOKENS),
-            "values are (2, 4), with labels for 1 rows and 4 columns: give one label each.",
+            "values are (2, 4), with labels for 1 row and 4 columns: give one label each.",
         ),
         (lambda: a_map(texts=[["a"] * 4]), "texts is not a list of 2 rows of 4 strings, as the values are."),
         (
             lambda: a_map(hover=[["a"] * 4, ["a"] * 3]),
             "hover is not a list of 2 rows of 4 strings, as the values are.",
         ),
-        (lambda: bars(VALUES[0], labels=["a"]), "4 values with 1 labels: give one label each."),
+        (lambda: bars(VALUES[0], labels=["a"]), "4 values with 1 label: give one label each."),
         (
             lambda: curves([0, 1], {"a": [1]}),
-            "The curve 'a' has 1 values for 2 places on the axis.",
+            "The curve 'a' has 1 value for 2 places on the axis.",
         ),
         (
             lambda: circuit(VALUES, sources=["a"], destinations=["b"]),
-            "scores are (2, 4), with names for 1 sources and 1 destinations: give one name each.",
+            "scores are (2, 4), with names for 1 source and 1 destination: give one name each.",
         ),
         (lambda: a_circuit(k=0), "k=0: give the number of edges to draw, at least 1."),
-        (lambda: parts(VALUES[0], labels=["a"]), "4 values with 1 labels: give one label each."),
+        (lambda: parts(VALUES[0], labels=["a"]), "4 values with 1 label: give one label each."),
         (
             lambda: attention(VALUES[None], tokens=["a"]),
-            "The patterns are over 2 queries and 4 keys; there are 1 tokens.",
+            "The patterns are over 2 queries and 4 keys, and not over 1 token.",
         ),
     ],
 )
@@ -451,3 +452,28 @@ def test_what_is_no_picture_is_said() -> None:
     grey = torch.zeros(2, 2, 3, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"maps: give at least one of \(row, column\); got \[\]"):
         over_picture(grey, {})
+    with pytest.raises(InputError, match=r"maps: give at least one of \(row, column\); got \[\(0, 3\)\]"):
+        over_picture(grey, {"a": torch.zeros(0, 3)})
+    with pytest.raises(InputError, match=r"picture is of shape \(0, 2, 3\) and torch.uint8: give a PIL image, or"):
+        over_picture(grey[:0], {"a": torch.zeros(1, 1)})
+
+
+DRAWN_OF: dict[str, Callable[[Any], Any]] = {
+    "maps['a']": lambda values: over_picture(torch.zeros(2, 2, 3, dtype=torch.uint8), {"a": values}),
+    "values": lambda values: heat_map(values, rows=["0", "1"], columns=["a", "b"]),
+    "scores": lambda values: circuit(values, sources=["a", "b"], destinations=["c", "d"]),
+    "patterns": lambda values: attention(values[None], tokens=["a", "b"]),
+    "values of bars": lambda values: bars(values[0], labels=["a", "b"]),
+    "values of parts": lambda values: parts(values[0], labels=["a", "b"]),
+    "norms": lambda values: token_view(["a", "b"], {"norms": values[0]}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_OF)
+def test_what_is_no_one_number_is_not_drawn(name: str) -> None:
+    said = re.escape(name.partition(" of ")[0])
+    with pytest.raises(
+        InputError, match=rf"^{said} is of complex numbers: draw one number of each, its \.abs\(\), \.real or"
+    ):
+        DRAWN_OF[name](torch.ones(2, 2, dtype=torch.complex64))
+    DRAWN_OF[name](torch.ones(2, 2, dtype=torch.int))

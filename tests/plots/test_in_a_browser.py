@@ -212,6 +212,23 @@ def test_one_head_alone_is_chosen_by_the_menu(show: Callable[..., Tab]) -> None:
     assert tab.value(f"{maps}.length") > 0
 
 
+@pytest.mark.parametrize("width", [700, 1400, 2000])
+def test_a_figure_of_many_maps_fills_its_page_and_its_cells_stay_square(show: Callable[..., Tab], width: int) -> None:
+    tab = show(attention(torch.rand(4, 6, 5, 5).tril(), tokens=TOKENS, title="All layers"), width=width)
+    look = "document.querySelector('.plotly-graph-div')._fullLayout"
+    cells = f"[{look}.xaxis{{0}}._length / 5, {look}.yaxis{{0}}._length / 5]"
+    wide, high = tab.value(cells.format(""))
+    assert wide == pytest.approx(high, rel=0.02)  # (the color bar takes nine pixels of the height)
+    if width > 1000:
+        assert tab.value(f"{look}.width") > 0.9 * width
+    else:
+        assert tab.value(f"{look}.width") == 940  # not smaller: the page scrolls sideways
+    tab.click(*tab.middle(".updatemenu-header"))
+    tab.click(*tab.middle(".updatemenu-dropdown-button:nth-of-type(2)"))
+    wide, high = tab.value(cells.format(""))
+    assert wide == pytest.approx(high, rel=0.02)
+
+
 @pytest.mark.parametrize("diverging", [False, True])
 def test_a_heat_map_tells_its_cells_whose_texts_can_be_read_light_and_dark(
     show: Callable[..., Tab], tmp_path: Path, diverging: bool

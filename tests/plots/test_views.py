@@ -138,7 +138,7 @@ def test_the_title_is_shown_as_it_is() -> None:
         ),
         (
             lambda: attention_view(torch.ones(1, 2, 2), TOKENS),
-            "The patterns are over 2 queries and 2 keys; there are 4 tokens.",
+            "The patterns are over 2 queries and 2 keys, and not over 4 tokens.",
         ),
         (
             lambda: attention_view(torch.ones(1, 1, 1, 4, 4), TOKENS),

@@ -48,7 +48,7 @@ def test_help_says_what_a_name_is_and_its_shape() -> None:
         pydoc.doc(model.layers_output, output=said)
     assert "`layers_output[layer]`: the residual stream after the layer." in said.getvalue()
     assert "A tensor of (batch, seq, hidden)" in said.getvalue()
-    assert f"There are {model.num_layers} layers, 0 to {model.num_layers - 1}." in said.getvalue()
+    assert f"The layers are 0 to {model.num_layers - 1}." in said.getvalue()
     assert "This model has none: no layer attends to an encoder." in (model.cross_attentions_output.__doc__ or "")
     assert repr(model.queries) == f"<queries[layer]: (batch, head, query, head_dim). {ROWS['queries'].doc}>"
 

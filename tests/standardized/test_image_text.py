@@ -91,6 +91,11 @@ def test_a_layer_that_text_leaves_out_keeps_its_number() -> None:
     for name in ("layers_input", "attentions_output", "layers_mid", "mixers_output", "routers_logits"):
         with pytest.raises(NotInThisModelError, match=rf"{name}\[1\]: .* it does not run on text alone"):
             getattr(model, name).module(1)
+    for name in ("W_Q", "W_cross_Q", "W_cross_O"):
+        with pytest.raises(NotInThisModelError, match=rf"{name}\[1\]: .* it does not run on text alone"):
+            getattr(model, name)[1]
+    with pytest.raises(NotInThisModelError, match=r"W_cross_V\[0\]: there is none: no layer attends to an encoder"):
+        model.W_cross_V[0]
     with pytest.raises(NotInThisModelError, match="it does not run on text alone"), model.trace(ids):
         model.skip_layers(0, 2)
 

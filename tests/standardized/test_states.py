@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -26,6 +27,7 @@ KEEP = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"), ALL[:2]),
     **dict.fromkeys(("kimi_linear", "bailing_hybrid", "lara_mini", "recurrent_gemma"), ALL[:2]),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), CONV),
+    **dict.fromkeys(("zamba2", "nemotron_h"), ALL[:2]),
     "minimax": SSM,
     "rwkv": ALL,
     "xlstm": ALL[1:],
@@ -77,6 +79,44 @@ def test_states_are_those_behind_a_pass_over_the_first_positions(model_type: str
                     state[:, end - 1].reshape(own.shape), own, rtol=1e-4, atol=1e-5 * float(own.abs().max())
                 )
     assert all(not torch.equal(state[:, 2], state[:, 3]) for state in states[:2])
+
+
+@pytest.mark.parametrize("model_type", ["zamba2", "nemotron_h"])
+def test_where_the_single_step_is_no_part_of_the_scan_states_are_read_alone(model_type: str) -> None:
+    """Their scan limits the time steps from below, and their single step does not."""
+    hf = zoo.build(model_type)
+    model = StandardizedTransformer(hf)
+    layer = layer_of(model, "ssm_states")
+    with torch.no_grad():
+        scanned = kept(hf, hf(IDS, use_cache=True), layer)[1]
+        stepped = hf(IDS[:, :1], use_cache=True)
+        for t in range(1, 6):
+            stepped = hf(IDS[:, t : t + 1], cache=stepped["cache"], use_cache=True)
+        apart = (kept(hf, stepped, layer)[1] - scanned).abs().max()
+        assert apart > 1e-3 * scanned.abs().max(), "the limit does not count"
+        for name in ("ssm_states", "conv_states"):
+            with (
+                pytest.raises(NotInThisModelError, match=rf"^{name} of an? \w+ cannot be assigned, .* of it, relative"),
+                model.trace(input_ids=IDS) as tracer,
+            ):
+                getattr(model, name)[layer][:, 2] = 0
+                tracer.result
+        with model.generate(IDS[:1], max_new_tokens=3, do_sample=False) as tracer:
+            steps = [(model.ssm_states[layer].shape[1], model.ssm_states[layer][:, -1]) for _ in tracer.iter[:]]
+            tokens = tracer.result
+        assert [length for length, _ in steps] == [6, 1, 1]
+        cache = hf(tokens[:, :6], use_cache=True)["cache"]
+        for t, (_, state) in enumerate(steps):
+            if t:
+                cache = hf(tokens[:, 5 + t : 6 + t], cache=cache, use_cache=True)["cache"]
+            own = cache.layers[layer].recurrent_states[0]
+            assert torch.allclose(state.reshape(own.shape), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
+    with (
+        pytest.raises(NotInThisModelError, match="nor its gradient be asked for"),
+        model.trace(input_ids=IDS) as tracer,
+    ):
+        model.ssm_states[layer].retain_grad()
+        tracer.result
 
 
 @pytest.mark.parametrize("model_type", WRITTEN)
@@ -208,10 +248,64 @@ def test_a_single_step_that_is_not_the_scan_is_seen(monkeypatch: pytest.MonkeyPa
         return given
 
     monkeypatch.setattr(modeling_mamba2, "mamba2_selective_state_update", wrong)
-    model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
-    with pytest.raises(NotInThisModelError, match="give something else than it gives at once"):
-        model.ssm_states.module(1)
+    hf = zoo.build("mamba2")
+    model = StandardizedTransformer(hf, validate=False)
     assert model.time_steps.module(1) is not None
+    with torch.no_grad(), model.trace(input_ids=IDS):
+        states = model.ssm_states[1]
+    for end in (1, 4, 6):  # those of the scan
+        with torch.no_grad():
+            own = kept(hf, hf(IDS[:, :end], use_cache=True), 1)[1]
+        assert torch.allclose(states[:, end - 1].reshape(own.shape), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
+    with pytest.raises(NotInThisModelError, match="cannot be assigned"), model.trace(input_ids=IDS) as tracer:
+        model.ssm_states[1] = 2 * model.ssm_states[1]
+        tracer.result
+
+
+def test_a_scan_that_is_no_recurrence_has_no_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gives at a position is not what it gives there when it is the last."""
+    scan = modeling_mamba2.mamba2_chunk_scan
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        given = scan(*args, **kwargs)
+        out = given[0] if isinstance(given, tuple) else given
+        out = out + 0.3 * out.mean(1, keepdim=True)
+        return (out, *given[1:]) if isinstance(given, tuple) else out
+
+    monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", wrong)
+    model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
+    with pytest.raises(NotInThisModelError, match=r"give something else than it gives at once: \d\.\de[+-]\d\d of it"):
+        model.ssm_states.module(1)
+
+
+def test_a_fused_kernel_hides_the_time_steps_and_keeps_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands where Transformers puts that of mamba_ssm, and torch sees nothing of what it computes."""
+    hf = zoo.build("mamba2")
+    with torch.no_grad(), StandardizedTransformer(hf, validate=False).trace(input_ids=IDS) as tracer:
+        plain = tracer.result.logits
+
+    def kernel(own: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return own(*args, **kwargs)
+
+    for name in ("mamba2_chunk_scan", "mamba2_selective_state_update"):
+        monkeypatch.setattr(modeling_mamba2, name, partial(kernel, getattr(modeling_mamba2, name)))
+    model = StandardizedTransformer(hf, validate=False)
+    with (
+        pytest.raises(
+            NotInThisModelError, match=r"no softplus gives any that torch sees \(a fused kernel shows none\)"
+        ),
+        model.trace(input_ids=IDS),
+    ):
+        model.time_steps[1]
+    with torch.no_grad(), model.trace(input_ids=IDS) as tracer:
+        states = model.ssm_states[1]
+        logits = tracer.result.logits
+    assert torch.equal(logits, plain)
+    for end in (2, 6):
+        with torch.no_grad():
+            own = kept(hf, hf(IDS[:, :end], use_cache=True), 1)[1]
+        assert torch.allclose(states[:, end - 1].reshape(own.shape), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
 def test_three_states_that_are_no_sum_with_its_normalizer_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

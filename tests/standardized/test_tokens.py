@@ -15,7 +15,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from nnatomy import StandardizedTransformer
+from nnatomy.compat.transformer_lens import HookedTransformer
 from nnatomy.errors import InputError
+from nnatomy.methods import (
+    Prompt,
+    direct_logit_attribution,
+    lens_statistics,
+    logit_difference,
+    probability,
+)
 from nnatomy.methods.result import Result
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(4, VOCAB))]
@@ -191,3 +199,32 @@ def test_an_answer_that_is_no_text_behind_the_prompt() -> None:
         wrapped("gpt2", ends=True).test_prompt(PROMPT, ANSWER)
     with pytest.raises(InputError, match=r"prompt='w10', answer='': both are text\."):
         model.test_prompt("w10", "")
+
+
+#: What is asked for a word's probability, of a model and its tokenizer.
+ASKED: dict[str, Any] = {
+    "a metric": lambda model, word: logit_difference("w20", word, model),
+    "attribution": lambda model, word: direct_logit_attribution(model, PROMPT, answer=word),
+    "a target": lambda model, word: lens_statistics(model, [PROMPT], targets=[word]),
+    "a prompt": lambda model, word: Prompt.from_strings(PROMPT, word, model),
+    "the test of a prompt": lambda model, word: model.test_prompt(PROMPT, f" {word}"),
+    "TransformerLens's": lambda model, word: HookedTransformer(model).to_single_token(word),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_word_that_the_tokenizer_does_not_know_is_no_answer(asked: str) -> None:
+    """Its id is that of any other such word, whose probability would be given."""
+    model = wrapped("gpt2")
+    assert model.tokenizer("zebra")["input_ids"] == [IDS["<unk>"]] == model.tokenizer("<unk>")["input_ids"]
+    with pytest.raises(InputError, match=r"'( )?zebra'(: the tokenizer does not know it| has no token of its own)"):
+        ASKED[asked](model, "zebra")
+    ASKED[asked](model, "w21")
+    ASKED[asked](model, "<unk>")  # which is written out, and means that token
+
+
+def test_a_token_that_also_stands_for_the_unknown_can_be_asked_for() -> None:
+    """GPT-2's tokenizer has one token for the end of a text and for what it does not know."""
+    gpt2 = wrapped("gpt2")
+    gpt2.tokenizer.unk_token = "</s>"
+    assert probability("</s>", gpt2).data()[0][0][0] == IDS["</s>"]

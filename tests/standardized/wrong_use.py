@@ -21,13 +21,17 @@ from nnatomy.errors import NnatomyError
 from nnatomy.methods import ActivationStore, LogitLens, SteeringVector, TunedLens, collect_activations, logit_lens
 from nnatomy.methods.result import Result
 from nnatomy.plans import from_control_vector, from_pyvene, load_plan
+from nnatomy.plots import bars, heat_map
 from nnatomy.standardized import ActivationCache
+from nnatomy.standardized.image_tokens import ImageTokens
+from nnatomy.standardized.media_tokens import VideoTokens
 
 LIBRARY = Path(nnatomy.__file__).parent
 warnings.simplefilter("error")
 m = StandardizedTransformer("demo:gpt2")
 P = "The capital of France is"
 v = torch.ones(96)
+PHOTO, CLIP = ImageTokens(0, 0, torch.arange(16), (4, 4)), VideoTokens(0, 0, torch.arange(16), (1, 4, 4))
 _, C = m.run_with_cache(P, ["layers_output"], layers=[1])
 
 
@@ -157,7 +161,11 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "batch_index=4, token_positions=None and a vector of (96,) do not fit a stream of (1, 5, 96): index 4 is out of bounds ",
     ),
     (tr(lambda: m.steer(9, v)), "LayerIndexError", "layers_output[9]: the model has 6 layers, 0 to 5."),
-    (tr(lambda: m.steer("2", v)), "LayerIndexError", "layers_output['2']: layers are counted, 0 to 5, or sliced."),
+    (
+        tr(lambda: m.steer("2", v)),
+        "InputError",
+        "layers='2': steer adds a vector to the output of layers, by their numbers",
+    ),
     (
         tr(lambda: m.steer(2, torch.ones(5))),
         "InputError",
@@ -277,7 +285,19 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: m.attach("layers_output", torch.nn.Linear(96, 96)),
         "UsageError",
-        "'layers_output' is no point: give a path and .input or .output, such as 'layers.3.output'.",
+        "'layers_output' is no point: give a name of layers with the layer, such as 'layers_output[3]', or a module's path and .inp",
+    ),
+    (
+        lambda: m.attach("token_embeddings", torch.nn.Linear(96, 96)),
+        "UsageError",
+        "'token_embeddings' is no point: give a name of layers with the layer, such as 'layers_output[3]', or a module's path and "
+        ".input or .output, such as 'layers.3.output'; token_embeddings are 'transformer.wte.output'. The names of layers are "
+        "layers_input, layers_output, ",
+    ),
+    (
+        lambda: m.attach(3, torch.nn.Linear(96, 96)),
+        "UsageError",
+        "3 is no point: give a name of layers with the layer, such as 'layers_output[3]', or a module's path and .input or .output",
     ),
     (
         lambda: m.attach("layers_output[9]", torch.nn.Linear(96, 96)),
@@ -322,7 +342,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         tr(setl(2, 0)),
         "AssignmentError",
-        "layers_output[2] is a tensor; a int was assigned. For one number in all entries, assign torch.full_like(layers_output[",
+        "layers_output[2] is a tensor; an int was assigned. For one number in all entries, assign torch.full_like(layers_output[",
     ),
     (
         tr(setl(2, [1.0])),
@@ -347,7 +367,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         tr(setl(slice(0, 2), 0)),
         "AssignmentError",
-        "layers_output[0:2] is 2 layers; a int was assigned. Give a list of one tensor for each.",
+        "layers_output[0:2] is 2 layers; an int was assigned. Give a list of one tensor for each.",
     ),
     (
         tr(lambda: setattr(m, "layers_output", v)),
@@ -357,7 +377,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         tr(lambda: setattr(m, "logits", 0)),
         "AssignmentError",
-        "logits is a tensor; a int was assigned. For one number in all entries, assign torch.full_like(logits, number); to scal",
+        "logits is a tensor; an int was assigned. For one number in all entries, assign torch.full_like(logits, number); to scal",
     ),
     (
         tr(lambda: setattr(m, "input_ids", torch.zeros(1, 5))),
@@ -607,7 +627,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (tr(lambda: m.skip_layer(9)), "LayerIndexError", "layers_input[9]: the model has 6 layers, 0 to 5."),
     (tr(lambda: m.skip_layers(3, 1)), "LayerIndexError", "skip_layers(3, 1): no layers lie between these."),
-    (tr(lambda: m.skip_layer("1")), "LayerIndexError", "layers_input['1']: layers are counted, 0 to 5, or sliced."),
+    (tr(lambda: m.skip_layer("1")), "LayerIndexError", "skip_layer('1'): give the number of a layer, 0 to 5."),
     (
         tr(lambda: m.skip_layer(1, v)),
         "AssignmentError",
@@ -745,7 +765,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: PLAN.check(3),
         "PlanError",
-        "A plan is applied to a StandardizedTransformer; got a int: plan.apply(model).",
+        "A plan is applied to a StandardizedTransformer; got an int: plan.apply(model).",
     ),
     (lambda: PLAN.apply(m, check="no"), "PlanError", "check='no': it is True or False."),
     (lambda: PLAN.summary(9), "PlanError", "block=9: the plan has 1, 0 to 0."),
@@ -803,7 +823,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         f"{D / 'cache'} holds no tuned lens: it has to be written by TunedLens.save. It is a cache: ActivationCache.load(path).",
     ),
     (lambda: TunedLens.load([]), "InputError", "path=[]: give the path of a file that TunedLens.save wrote"),
-    (lambda: TunedLens.load(D / "tuned", 3), "InputError", "model is a int: methods take a StandardizedTransformer, "),
+    (lambda: TunedLens.load(D / "tuned", 3), "InputError", "model is an int: methods take a StandardizedTransformer, "),
     (
         lambda: ActivationCache.load(D / "lens"),
         "InputError",
@@ -813,7 +833,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: ActivationCache.load(D / "cache", 3),
         "InputError",
-        "model is a int: give the StandardizedTransformer that was run.",
+        "model is an int: give the StandardizedTransformer that was run.",
     ),
     (lambda: C.save(3), "InputError", "path=3: give the path of a file to write"),
     (lambda: ActivationStore(3), "InputError", "path=3: give the path of a folder that collect_activations wrote"),
@@ -821,6 +841,50 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         lambda: ActivationStore(D / "plan"),
         "InputError",
         f"{D / 'plan'}: there are no activations here (no index.json). It holds a plan: load_plan(path).",
+    ),
+    (
+        tr(lambda: m.steer("ssm_states", v)),
+        "InputError",
+        "layers='ssm_states': steer adds a vector to the output of layers, by their numbers: steer(3, vector), steer([3, 5], vector)"
+        ". At another name add it in the trace, model.ssm_states[3] = model.ssm_states[3] + vector.",
+    ),
+    (
+        tr(lambda: m.steer(None, v)),
+        "InputError",
+        "layers=None: steer adds a vector to the output of layers, by their numbers: steer(3, vector), steer([3, 5], vector).",
+    ),
+    (tr(lambda: m.steer([1, "a"], v)), "InputError", "layers=[1, 'a']: 'a' is no number of a layer."),
+    (tr(lambda: m.skip_layer("a")), "LayerIndexError", "skip_layer('a'): give the number of a layer, 0 to 5."),
+    (tr(lambda: m.skip_layers(1, None)), "LayerIndexError", "skip_layer(None): give the number of a layer, 0 to 5."),
+    (
+        lambda: PHOTO.position_of("a", 0),
+        "InputError",
+        "position_of('a', 0): give whole numbers, of a row and a column of patches.",
+    ),
+    (lambda: PHOTO.position_of(0.5, 0), "InputError", "position_of(0.5, 0): give whole numbers, of a row and a column"),
+    (
+        lambda: CLIP.position_of(0, 1, "b"),
+        "InputError",
+        "position_of(0, 1, 'b'): give whole numbers, of a frame, a row and a column of patches.",
+    ),
+    (
+        lambda: PHOTO.region("upper"),
+        "InputError",
+        "rows='upper': give a slice of whole numbers, such as slice(0, 2) for the first two.",
+    ),
+    (lambda: PHOTO.region(slice(0, 2), 1), "InputError", "columns=1: give a slice of whole numbers"),
+    (lambda: PHOTO.region(slice("a", "b")), "InputError", "rows=slice('a', 'b', None): give a slice of whole numbers"),
+    (lambda: PHOTO.arranged([1, 2]), "InputError", "values is a list: give a tensor, torch.as_tensor(values)."),
+    (lambda: PHOTO.arranged(torch.zeros(16), "a"), "InputError", "axis='a': give the number of the axis of positions."),
+    (
+        lambda: bars([1.0, 2.0], labels=["a", "b"]),
+        "InputError",
+        "values is a list: give a tensor of (label), such as torch.tensor(values).",
+    ),
+    (
+        lambda: heat_map([[1.0]], rows=["0"], columns=["a"]),
+        "InputError",
+        "values is a list: give a tensor of (row, column), such as torch.tensor(values).",
     ),
     (lambda: m.W_Q(), "UsageError", "W_Q(...): a layer stands in square brackets, W_Q[0]."),
 ]

@@ -17,7 +17,7 @@ from nnatomy.compat.nnsight.iteration import Iteration
 from nnatomy.compat.nnsight.saving import mounted
 from nnatomy.compat.nnsight.tracer import EditTracer, as_tracer
 from nnatomy.core.frames import frame_of_with, warn
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.tracing import Traceable
 
 _UNSET: Any = object()
@@ -45,7 +45,7 @@ class NNsight(Envoy, Traceable):
         self.path = ROOT
         if any("output" in one._modules for one in self.module.modules()):
             warn(
-                f"In a {type(self.module).__name__} some modules have a child called `output`: there `.output` is that child, and "
+                f"In {a_kind(self.module)} some modules have a child called `output`: there `.output` is that child, and "
                 "`.nns_output` what the module returns."
             )
 

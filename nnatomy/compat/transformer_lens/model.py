@@ -16,7 +16,7 @@ from nnatomy.compat.transformer_lens.hook_points import COMPUTED, SWAPPED, TURNE
 from nnatomy.compat.transformer_lens.tokens import Tokens
 from nnatomy.compat.transformer_lens.utils import Slice, lm_cross_entropy_loss
 from nnatomy.compat.transformer_lens.weights import WEIGHTS, Weights
-from nnatomy.errors import InputError, NotInThisModelError, OutOfOrderError
+from nnatomy.errors import InputError, NotInThisModelError, OutOfOrderError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.elsewhere import HOOKS
 from nnatomy.tracing import ModuleView
@@ -96,7 +96,7 @@ class HookedTransformer(Tokens, Weights):
     def __init__(self, model: Any, *, default_prepend_bos: bool = True) -> None:
         if not isinstance(model, StandardizedTransformer):
             raise InputError(
-                f"HookedTransformer(...) was given a {type(model).__name__}: give a StandardizedTransformer, of any Hugging Face "
+                f"HookedTransformer(...) was given {a_kind(model)}: give a StandardizedTransformer, of any Hugging Face "
                 "model, or HookedTransformer.from_pretrained(id). Networks from a config are made by Transformers: "
                 "StandardizedTransformer(AutoModelForCausalLM.from_config(config))."
             )

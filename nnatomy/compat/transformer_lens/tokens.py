@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.standardized import StandardizedTransformer
+from nnatomy.standardized.text import known_ids, written_ids
 
 
 class Tokens:
@@ -65,8 +66,7 @@ class Tokens:
         return bool(asked) and getattr(self.tokenizer, "bos_token_id", None) is not None
 
     def _ids(self, text: str, begins: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [self.tokenizer.bos_token_id] * begins + list(ids)
+        return [self.tokenizer.bos_token_id] * begins + written_ids(self.tokenizer, text)
 
     def _filled(self, lists: list[list[int]], *, left: bool) -> dict[str, Tensor]:
         """Rows of one length, and which of their entries are own."""
@@ -114,8 +114,8 @@ class Tokens:
         return [self.tokenizer.decode([one], clean_up_tokenization_spaces=False) for one in ids]
 
     def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token. Raises InputError for another."""
-        ids = self._ids(string, begins=False)
+        """The id of a text that is one token. Raises InputError for another, or one that the tokenizer does not know."""
+        ids = known_ids(self.tokenizer, string, "The token")
         if len(ids) != 1:
             raise InputError(f"{string!r} is {len(ids)} tokens.")
         return int(ids[0])
