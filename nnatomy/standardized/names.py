@@ -134,14 +134,15 @@ class Names(Annotations, Parts):
         ]
         return [None if one in shared else one for one in modules], whys
 
-    def _said_of_points(self, point: Any) -> str:
+    @property
+    def _points(self) -> str:  # type: ignore[override]
         names = [name for name, one in vars(self).items() if isinstance(one, LayerAccessor) and any(one.modules)]
         paths = {module: path for path, module in self.module.named_modules()}
-        embedded = paths.get(self._anatomy.embed_tokens, "")
-        hint = f"; token_embeddings are {f'{embedded}.output'!r}" if point == "token_embeddings" and embedded else ""
+        embedded = paths.get(self._anatomy.embed_tokens)
+        hint = f"; token_embeddings are {f'{embedded}.output'!r}" if embedded else ""
         return (
             "give a name of layers with the layer, such as 'layers_output[3]', or a module's path and .input or .output, such as "
-            f"'layers.3.output'{hint}. The names of layers are {', '.join(names)}."
+            f"'layers.3.output'{hint}. The names of layers are {', '.join(names)}"
         )
 
     def _point(self, point: str | ModuleView) -> Point:

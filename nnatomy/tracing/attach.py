@@ -97,10 +97,8 @@ class Attachment(Collector):
         """On the device of the module's parameters, and of their dtype, if it is none of theirs."""
         mine = [p for p in self.module.parameters() if p.is_floating_point()]
         dtypes = dict.fromkeys(p.dtype for p in mine)
-        if not mine:
-            return x
-        if x.dtype in dtypes:
-            return x.to(mine[0].device)
+        if not mine or x.dtype in dtypes:
+            return x.to(mine[0].device) if mine else x
         if len(dtypes) > 1:
             raise UsageError(
                 f"{self}: its parameters are of several dtypes ({', '.join(map(str, dtypes))}), and {self.takes_point.name} is "

@@ -129,6 +129,9 @@ class Traceable(ModuleView, core.Traceable):
 
     __slots__ = ("edits",)
 
+    #: Which points there are to attach at.
+    _points = "give a path and .input or .output, such as 'layers.3.output'"
+
     def __init__(self, module: Module) -> None:
         super().__init__(module)
         #: The lasting edits, in the order in which they are made.
@@ -233,14 +236,9 @@ class Traceable(ModuleView, core.Traceable):
             point = f"{point.path}.output"
         path, _, kind = point.rpartition(".") if isinstance(point, str) else ("", "", "")
         if kind not in ("input", "output"):
-            raise UsageError(f"{point!r} is no point: {self._said_of_points(point)}")
+            raise UsageError(f"{point!r} is no point: {self._points}.")
         module = self[path].module if path else self.module
         return Point(point, module, kind, first_tensor, with_first_tensor)
-
-    def _said_of_points(self, point: Any) -> str:
-        """Which points there are to attach at, where `point` is none."""
-        del point
-        return "give a path and .input or .output, such as 'layers.3.output'."
 
     def _child(self, name: str) -> ModuleView:
         attached = self._attached.get(name) if self.edits else None

@@ -207,7 +207,7 @@ def test_skipping_a_layer_is_that_layer_giving_its_input(model: StandardizedTran
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True), layer.register_forward_hook(replace)]
     expected = plain_logits(model, ids)
-    without_cache = plain_logits(model, ids, use_cache=False)  # its keys lie otherwise in memory, and are rounded otherwise
+    without_cache = plain_logits(model, ids, use_cache=False)  # whose keys lie and are rounded otherwise
     for handle in handles:
         handle.remove()
     with torch.no_grad(), model.trace(ids):
