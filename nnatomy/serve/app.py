@@ -23,7 +23,7 @@ from nnatomy.serve.metrics import metrics
 from nnatomy.serve.page import page
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.served import Open, Served, served_of
-from nnatomy.serve.session import More
+from nnatomy.serve.session import More, Waits
 
 try:
     from starlette.applications import Starlette
@@ -263,7 +263,11 @@ class Server:
                 message = await opened.within(socket.receive(), self.limits)
                 if message["type"] == "websocket.disconnect":
                     return
-                answer = await served.compute(opened.session.handle, message.get("bytes"), served.busy)
+                frame = message.get("bytes")
+                answer = await served.compute(opened.session.handle, frame, served.busy)
+                while isinstance(answer, Waits) and not opened.why:
+                    await asyncio.sleep(answer.seconds)
+                    answer = await served.compute(opened.session.handle, frame, served.busy)
                 while isinstance(answer, More) and not opened.why:
                     answer = await served.compute(opened.session.go_on, served.busy)
                 if isinstance(answer, Later):
