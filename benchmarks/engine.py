@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
+from nnatomy.core.run import Run
 from nnatomy.remote.tensor import RemoteTensor
 
 LAYER, STRENGTH = 14, 4.0
@@ -166,6 +167,28 @@ class Contenders:
         return found
 
 
+def stands_still(steered: Callable[[], Any]) -> tuple[int, float, float]:
+    """How often the model stands still for an edit, for how many seconds in all, and how long the whole takes.
+
+    That is what an edit adds, changes of thread included, and it says so where the times of whole runs differ by more.
+    """
+    waits: list[float] = []
+    hand_over = Run._hand_over
+
+    def timed(run: Run, slot: Any) -> None:
+        began = time.perf_counter()
+        hand_over(run, slot)
+        waits.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    Run._hand_over = timed  # type: ignore[method-assign]
+    try:
+        steered()
+    finally:
+        Run._hand_over = hand_over  # type: ignore[method-assign]
+    return len(waits), sum(waits), time.perf_counter() - began
+
+
 class Adds(torch.nn.Module):
     """Adds a direction."""
 
@@ -228,12 +251,16 @@ def main() -> None:
     table(
         f"{STEERED} prompts, {options.tokens} tokens each, steered at layer {LAYER}", in_turn(steering, options.rounds)
     )
+    for _ in range(3):
+        count, waited, whole = stands_still(all_of.ours)
+        print(f"an edit: the model stands still {count} times, {waited * 1e3:.1f} ms of {whole:.2f} s", flush=True)
     values = {name: run() for name, run in collecting.items()}
     for name, one in values.items():
         if not one:
             continue
         off = max(float((a - b).abs().max()) for a, b in zip(one, values["a hook"], strict=True))
-        print(f"{name}: off a hook's values by {off:.1e} at most", flush=True)
+        largest = max(float(a.abs().max()) for a in one)
+        print(f"{name}: off a hook's values by {off:.1e} at most, of values up to {largest:.0f}", flush=True)
     table(f"layer {LAYER} of {options.collected} prompts", in_turn(collecting, max(1, options.rounds // 3)))
 
 

@@ -134,7 +134,8 @@ def serve(options: argparse.Namespace) -> int:
 
 def _end_at_eof() -> None:
     """Whoever has started this process is gone, or wants it to end."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not by sys.stdin, whose lock Python wants when it ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -34,6 +34,8 @@ try:
 except ImportError as error:
     raise MissingPackageError("A server needs starlette and uvicorn: pip install 'nnatomy[serve]'.") from error
 
+#: How often it is looked whether what a frame waits for is free, in seconds.
+_AGAIN = 0.01
 #: Why a server closes a connection: the codes of its WebSocket.
 BAD_FRAME, ENDED, IDLE, USED_UP = 4400, 4403, 4408, 4410
 
@@ -266,7 +268,9 @@ class Server:
                 frame = message.get("bytes")
                 answer = await served.compute(opened.session.handle, frame, served.busy)
                 while isinstance(answer, Waits) and not opened.why:
-                    await asyncio.sleep(answer.seconds)
+                    if not answer.free():
+                        await asyncio.sleep(_AGAIN)
+                        continue
                     answer = await served.compute(opened.session.handle, frame, served.busy)
                 while isinstance(answer, More) and not opened.why:
                     answer = await served.compute(opened.session.go_on, served.busy)

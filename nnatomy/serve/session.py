@@ -40,10 +40,14 @@ MORE = More()
 
 
 class Waits:
-    """A frame that cannot be begun yet, as another client is at what it needs: it is to be given again after so many seconds."""
+    """A frame that cannot be begun yet, as another client is at what it needs: it is to be given again when that is free.
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    Args:
+        free: whether it is; may be asked by any thread.
+    """
+
+    def __init__(self, free: Callable[[], bool]) -> None:
+        self.free = free
 
 
 class Session(Commands, Runs):

@@ -28,9 +28,6 @@ FIELDS = frozenset(
 )
 
 
-WAITS = Waits(0.01)
-
-
 class EngineSession(Session):
     """What one client has at the engine."""
 
@@ -46,22 +43,23 @@ class EngineSession(Session):
 
     def handle(self, frame: Any, _: Callable[[], bool] = lambda: False) -> bytes | Later | More | Waits | None:
         # All of a frame at once: within one, no other trace could begin.
-        return WAITS if self._must_wait(frame) else self.carry_out(frame)
-
-    def _must_wait(self, frame: Any) -> bool:
-        """Whether a frame opens a trace while somebody else's is open, or others have come before."""
         question = unpack(frame)[0].get("q")
-        if not isinstance(question, list) or question[:1] != ["open"]:
-            return False
-        line, now = self._points.line, time.monotonic()
-        if self not in line:
-            line.append(self)
-            self._waits_since = now
-        its_turn = line[0] is self and self._points.holder is None
-        if not its_turn and now < self._waits_since + self.longest_wait and self._points.holder is not self:
+        if isinstance(question, list) and question[:1] == ["open"]:
+            line = self._points.line
+            if self not in line:
+                line.append(self)
+                self._waits_since = time.monotonic()
+            if not self._may_open():
+                return Waits(self._may_open)
+            line.remove(self)
+        return self.carry_out(frame)
+
+    def _may_open(self) -> bool:
+        """Whether a trace can be opened now, or refused: as it is one of this session that is open, or it has waited too long."""
+        line, holder = self._points.line, self._points.holder
+        if (holder is None and line[0] is self) or holder is self:
             return True
-        line.remove(self)
-        return False
+        return time.monotonic() > self._waits_since + self.longest_wait
 
     def close(self) -> None:
         if self in self._points.line:
@@ -206,6 +204,7 @@ class EngineSession(Session):
 
     def _do_end(self, number: Any) -> None:
         super()._do_end(number)
+        self._shapes = {}
         if not self._forwards:
             self._leave()
 

@@ -650,14 +650,16 @@ def test_its_process_ends_with_a_script_that_is_killed() -> None:
     raise AssertionError(f"process {pid} goes on")
 
 
-def test_another_process_that_cannot_be_had() -> None:
+def test_another_process_that_cannot_be_had(tmp_path: Path) -> None:
     options: dict[str, Any] = {"engine": "vllm", "distributed_executor_backend": "mp"}
     with pytest.raises(InputError, match="The engine's process has ended: max_len=3: vLLM .* takes no such argument"):
         StandardizedTransformer(folder("llama"), **options, max_len=3)
     with pytest.raises(InputError, match="kv_transfer_config=<object .*: an engine in another process takes numbers"):
         StandardizedTransformer(folder("llama"), **options, kv_transfer_config=object())
-    with pytest.raises(LoadError, match="The engine's process has ended: .*no/such/model"):
+    with pytest.raises(LoadError, match="There is no folder 'no/such/model'"):
         StandardizedTransformer("no/such/model", **options)
+    with pytest.raises(LoadError, match="The engine's process has ended: vLLM could not load"):
+        StandardizedTransformer(str(tmp_path), **options)
     with pytest.raises(InputError, match="the process loads the model itself; a Linear was given"):
         StandardizedTransformer(torch.nn.Linear(1, 1), **options)
 
@@ -666,27 +668,21 @@ def test_another_process_that_cannot_be_had() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text", "code"),
+    ("arguments", "text"),
     [
-        (["--engine", "vlm"], "engine='vlm': there is 'vllm', and None for Transformers", 2),
-        (["--engine-arg", "max_model_len=3"], "--engine-arg max_model_len=3: it is for --engine vllm", 2),
-        (["--engine", "vllm", "--engine-arg", "x"], "--engine-arg x: give NAME=VALUE", 2),
-        (["--engine", "vllm", "--engine-arg", "engine=a"], "engine is given twice, or is no argument of vllm.LLM", 2),
+        (["--engine", "vllm", "--engine-arg", "x"], "--engine-arg x: give NAME=VALUE"),
+        (["--engine", "vllm", "--engine-arg", "engine=a"], "engine is given twice, or is no argument of vllm.LLM"),
         (
             ["--engine", "vllm", "--engine-arg", "max_len=3"],
             "vLLM .* takes no such argument. Did you mean max_model_len",
-            2,
         ),
-        (["--engine", "vllm", "--engine-arg", "enforce_eager=false"], "enforce_eager=False: it has to be True", 2),
-        (["--engine", "vllm", "--device", "cpu"], "--device: the engine takes the devices that its build is for", 2),
-        (["--engine", "vllm", "--ray"], "--engine, --ray: a server of Ray's has models on Transformers", 2),
-        (["other", "--engine", "vllm"], "--engine: vLLM runs one model in a process", 2),
+        (["--engine", "vllm", "--engine-arg", "enforce_eager=false"], "enforce_eager=False: it has to be True"),
     ],
 )
-def test_a_command_that_is_wrong(arguments: list[str], text: str, code: int) -> None:
+def test_a_command_that_is_wrong(arguments: list[str], text: str) -> None:
     command = [sys.executable, "-m", "nnatomy", "serve", folder("llama"), *arguments, "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 2, done.stderr
     assert re.search(text, done.stderr), done.stderr
 
 
