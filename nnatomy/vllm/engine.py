@@ -268,5 +268,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().split("\n")
-    said = next((line for line in lines if "Value error, " in line), lines[0])  # a config's, below what config it is
+    if "validation error" in lines[0] and len(lines) > 2:  # a config's: then come the field and the reason
+        reason = lines[2].strip()
+        lines = [reason if "Value error, " in reason else f"{lines[1].strip()}: {reason}"]
+    said = next((line for line in lines if "Value error, " in line), lines[0])
     return said.strip().removeprefix("Value error, ").split(" [type=")[0]
