@@ -1,9 +1,9 @@
 """What names cost on vLLM: generation of 64 prompts that is steered at one layer, and one layer collected of 500 prompts.
 
-Contenders that do the same work, in turn: plain vLLM; plain vLLM with a forward hook of torch's on the layer; this library on vLLM;
-this library on Transformers. Each steered text is compared with the others'.
+Contenders that do the same work, in turn: plain vLLM; plain vLLM with a forward hook of torch's on the layer; this library on vLLM,
+in this process and at a server in another one; this library on Transformers. Each text and value is compared with the hook's.
 
-    make vllm && .venv-vllm/bin/python benchmarks/engine.py [--rounds 5] [--without transformers]
+    make vllm && .venv-vllm/bin/python benchmarks/engine.py [--rounds 5] [--without transformers server]
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from nnatomy import StandardizedTransformer
+from nnatomy.core.run import Run
+from nnatomy.remote.tensor import RemoteTensor
 
 LAYER, STRENGTH = 14, 4.0
 STEERED, BATCH = 64, 50
@@ -65,7 +67,10 @@ class Contenders:
         self.many = prompts(collected, self.model.tokenizer)
         self.direction = STRENGTH * torch.randn(self.model.hidden_size, generator=torch.Generator().manual_seed(0))
         self.layer = self.model.layers[LAYER].module
-        self.hf = None
+        self.there = self.hf = None
+        if "server" not in without:
+            own: dict[str, Any] = {"distributed_executor_backend": "mp", "validate": "algebra", **ENGINE}
+            self.there = StandardizedTransformer("demo:smollm2", engine="vllm", **own)
         if "transformers" not in without:
             self.hf = StandardizedTransformer("demo:smollm2", dtype=torch.float32, validate=False)
 
@@ -86,8 +91,12 @@ class Contenders:
             handle.remove()
 
     def ours(self) -> list[list[int]]:
-        model = self.model
+        return self._steered(self.model)
 
+    def ours_there(self) -> list[list[int]]:
+        return self._steered(self.there)
+
+    def _steered(self, model: Any) -> list[list[int]]:
         def steer() -> None:
             model.layers_output[LAYER] += self.direction
 
@@ -119,21 +128,29 @@ class Contenders:
 
     # Collecting.
 
-    def collect_by_hook(self) -> list[Tensor]:
-        """One step of the engine for each prompt's one token, with a hook."""
-        found: list[Tensor] = []
+    def pass_by(self) -> list[Tensor]:
+        """Plain vLLM, which collects nothing: one token for each prompt."""
         params = self.engine.vllm.SamplingParams(temperature=0, max_tokens=1)
+        for i in range(0, len(self.many), BATCH):
+            given = [{"prompt_token_ids": ids} for ids in self.many[i : i + BATCH]]
+            self.engine.llm.generate(given, params, use_tqdm=False)
+        return []
+
+    def collect_by_hook(self) -> list[Tensor]:
+        """The same with a hook."""
+        found: list[Tensor] = []
         handle = self.layer.register_forward_hook(lambda _, __, out: found.append(out[0] + out[1]))
         try:
-            for i in range(0, len(self.many), BATCH):
-                given = [{"prompt_token_ids": ids} for ids in self.many[i : i + BATCH]]
-                self.engine.llm.generate(given, params, use_tqdm=False)
+            self.pass_by()
         finally:
             handle.remove()
         return list(torch.cat(found).split([len(ids) for ids in self.many]))
 
     def collect_ours(self) -> list[Tensor]:
         return self._collect(self.model)
+
+    def collect_ours_there(self) -> list[Tensor]:
+        return self._collect(self.there)
 
     def collect_ours_on_transformers(self) -> list[Tensor]:
         with torch.no_grad():
@@ -145,8 +162,31 @@ class Contenders:
             batch = self.many[i : i + BATCH]
             with model.trace(batch):
                 stream = model.layers_output[LAYER]
+            stream = stream.local() if isinstance(stream, RemoteTensor) else stream
             found += [row[-len(ids) :] for row, ids in zip(stream, batch, strict=True)]
         return found
+
+
+def stands_still(steered: Callable[[], Any]) -> tuple[int, float, float]:
+    """How often the model stands still for an edit, for how many seconds in all, and how long the whole takes.
+
+    That is what an edit adds, changes of thread included, and it says so where the times of whole runs differ by more.
+    """
+    waits: list[float] = []
+    hand_over = Run._hand_over
+
+    def timed(run: Run, slot: Any) -> None:
+        began = time.perf_counter()
+        hand_over(run, slot)
+        waits.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    Run._hand_over = timed  # type: ignore[method-assign]
+    try:
+        steered()
+    finally:
+        Run._hand_over = hand_over  # type: ignore[method-assign]
+    return len(waits), sum(waits), time.perf_counter() - began
 
 
 class Adds(torch.nn.Module):
@@ -161,7 +201,8 @@ class Adds(torch.nn.Module):
 
 
 def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each, round by round: by the clock, and of the processor, which does not count waiting for a busy core."""
+    """Seconds of each, round by round: by the clock, and of the processor, which does not count waiting for a busy core, or what
+    another process does."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -193,7 +234,12 @@ def main() -> None:
         "plain vLLM": all_of.plain, "a hook": all_of.by_hook, "nnatomy, an edit": all_of.ours,
         "nnatomy, an attached module": all_of.ours_attached,
     }  # fmt: skip
-    collecting: dict[str, Callable[[], Any]] = {"a hook": all_of.collect_by_hook, "nnatomy": all_of.collect_ours}
+    collecting: dict[str, Callable[[], Any]] = {
+        "plain vLLM": all_of.pass_by, "a hook": all_of.collect_by_hook, "nnatomy": all_of.collect_ours,
+    }  # fmt: skip
+    if all_of.there is not None:
+        steering["nnatomy, an edit, at a server"] = all_of.ours_there
+        collecting["nnatomy, at a server"] = all_of.collect_ours_there
     if all_of.hf is not None:
         steering["nnatomy on Transformers"] = all_of.ours_on_transformers
         collecting["nnatomy on Transformers"] = all_of.collect_ours_on_transformers
@@ -205,10 +251,16 @@ def main() -> None:
     table(
         f"{STEERED} prompts, {options.tokens} tokens each, steered at layer {LAYER}", in_turn(steering, options.rounds)
     )
+    for _ in range(3):
+        count, waited, whole = stands_still(all_of.ours)
+        print(f"an edit: the model stands still {count} times, {waited * 1e3:.1f} ms of {whole:.2f} s", flush=True)
     values = {name: run() for name, run in collecting.items()}
     for name, one in values.items():
+        if not one:
+            continue
         off = max(float((a - b).abs().max()) for a, b in zip(one, values["a hook"], strict=True))
-        print(f"{name}: off a hook's values by {off:.1e} at most", flush=True)
+        largest = max(float(a.abs().max()) for a in one)
+        print(f"{name}: off a hook's values by {off:.1e} at most, of values up to {largest:.0f}", flush=True)
     table(f"layer {LAYER} of {options.collected} prompts", in_turn(collecting, max(1, options.rounds // 3)))
 
 

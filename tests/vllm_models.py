@@ -120,6 +120,16 @@ def plainly(model: Any, ids: list[list[int]], tokens: int = 1, **options: Any) -
     return [list(output.outputs[0].token_ids) for output in engine.llm.generate(given, params, use_tqdm=False)]
 
 
+def written(ids: list[int], tokens: int) -> list[int]:
+    """What Transformers writes behind a prompt of the llama, the most probable token each time."""
+    hf = in_transformers("llama")
+    row = list(ids)
+    with torch.no_grad():
+        for _ in range(tokens):
+            row.append(int(hf(torch.tensor([row])).logits[0, -1].argmax()))
+    return row[len(ids) :]
+
+
 def hidden_states(name: str, ids: list[int]) -> tuple[Tensor, ...]:
     """What Transformers itself says each layer is given; and in the place of the last, what the final norm gives."""
     with torch.no_grad():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import sys
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from nnatomy.errors import InputError
@@ -50,6 +54,17 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split the model over N processes (1); docs/parallel.md"
     )
+    parser.add_argument(
+        "--engine", metavar="NAME", help="what runs the model: vllm; Transformers if it is left out; docs/vllm.md"
+    )
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of vllm.LLM, such as max_model_len=4096 (JSON, or a text), or validate=algebra; may be given several times",
+    )
+    parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
     ray = parser.add_argument_group("on several processes or machines, by Ray: docs/serving.md")
     ray.add_argument("--ray", action="store_true", help="serve by Ray Serve, at RAY_ADDRESS or on this machine")
     ray.add_argument("--replicas", type=int, default=1, metavar="N", help="of each model (1)")
@@ -74,6 +89,7 @@ def add_serve(commands: Any, loading: argparse.ArgumentParser) -> None:
 
 def serve(options: argparse.Namespace) -> int:
     """Load and check the models, and serve until interrupted; returns the exit code."""
+    from nnatomy import StandardizedTransformer
     from nnatomy.cli.load import load
     from nnatomy.serve.app import Server
     from nnatomy.serve.keys import Keys, check_address, new_key
@@ -85,11 +101,14 @@ def serve(options: argparse.Namespace) -> int:
     if options.new_key is not None:
         sys.stdout.write(f"{new_key(options.new_key, options.role)}\n")
         return 0
+    engine = {} if options.engine is None and not options.engine_arg else _engine_options(options)
     keys = Keys() if options.key_file is None else Keys.read(options.key_file)
     check_address(options.host, keys)
     given = {name: getattr(options, f"max_{name}") for name in _LIMITS}
     kinds = {field.name: field.type for field in fields(Limits)}
     chosen = {name: int(one) if kinds[name] == "int" else one for name, one in given.items() if one is not None}
+    if options.until_eof and os.environ.get("RANK", "0") == "0":  # the others end with it
+        Thread(target=_end_at_eof, daemon=True).start()
     if options.ray:
         return _serve_by_ray(options, chosen)
     if options.replicas != 1 or options.autoscale or options.write_config:
@@ -98,7 +117,7 @@ def serve(options: argparse.Namespace) -> int:
     if options.tp > 1:
         from nnatomy.parallel.served import serve_split
 
-        return serve_split(options, keys, limits)
+        return serve_split(options, keys, limits, engine)
     with bind(options.host, options.port) as bound:
         models = {}
         for name in (options.model, *options.others):
@@ -106,11 +125,65 @@ def serve(options: argparse.Namespace) -> int:
                 raise InputError(f"{name} is given twice: clients tell models by their names.")
             one = copy(options)
             one.model = name
-            models[name] = load(one)
+            models[name] = StandardizedTransformer(name, **engine) if engine else load(one)
         server = Server(models, keys, limits)
         sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{bound.getsockname()[1]}\n")
         run(server, options.host, options.port, bound)
     return 0
+
+
+def _end_at_eof() -> None:
+    """Whoever has started this process is gone, or wants it to end."""
+    while os.read(0, 1024):  # not by sys.stdin, whose lock Python wants when it ends
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the engine is loaded with. Raises InputError for what does not go with one."""
+    from nnatomy.standardized.asked_for import check_model
+    from nnatomy.vllm.arguments import check_engine, import_vllm
+
+    if options.engine is None:
+        raise InputError(f"--engine-arg {options.engine_arg[0]}: it is for --engine vllm.")
+    check_engine(options.engine)
+    if options.others:
+        raise InputError(
+            "--engine: vLLM runs one model in a process. Start a server for each, at ports of their own: nnatomy serve MODEL "
+            "--engine vllm --port N."
+        )
+    if options.ray:
+        raise InputError("--engine, --ray: a server of Ray's has models on Transformers. Leave out one of the two.")
+    for name in ("device", "device_map", "offload_folder"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')}: the engine takes the devices that its build is for. Leave it out; --tp N splits "
+                "the model."
+            )
+    import_vllm()
+    check_model(options.model)
+    found: dict[str, Any] = {"engine": options.engine}
+    for one in options.engine_arg:
+        name, equals, value = one.partition("=")
+        if not (equals and name):
+            raise InputError(f"--engine-arg {one}: give NAME=VALUE, such as max_model_len=4096.")
+        if name in found:
+            raise InputError(f"--engine-arg {one}: {name} is given twice, or is no argument of vllm.LLM.")
+        found[name] = _value(value)
+    if options.tp > 1:
+        found["tensor_parallel_size"] = options.tp
+    if options.dtype is not None:
+        found["dtype"] = options.dtype
+    if options.trust_remote_code:
+        found["trust_remote_code"] = True
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:

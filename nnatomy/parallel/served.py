@@ -62,20 +62,61 @@ class Line:
         return kind, number, data.numpy().tobytes()
 
 
+class Led(Session):
+    """A session whose frames all ranks carry out; `number`, `served` and `compute_seconds` are set when it is made."""
+
+    number: int
+    served: SplitServed
+    compute_seconds: float
+
+    def carry_out(self, frame: Any, _: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
+        # All of it at once: how far it would come before it stands aside, the clocks of the ranks would not agree on.
+        if not isinstance(frame, bytes):
+            raise FrameError("a frame is bytes")
+        self.served.line.say(HANDLE, self.number, frame)
+        try:
+            return self.carry_out_here(frame)
+        finally:
+            if self.served.ranks.broken:
+                Thread(target=_end_server, args=(self.served.ranks.broken,), daemon=True).start()
+            elif self.seconds > self.compute_seconds:
+                raise Refused(f"this session has used up its {self.compute_seconds:,.0f} seconds", "compute_seconds")
+
+    def close(self) -> None:
+        if not self.served.ranks.broken:
+            self.served.line.say(CLOSE, self.number)
+        self.close_here()
+
+    def carry_out_here(self, frame: Any) -> bytes | Later | More | None:
+        """Carry it out on this rank alone, which rank 0 has told to."""
+        return super().carry_out(frame)
+
+    def close_here(self) -> None:
+        """The same of its end."""
+        super().close()
+
+
 class SplitServed(Served):
     """A model on several ranks, for many clients of rank 0. It is made on all of them at the same time."""
+
+    session: type[Session] = Led
 
     def __init__(self, name: str, model: Any, limits: Limits | None = None) -> None:
         super().__init__(name, model, limits)
         self._hello["whole_methods"] = False  # they take turns by the clock, which is another one on each rank
-        self.ranks: Ranks = model._ranks
+        self.ranks = self._ranks_of(model)
         self.line = Line(self.ranks)
 
-    def _session(self, number: int, limits: Limits) -> LedSession:
+    def _ranks_of(self, model: Any) -> Ranks:
+        ranks: Ranks = model._ranks
+        return ranks
+
+    def _session(self, number: int, limits: Limits) -> Any:
         # How long it may compute is for rank 0 to say, between two frames: the clocks differ.
         unlimited = replace(limits, compute_seconds=math.inf, command_seconds=math.inf)
-        session = LedSession(self._model, self._points, self._weights, unlimited, self._hello, self.refused)
+        session: Any = self.session(self._model, self._points, self._weights, unlimited, self._hello, self.refused)
         session.number, session.served, session.compute_seconds = number, self, limits.compute_seconds
+        session.longest_wait = limits.command_seconds
         return session
 
     def open(self, limits: Limits, client: Client, owner: str = "") -> Open:
@@ -95,7 +136,7 @@ class SplitServed(Served):
 
     def follow(self, limits: Limits) -> None:
         """All ranks but the first: do what that does, until it says that this is the end."""
-        sessions: dict[int, LedSession] = {}
+        sessions: dict[int, Any] = {}
         while not self.ranks.broken:
             kind, number, data = self.line.hear()
             if kind == STOP:
@@ -104,42 +145,11 @@ class SplitServed(Served):
                 weights_hash(self._weights)
             elif kind == CLOSE:
                 if number in sessions:
-                    Session.close(sessions.pop(number))
+                    sessions.pop(number).close_here()
             else:
                 session = sessions.setdefault(number, self._session(number, limits))
                 with suppress(FrameError, Refused):
-                    Session.handle(session, data)
-
-
-class LedSession(Session):
-    """A session whose frames all ranks carry out; `number`, `served` and `compute_seconds` are set when it is made."""
-
-    number: int
-    served: SplitServed
-    compute_seconds: float
-
-    def __init__(
-        self, model: Any, points: Any, weights: Any, limits: Limits, hello: dict[str, Any], refused: Any
-    ) -> None:
-        super().__init__(model, points, weights, limits, hello, refused)
-
-    def handle(self, frame: Any, _: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
-        # All of it at once: how far it would come before it stands aside, the clocks of the ranks would not agree on.
-        if not isinstance(frame, bytes):
-            raise FrameError("a frame is bytes")
-        self.served.line.say(HANDLE, self.number, frame)
-        try:
-            return super().handle(frame)
-        finally:
-            if self.served.ranks.broken:
-                Thread(target=_end_server, args=(self.served.ranks.broken,), daemon=True).start()
-            elif self.seconds > self.compute_seconds:
-                raise Refused(f"this session has used up its {self.compute_seconds:,.0f} seconds", "compute_seconds")
-
-    def close(self) -> None:
-        if not self.served.ranks.broken:
-            self.served.line.say(CLOSE, self.number)
-        super().close()
+                    session.carry_out_here(data)
 
 
 def _end_server(why: str) -> None:
@@ -149,8 +159,12 @@ def _end_server(why: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits) -> int:
-    """`nnatomy serve MODEL --tp N`: what one of the ranks does, all of which this starts, if nobody has; the exit code."""
+def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits, engine: dict[str, Any]) -> int:
+    """`nnatomy serve MODEL --tp N`: what one of the ranks does, all of which this starts, if nobody has; the exit code.
+
+    Args:
+        engine: what an engine is loaded with that runs the model; empty where Transformers does.
+    """
     from nnatomy.serve.run import bind
 
     if options.others:
@@ -162,20 +176,22 @@ def serve_split(options: argparse.Namespace, keys: Keys, limits: Limits) -> int:
         raise InputError(f"--tp {options.tp}: it has been started as one of {sizes} processes.")
     first = os.environ.get("RANK", "0") == "0"
     with bind(options.host, options.port) if first else nullcontext() as bound, _other_ranks(options.tp) as ended:
-        served = _loaded(options, limits)
+        served = _loaded(options, limits, engine)
         if bound is None:
             served.follow(limits)
             return int(bool(served.ranks.broken))
         return _talk(served, bound, options, keys, limits, ended)
 
 
-def _loaded(options: argparse.Namespace, limits: Limits) -> Any:
+def _loaded(options: argparse.Namespace, limits: Limits, engine: dict[str, Any]) -> Any:
     from transformers.utils import logging
 
     from nnatomy.serve.served import served_of
     from nnatomy.standardized import StandardizedTransformer
 
     logging.disable_progress_bar()
+    if engine:
+        return served_of(options.model, StandardizedTransformer(options.model, **engine), limits)
     dtype = {} if options.dtype is None else {"dtype": getattr(torch, options.dtype)}
     model = StandardizedTransformer(options.model, tp_plan="auto", trust_remote_code=options.trust_remote_code, **dtype)
     return served_of(options.model, model, limits)

@@ -20,7 +20,17 @@ from weakref import ref
 import torch
 
 from nnatomy.core.frames import is_ours
-from nnatomy.errors import ConnectionLostError, LoadError, MissingPackageError, RemoteError
+from nnatomy.errors import (
+    AssignmentError,
+    ConnectionLostError,
+    InputError,
+    LoadError,
+    MissingPackageError,
+    NotInThisModelError,
+    OutOfOrderError,
+    RemoteError,
+    UsageError,
+)
 from nnatomy.remote.wire import PROTOCOL, FrameError, pack, unpack
 
 try:
@@ -41,7 +51,10 @@ _OTHERS = ("torch.", "transformers.", "einops.", "websockets.", "contextlib", "t
 #: What is raised here for an error of that name there; all are RemoteErrors too.
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: type("RemoteError", (RemoteError, kind), {"__doc__": RemoteError.__doc__})
-    for kind in (IndexError, ValueError, TypeError, RuntimeError, NotImplementedError)
+    for kind in (
+        *(IndexError, ValueError, TypeError, RuntimeError, NotImplementedError),
+        *(AssignmentError, InputError, NotInThisModelError, OutOfOrderError, UsageError),
+    )
 }
 
 

@@ -17,13 +17,55 @@ from nnatomy.remote.connection import Connection
 from nnatomy.remote.forward import RemoteForward
 from nnatomy.remote.gradients import refuse_functions_of_the_users
 from nnatomy.remote.methods import Server, reading_of, run_whole
-from nnatomy.remote.skeleton import anatomy_of, check_versions, learn, report_of, skeleton_of, tokenizer_of
+from nnatomy.remote.skeleton import (
+    anatomy_of,
+    check_protocol,
+    check_transformers,
+    learn,
+    report_of,
+    skeleton_of,
+    tokenizer_of,
+)
 from nnatomy.remote.tensor import RemoteTensor, fetch
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import LayerAccessor
 
+#: The arguments of a local model that say nothing.
+_DEFAULTS = {"processor": None, "arch_config": None, "validate": True, "allow_failures": False}
 #: What one answer brings of the values of a block, in bytes.
 _AT_ONCE = 64 << 20
+
+
+def new_at_server(
+    model: Any, tokenizer: Any, *, server: str | None = None, api_key: str | None = None, **others: Any
+) -> Any:
+    """What `StandardizedTransformer(model, server=...)` gives: by what the server says of what runs the model.
+
+    A model on an engine is made; one on Transformers is to be initialised, with the connection that has been opened.
+    """
+    if any(name not in _DEFAULTS or one is not _DEFAULTS[name] for name, one in others.items()):
+        raise InputError(
+            "A remote model has been loaded and checked by its server: of the arguments there are the name, tokenizer, server "
+            "and api_key."
+        )
+    address = server or os.environ.get("NNATOMY_SERVER", "")
+    refuse_functions_of_the_users()
+    connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"), str(model))
+    try:
+        told: dict[str, Any] = connection.ask("hello")[0]
+        if told.get("name") != str(model):  # a server of one model alone, which is not asked for one
+            raise LoadError(f"The server {address} has no model {str(model)!r}: it has {told.get('name')!r}.")
+        check_protocol(told, address)
+        if "engine" in told:
+            from nnatomy.vllm.remote import RemoteVllmTransformer
+
+            return RemoteVllmTransformer(connection, told, tokenizer)
+    except BaseException:
+        connection.close()
+        raise
+    remote = object.__new__(RemoteTransformer)
+    remote.__dict__["_opened"] = connection, told
+    return remote
 
 
 class RemoteTransformer(StandardizedTransformer):
@@ -48,6 +90,8 @@ class RemoteTransformer(StandardizedTransformer):
         InputError: for arguments that are for the server to say.
     """
 
+    _opened: tuple[Connection, dict[str, Any]]
+
     def __init__(
         self,
         model: str | Path | Module,
@@ -60,19 +104,11 @@ class RemoteTransformer(StandardizedTransformer):
         api_key: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs or arch_config is not None or validate is not True or allow_failures:
-            raise InputError(
-                "A remote model has been loaded and checked by its server: of the arguments there are the name, tokenizer, server "
-                "and api_key."
-            )
-        address = server or os.environ.get("NNATOMY_SERVER", "")
-        refuse_functions_of_the_users()
-        self._connection = connection = Connection(address, api_key or os.environ.get("NNATOMY_API_KEY"), str(model))
+        del server, api_key, arch_config, validate, allow_failures, kwargs  # `new_at_server` has looked at them
+        self._connection = connection = self._opened[0]
+        self._told: dict[str, Any] = self._opened[1]
         try:
-            self._told: dict[str, Any] = connection.ask("hello")[0]
-            if self._told.get("name") != str(model):  # a server of one model alone, which is not asked for one
-                raise LoadError(f"The server {address} has no model {str(model)!r}: it has {self._told.get('name')!r}.")
-            check_versions(self._told, address)
+            check_transformers(self._told, connection.server)
             skeleton: Any = skeleton_of(self._told, connection)
             kinds = {fact["kind"] for fact in self._told["accessors"].values()}
             self._forward_there = there = RemoteForward(skeleton, connection, kinds)
@@ -82,7 +118,7 @@ class RemoteTransformer(StandardizedTransformer):
 
             skeleton.forward = update_wrapper(forward, skeleton.forward)
             super().__init__(skeleton, tokenizer_of(self._told["tokenizer"]) if tokenizer is None else tokenizer)
-            self.server = Server(address, connection.key, str(model), connection=connection)
+            self.server = Server(connection.server, connection.key, str(model), connection=connection)
             self.whole_methods = bool(self._told.get("whole_methods", True))
             #: How texts are read at the server; nothing equals it where the tokenizer is another one.
             self._reading = reading_of(self.tokenizer) if tokenizer is None else object()

@@ -21,7 +21,7 @@ from nnatomy.remote.connection import Connection
 from nnatomy.remote.forward import RECORDS, RemoteForward
 from nnatomy.remote.gradients import refuse_functions_of_the_users
 from nnatomy.remote.model import bring
-from nnatomy.remote.skeleton import check_versions
+from nnatomy.remote.skeleton import check_protocol, check_transformers
 from nnatomy.remote.tensor import RemoteTensor
 from nnatomy.remote.wire import DTYPES
 
@@ -73,7 +73,13 @@ class Sender:
         self.connection = Connection(server, key, name or model._name)
         try:
             self._told: dict[str, Any] = self.connection.ask("hello")[0]
-            check_versions(self._told, server)
+            check_protocol(self._told, server)
+            if "engine" in self._told:
+                raise NotRemoteError(
+                    f"remote=True: {server} runs {self._told['name']!r} on an engine, {self._told['engine']}, whose modules are not "
+                    f"those of this model. Take the one that is there: StandardizedTransformer({self._told['name']!r}, server=...)."
+                )
+            check_transformers(self._told, server)
             self._check_same(model.hf_model)
         except BaseException:
             self.connection.close()

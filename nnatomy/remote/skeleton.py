@@ -22,13 +22,18 @@ from nnatomy.validation.report import Report, Row
 _FILES = (".json", ".txt", ".jinja")
 
 
-def check_versions(told: dict[str, Any], server: str) -> None:
-    """Raise LoadError for a server that speaks another protocol, or has other model classes."""
+def check_protocol(told: dict[str, Any], server: str) -> None:
+    """Raise LoadError for a server that speaks another protocol."""
     there = told.get("versions", {})
     if there.get("protocol") != PROTOCOL:
         raise LoadError(
             f"The server {server} speaks protocol {there.get('protocol')}, and this nnatomy {PROTOCOL}: have the same release."
         )
+
+
+def check_transformers(told: dict[str, Any], server: str) -> None:
+    """Raise LoadError for one that has other model classes."""
+    there = told["versions"]
     mine, its = (version.split(".")[:2] for version in (transformers.__version__, str(there["transformers"])))
     if mine != its:
         raise LoadError(

@@ -23,7 +23,7 @@ from nnatomy.serve.metrics import metrics
 from nnatomy.serve.page import page
 from nnatomy.serve.policy import Refused
 from nnatomy.serve.served import Open, Served, served_of
-from nnatomy.serve.session import More
+from nnatomy.serve.session import More, Waits
 
 try:
     from starlette.applications import Starlette
@@ -34,6 +34,8 @@ try:
 except ImportError as error:
     raise MissingPackageError("A server needs starlette and uvicorn: pip install 'nnatomy[serve]'.") from error
 
+#: How often it is looked whether what a frame waits for is free, in seconds.
+_AGAIN = 0.01
 #: Why a server closes a connection: the codes of its WebSocket.
 BAD_FRAME, ENDED, IDLE, USED_UP = 4400, 4403, 4408, 4410
 
@@ -263,7 +265,13 @@ class Server:
                 message = await opened.within(socket.receive(), self.limits)
                 if message["type"] == "websocket.disconnect":
                     return
-                answer = await served.compute(opened.session.handle, message.get("bytes"), served.busy)
+                frame = message.get("bytes")
+                answer = await served.compute(opened.session.handle, frame, served.busy)
+                while isinstance(answer, Waits) and not opened.why:
+                    if not answer.free():
+                        await asyncio.sleep(_AGAIN)
+                        continue
+                    answer = await served.compute(opened.session.handle, frame, served.busy)
                 while isinstance(answer, More) and not opened.why:
                     answer = await served.compute(opened.session.go_on, served.busy)
                 if isinstance(answer, Later):

@@ -79,7 +79,7 @@ def hello(model: Any, name: str, weights: Weights, digest: str) -> dict[str, Any
         "config": json.dumps({**_settings(hf_model.config), "_name_or_path": name}, default=str),
         "attention": hf_model.config._attn_implementation,
         "generation": None if generation is None else json.dumps(generation.to_dict(), default=str),
-        "tokenizer": None if model.tokenizer is None else _files(model.tokenizer),
+        "tokenizer": None if model.tokenizer is None else tokenizer_files(model.tokenizer),
         "tensors": [_told(key, tensor) for key, tensor in weights.named.items()],
         "hash": digest,
         "anatomy": {
@@ -120,7 +120,8 @@ def _accessor(accessor: Any, paths: dict[Module, str]) -> dict[str, Any]:
     }
 
 
-def _files(tokenizer: Any) -> dict[str, str]:
+def tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    """Those of its files that are data, by name."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = [path for path in Path(folder).iterdir() if path.name in TOKENIZER_FILES]

@@ -76,10 +76,11 @@ def _model(told: dict[str, Any]) -> str:
         },
         {"Revision": told["revision"] or "none is known", "SHA-256 of the weights": told["hash"]},
     )
+    engine = f" on {_text(told['engine'])}" if "engine" in told else ""
     columns = ["name", "layer", "status", "error", "detail"]
     report = _table([one.capitalize() for one in columns], [[row.get(key) for key in columns] for row in rows])
     return (
-        f"<section><h2>{_text(told['name'])}</h2><p>{_text(told['class'])}</p>{facts}"
+        f"<section><h2>{_text(told['name'])}</h2><p>{_text(told['class'])}{engine}</p>{facts}"
         f"<details><summary>Names, by layer: {found}</summary>{report}</details></section>"
     )
 

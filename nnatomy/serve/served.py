@@ -41,20 +41,27 @@ class Served:
         InputError: for a model that cannot be served.
     """
 
+    #: What each client has.
+    session: type[Session] = Session
+
     def __init__(self, name: str, model: Any, limits: Limits | None = None) -> None:
-        check_servable(model)
         self.name = name
         self.sessions: dict[int, Open] = {}
         self.waiting = self.frames = 0
         self.seconds = 0.0
         self.refused: Counter[str] = Counter()
         self._model = model
-        model._sums.find()  # validation has, but for a model that has not been validated
-        model._mixers.find()
-        self._points, self._weights = Points(model), Weights(model.hf_model)
-        self._hello = hello(model, name, self._weights, weights_hash(self._weights))
+        self._points, self._weights, self._hello = self._known(model)
         self._thread = ThreadPoolExecutor(1, f"nnatomy-serve {name}")
         self.jobs = Jobs(limits or Limits(), self.compute, self.busy)
+
+    def _known(self, model: Any) -> tuple[Any, Weights, dict[str, Any]]:
+        """The points of the model, its weights, and what a client is told of it. Raises InputError."""
+        check_servable(model)
+        model._sums.find()  # validation has, but for a model that has not been validated
+        model._mixers.find()
+        weights = Weights(model.hf_model)
+        return Points(model), weights, hello(model, self.name, weights, weights_hash(weights))
 
     def busy(self) -> bool:
         """Whether others wait for the thread that computes."""
@@ -83,8 +90,9 @@ class Served:
 
     def open(self, limits: Limits, client: Client) -> Open:
         """A new session. The results of its runs are for whoever has the same key; for everybody where none is asked for."""
-        told = self._hello, self.refused, self.jobs, client.owner
-        session = Session(self._model, self._points, self._weights, limits, *told)
+        jobs = self.jobs if self._hello.get("whole_methods", True) else None
+        told = self._hello, self.refused, jobs, client.owner
+        session = self.session(self._model, self._points, self._weights, limits, *told)
         opened = Open(next(_numbers), session, client)
         self.sessions[opened.number] = opened
         return opened
@@ -96,8 +104,9 @@ class Served:
 
     def told(self) -> dict[str, Any]:
         """What the status tells of it."""
-        told = {key: self._hello[key] for key in ("name", "class", "revision", "hash", "report")}
-        parameters = list(self._model.hf_model.parameters())
+        keys = ("name", "class", "engine", "revision", "hash", "report")
+        told = {key: self._hello[key] for key in keys if key in self._hello}
+        parameters = list(self._points.root.parameters())
         return {
             **told,
             "device": str(self._model.device),
@@ -118,7 +127,13 @@ class Served:
 
 
 def served_of(name: str, model: Any, limits: Limits) -> Served:
-    """A model that is served, on one process or several."""
+    """A model that is served, on Transformers or an engine, in one process or several."""
+    from nnatomy.vllm import VllmTransformer
+
+    if isinstance(model, VllmTransformer):
+        from nnatomy.vllm.split_served import engine_served
+
+        return engine_served(name, model, limits)
     if model._ranks is None:
         return Served(name, model, limits)
     from nnatomy.parallel.served import SplitServed

@@ -39,6 +39,17 @@ class More:
 MORE = More()
 
 
+class Waits:
+    """A frame that cannot be begun yet, as another client is at what it needs: it is to be given again when that is free.
+
+    Args:
+        free: whether it is; may be asked by any thread.
+    """
+
+    def __init__(self, free: Callable[[], bool]) -> None:
+        self.free = free
+
+
 class Session(Commands, Runs):
     """What one client has at the server. Its methods are called by one thread.
 
@@ -71,7 +82,11 @@ class Session(Commands, Runs):
         self._rest: tuple[list[Any], Any, Any] = ([], None, None)
         self.seconds = 0.0
 
-    def handle(self, frame: Any, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
+    def handle(self, frame: Any, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | Waits | None:
+        """Carry out a frame of the client's, or have it given again in a while (see `Waits`). The rest: see `carry_out`."""
+        return self.carry_out(frame, busy)
+
+    def carry_out(self, frame: Any, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
         """Carry out the commands of a frame; the frame to answer its question with, if it has one, or what will be the answer.
 
         Args:
@@ -92,7 +107,7 @@ class Session(Commands, Runs):
         return self.go_on(busy)
 
     def go_on(self, busy: Callable[[], bool] = lambda: False) -> bytes | Later | More | None:
-        """Go on with the frame: see `handle`."""
+        """Go on with the frame: see `carry_out`."""
         began, (commands, question, serial) = time.monotonic(), self._rest
         answer = None
         try:

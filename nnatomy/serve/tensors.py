@@ -51,7 +51,7 @@ class Weights:
         self._places = [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.named]
         held = [one for module in model.modules() for one in _inside(vars(module))]
         memory = (part_here(one).untyped_storage() for one in (*self.numbered, *held) if not one.is_meta)
-        self._memory = {one.data_ptr() for one in memory}
+        self._memory = {one.data_ptr() for one in memory if one.nbytes()}  # what has no elements is all at 0
         #: What forward passes may have changed on modules that have tensors besides parameters: tables that grow with the
         #: longest prompt, and how far they go.
         self._state = [

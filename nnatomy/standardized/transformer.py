@@ -167,6 +167,10 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
                     raise InputError(
                         "server=..., engine=...: a server says itself what runs its models. Give one of the two."
                     )
+                if kwargs.get("distributed_executor_backend") == "mp":
+                    from nnatomy.vllm.process import in_another_process
+
+                    return in_another_process(model, tokenizer, engine, kwargs)
                 from nnatomy.vllm import VllmTransformer
 
                 return VllmTransformer(model, tokenizer, engine=engine, **kwargs)
@@ -175,9 +179,9 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
                 and isinstance(model, (str, Path))
                 and (server or os.environ.get("NNATOMY_SERVER"))
             ):
-                from nnatomy.remote.model import RemoteTransformer
+                from nnatomy.remote.model import new_at_server
 
-                return object.__new__(RemoteTransformer)
+                return new_at_server(model, tokenizer, server=server, **kwargs)
             return object.__new__(cls)
 
     if not TYPE_CHECKING:

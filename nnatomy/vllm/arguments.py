@@ -106,18 +106,20 @@ def engine_arguments(vllm: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a model that is split over processes needs: each runs this script. Raises InputError where nobody has launched them."""
     ranks = given.get("tensor_parallel_size", 1)
-    if ranks == 1:
-        return {}
     backend = given.get("distributed_executor_backend", "external_launcher")
     if backend != "external_launcher":
         raise InputError(
-            f"distributed_executor_backend={backend!r}: the model would be in other processes, where nothing can be read from here. "
-            f"Leave it out, and have each process run the script: torchrun --nproc-per-node {ranks} script.py."
+            f"distributed_executor_backend={backend!r:.40}: the model would be in processes of vLLM's own, where nothing can be "
+            "read. Leave it out, or have a server of this library's started for it, which is read from here: "
+            "StandardizedTransformer(id, engine='vllm', distributed_executor_backend='mp')."
         )
+    if ranks == 1:
+        return {}
     if os.environ.get("WORLD_SIZE") != str(ranks):
         raise InputError(
             f"tensor_parallel_size={ranks}: each process runs the script, and has a part of the model: torchrun --nproc-per-node "
-            f"{ranks} script.py. Here WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}."
+            f"{ranks} script.py. Here WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}. With "
+            "distributed_executor_backend='mp' they are started for this script, which runs once."
         )
     return {"distributed_executor_backend": backend}
 
@@ -153,15 +155,24 @@ def sampling(vllm: Any, count: int, max_new_tokens: Any, params: Any, given: Map
     if given or max_new_tokens is not None:
         both = ", ".join([*given, *(["max_new_tokens"] if max_new_tokens is not None else [])])
         raise InputError(f"{both}: sampling_params says that; give one or the other.")
-    several = list(params) if isinstance(params, Iterable) else [params] * count
-    if len(several) != count or not all(isinstance(one, vllm.SamplingParams) for one in several):
+    several = [params] * count if isinstance(params, dict) or not isinstance(params, Iterable) else list(params)
+    if len(several) != count or not all(isinstance(one, (vllm.SamplingParams, dict)) for one in several):
         raise InputError(
-            f"sampling_params={params!r:.60}: give a vllm.SamplingParams, or a list of one for each of the {count} prompts."
+            f"sampling_params={params!r:.60}: give a vllm.SamplingParams or a dict of its fields, or a list of one for each of the "
+            f"{count} prompts."
         )
-    for one in several:
+    made = [_of_fields(vllm, one) if isinstance(one, dict) else one.clone() for one in several]
+    for one in made:
         if one.n != 1:
             raise _several(one.n)
-    return [one.clone() for one in several]
+    return made
+
+
+def _of_fields(vllm: Any, fields: Mapping[str, Any]) -> Any:
+    """Those of a dict, where the fields are as vLLM has them."""
+    return _made(
+        vllm, fields.get("max_tokens", 16), {name: one for name, one in fields.items() if name != "max_tokens"}
+    )
 
 
 def _made(vllm: Any, max_new_tokens: Any, given: Mapping[str, Any]) -> Any:

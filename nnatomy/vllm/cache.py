@@ -54,7 +54,7 @@ class PagedCache:
                     "keys, values and patterns of this layer, in this step: it looks back over a window, and the engine has let go "
                     "of the blocks before it."
                 )
-            memory = inner.kv_cache[blocks].reshape(len(blocks), -1)
+            memory = inner.kv_cache[blocks].flatten(1)  # of a row that has just begun there are none
             found.append(memory[:, entries.flatten()].reshape(-1, *entries.shape[1:])[:before])
         return found
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nnatomy.names import ROWS
 from nnatomy.validation.near import TOLERANCE, distance
-from nnatomy.vllm.arguments import sampling
 from nnatomy.vllm.places import Place
 from nnatomy.vllm.reading import Writer, unpadded
 from nnatomy.vllm.reference import Reference, Values
@@ -77,7 +76,7 @@ class Compared:
         with torch.no_grad(), self.reference.model.trace(self.reference.prompts):
             ids, embeddings = self.reference.model.input_ids, self.reference.model.token_embeddings
         last = of.places["layers_output"][-1]
-        with model.open(of.prompts, sampling(of.engine.vllm, len(of.prompts), 1, None, {})):
+        with model.open(of.prompts, of.engine.sampling(len(of.prompts), 1, None, {})):
             mine = model.input_ids.cpu()
             stream = model.layers_output[-1] if isinstance(last, Place) else None
         if not torch.equal(mine * self.layout.mask, ids.cpu() * self.layout.mask):

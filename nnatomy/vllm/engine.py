@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, pairwise
 from threading import Lock, get_ident
@@ -14,85 +14,46 @@ import torch
 from torch.nn import Module
 
 from nnatomy.core.gates import runs
+from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import LoadError, UsageError
-from nnatomy.vllm.arguments import check_settings, engine_arguments, import_vllm
+from nnatomy.vllm.arguments import check_settings, engine_arguments, import_vllm, sampling
 from nnatomy.vllm.layout import Layout
+from nnatomy.vllm.run import EngineRun, Requests
 
 #: Set while an engine is made: it runs in this process, and the runner is the one whose batch is known here.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
-class Engine:
-    """vLLM in this process.
-
-    Args:
-        model: what `vllm.LLM` loads, or one that is loaded.
-        given: its arguments.
+class AnyEngine:
+    """What traces need of an engine, which is in this process or at a server.
 
     Attributes:
-        llm: the `vllm.LLM`.
         model: the model that it runs.
-        runner: what prepares the model's batches.
+        sampler: what samples the tokens behind a step's rows.
+        device: where values are.
+        hf_config, text_config: the model's config, of Transformers, and the part of it that is of the language model.
+        max_model_len: how many tokens a prompt has at most, with what is written behind it.
+        step_tokens, step_requests: how many tokens a step computes at most, and of how many prompts.
+        is_busy: whether a run is at work on it, or somebody has left requests in it.
     """
 
-    def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
-        self.vllm = vllm = import_vllm()
-        if isinstance(model, vllm.LLM):
-            self.llm = model
-        else:
-            arguments = engine_arguments(vllm, given)
-            with _as_it_was(), _environment():
-                try:
-                    self.llm = vllm.LLM(model=str(model), **arguments)
-                except (OSError, ValueError, RuntimeError, AssertionError, vllm.exceptions.VLLMError) as error:
-                    raise LoadError(f"vLLM could not load {str(model)!r}: {_reason(error)}") from error
-        check_settings(self.llm.llm_engine.vllm_config)
-        self.runner: Any = _runner_of(self.llm)
-        self.model: Module = self.runner.model
-        self._names = count()
-        self._index: dict[str, int] = {}
-        self._prompts: Sequence[Sequence[int]] = ()
+    model: Module
+    sampler: Module
+    device: torch.device
+    hf_config: Any
+    text_config: Any
+    max_model_len: int
+    step_tokens: int
+    step_requests: int
+    _prompts: Sequence[Sequence[int]] = ()
+
+    def __init__(self) -> None:
         self._lock = Lock()
 
     @property
-    def engine(self) -> Any:
-        """The `vllm.LLMEngine`."""
-        return self.llm.llm_engine
-
-    @property
-    def config(self) -> Any:
-        """The `vllm.VllmConfig`."""
-        return self.engine.vllm_config
-
-    @property
-    def hf_config(self) -> Any:
-        """The model's config, of Transformers."""
-        return self.config.model_config.hf_config
-
-    @property
-    def text_config(self) -> Any:
-        """The part of it that is of the language model."""
-        return self.config.model_config.hf_text_config
-
-    @property
-    def shared_heads(self) -> int:
-        """How many heads of keys and values the model has, in all processes."""
-        return int(self.config.model_config.get_total_num_kv_heads())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the model's weights and values."""
-        return self.config.model_config.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return next(self.model.parameters()).device
-
-    @property
     def is_busy(self) -> bool:
-        """Whether a run is at work on it, or somebody has left requests in it."""
-        return self._lock.locked() or self.engine.has_unfinished_requests()
+        """See the attributes."""
+        return self._lock.locked()
 
     def check_free(self) -> None:
         """Raise UsageError if it is at work."""
@@ -102,18 +63,19 @@ class Engine:
                 "or let llm.generate(...) come to its end."
             )
 
-    def layout(self) -> Layout:
-        """The rows of the step that the model is called for now."""
-        batch = self.runner.input_batch
-        count = batch.num_reqs
-        ends = self.runner.query_start_loc.np[: count + 1].tolist()
-        lengths = [after - before for before, after in pairwise(ends)]
-        requests = [self._index[name] for name in batch.req_ids[:count]]
-        return Layout(requests, ends[:-1], lengths, batch.num_computed_tokens_cpu[:count].tolist())
-
     def length_of(self, request: int) -> int:
         """How many tokens that prompt has."""
         return len(self._prompts[request])
+
+    def sampling(self, count: int, max_new_tokens: Any, params: Any, given: Mapping[str, Any]) -> list[Any]:
+        """The sampling parameters of each of `count` prompts: see `nnatomy.vllm.arguments.sampling`."""
+        raise NotImplementedError
+
+    def run_for(
+        self, call: Callable[[], Any], generates: bool, whole: Callable[[Layout], None] | None = None
+    ) -> EngineRun:
+        """A run of the engine that is not begun; `whole`: see `Requests`."""
+        raise NotImplementedError
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         """Run requests to their ends, in the thread of a run: each call of the model is a step.
@@ -127,16 +89,105 @@ class Engine:
         """
         if not self._lock.acquire(blocking=False):
             self.check_free()
+        self._prompts = prompts
         try:
             return self._run(prompts, params)
         finally:
             self._lock.release()
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError
+
+    def block_is_over(self, well: bool) -> None:
+        """A block of one of its traces is; `well`: without an exception."""
+
+
+class Engine(AnyEngine):
+    """vLLM in this process.
+
+    Args:
+        model: what `vllm.LLM` loads, or one that is loaded.
+        given: its arguments.
+
+    Attributes:
+        llm: the `vllm.LLM`.
+        model: the model that it runs.
+        runner: what prepares the model's batches.
+    """
+
+    def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.vllm = vllm = import_vllm()
+        if isinstance(model, vllm.LLM):
+            self.llm = model
+        else:
+            arguments = engine_arguments(vllm, given)
+            with _as_it_was(), _environment():
+                try:
+                    self.llm = vllm.LLM(model=str(model), **arguments)
+                except (OSError, ValueError, RuntimeError, AssertionError, vllm.exceptions.VLLMError) as error:
+                    raise LoadError(f"vLLM could not load {str(model)!r}: {_reason(error)}") from error
+        check_settings(self.llm.llm_engine.vllm_config)
+        self.runner: Any = _runner_of(self.llm)
+        self.model: Module = self.runner.model
+        self.sampler: Module = self.runner.sampler
+        self.device = next(self.model.parameters()).device
+        of_model, of_steps = self.config.model_config, self.config.scheduler_config
+        self.hf_config, self.text_config = of_model.hf_config, of_model.hf_text_config
+        self.max_model_len = int(of_model.max_model_len)
+        self.step_tokens, self.step_requests = int(of_steps.max_num_batched_tokens), int(of_steps.max_num_seqs)
+        self._names = count()
+        self._index: dict[str, int] = {}
+
+    @property
+    def engine(self) -> Any:
+        """The `vllm.LLMEngine`."""
+        return self.llm.llm_engine
+
+    @property
+    def config(self) -> Any:
+        """The `vllm.VllmConfig`."""
+        return self.engine.vllm_config
+
+    @property
+    def shared_heads(self) -> int:
+        """How many heads of keys and values the model has, in all processes."""
+        return int(self.config.model_config.get_total_num_kv_heads())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the model's weights and values."""
+        return self.config.model_config.dtype
+
+    def sampling(self, count: int, max_new_tokens: Any, params: Any, given: Mapping[str, Any]) -> list[Any]:
+        return sampling(self.vllm, count, max_new_tokens, params, given)
+
+    def run_for(
+        self, call: Callable[[], Any], generates: bool, whole: Callable[[Layout], None] | None = None
+    ) -> EngineRun:
+        run = EngineRun(self.model, self.model, call, ThreadState())
+        run.generates = generates
+        run.replace(Requests(run, self.layout, whole))
+        return run
+
+    @property
+    def is_busy(self) -> bool:
+        return super().is_busy or self.engine.has_unfinished_requests()
+
+    def layout(self) -> Layout:
+        """The rows of the step that the model is called for now."""
+        batch = self.runner.input_batch
+        count = batch.num_reqs
+        ends = self.runner.query_start_loc.np[: count + 1].tolist()
+        lengths = [after - before for before, after in pairwise(ends)]
+        requests = [self._index[name] for name in batch.req_ids[:count]]
+        return Layout(requests, ends[:-1], lengths, batch.num_computed_tokens_cpu[:count].tolist())
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
         run, engine = runs[get_ident()], self.engine
         index: dict[str, int] = {}
         outputs: dict[int, Any] = {}
-        self._index, self._prompts = {}, prompts
+        self._index = {}
         try:
             for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
                 name = f"nnatomy-{next(self._names)}"
@@ -158,7 +209,7 @@ class Engine:
 class Generation(Module):
     """The outermost call of a run: all steps of the engine. It is no part of the model."""
 
-    def __init__(self, engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> None:
+    def __init__(self, engine: AnyEngine, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> None:
         super().__init__()
         self._work = (engine, prompts, params)
 
@@ -217,5 +268,8 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().split("\n")
-    said = next((line for line in lines if "Value error, " in line), lines[0])  # a config's, below what config it is
+    if "validation error" in lines[0] and len(lines) > 2:  # a config's: then come the field and the reason
+        reason = lines[2].strip()
+        lines = [reason if "Value error, " in reason else f"{lines[1].strip()}: {reason}"]
+    said = next((line for line in lines if "Value error, " in line), lines[0])
     return said.strip().removeprefix("Value error, ").split(" [type=")[0]

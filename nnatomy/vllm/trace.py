@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nnatomy.core.run import Run
-from nnatomy.core.thread_state import ThreadState
 from nnatomy.errors import UsageError
 from nnatomy.tracing import Trace
-from nnatomy.vllm.engine import Engine, Generation
+from nnatomy.vllm.engine import AnyEngine, Generation
 from nnatomy.vllm.layout import Layout
-from nnatomy.vllm.run import EngineRun, Requests
 
 
 class EngineTrace(Trace):
@@ -26,7 +24,7 @@ class EngineTrace(Trace):
     def __init__(
         self,
         root: Any,
-        engine: Engine,
+        engine: AnyEngine,
         work: Generation,
         whole: Callable[[Layout], None] | None,
         *,
@@ -43,10 +41,15 @@ class EngineTrace(Trace):
         return self
 
     def _run_of(self, call: Callable[[], Any]) -> Run:
-        run = EngineRun(self._engine.model, self._root.module, call, ThreadState())
-        run.generates = self.generates
-        run.replace(Requests(run, self._engine.layout, self._whole))
-        return run
+        return self._engine.run_for(call, self.generates, self._whole)
+
+    def _exit(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        well = False
+        try:
+            super()._exit(kind, error, traceback)
+            well = error is None
+        finally:
+            self._engine.block_is_over(well)
 
     def invoke(self, *_: Any, **__: Any) -> Any:
         """The engine takes its prompts as a list. Raises UsageError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from nnatomy.tracing import ModuleView, Traceable
 from nnatomy.tracing.attach import Point
 from nnatomy.validation.report import Report
 from nnatomy.vllm.accessors import Accessor
-from nnatomy.vllm.arguments import check_engine, import_vllm, no_such_way, sampling
-from nnatomy.vllm.engine import Engine, Generation
+from nnatomy.vllm.arguments import check_engine, import_vllm, no_such_way
+from nnatomy.vllm.engine import AnyEngine, Engine, Generation
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.trace import EngineTrace
 from nnatomy.vllm.validation import How, Validation
@@ -99,7 +99,7 @@ class VllmTransformer(NotPickled, Values, Traceable):
         self._load(Engine(model, kwargs), place, tokenizer, why)
         self._read(validate)
 
-    def _load(self, engine: Engine, place: str, tokenizer: Any, no_tokenizer: str) -> None:
+    def _load(self, engine: AnyEngine, place: str, tokenizer: Any, no_tokenizer: str) -> None:
         Traceable.__init__(self, engine.model)
         self.loaded_from = place
         self.engine = engine
@@ -141,9 +141,9 @@ class VllmTransformer(NotPickled, Values, Traceable):
             InputError: if there is nothing to run, or the prompts do not fit in one step; it says what to load the engine with.
             UsageError: if the engine is at work.
         """
-        lists = self._token_lists(prompts, kwargs)
-        self._check_one_step(lists)
-        params = sampling(self.engine.vllm, len(lists), 1, None, {})
+        lists = self.token_lists(prompts, kwargs)
+        self.check_one_step(lists)
+        params = self.engine.sampling(len(lists), 1, None, {})
         return self.open(lists, params, self.whole(lists), generates=False, early_stop=early_stop)
 
     def generate(
@@ -164,7 +164,7 @@ class VllmTransformer(NotPickled, Values, Traceable):
         Args:
             prompts: as in `trace`; as many as one likes, which the engine schedules as it does.
             max_new_tokens: how many tokens are written at most; 16 by default.
-            sampling_params: `vllm.SamplingParams`, one for all or a list of one for each prompt.
+            sampling_params: one for all or a list of one for each prompt: `vllm.SamplingParams`, or a dict of their fields.
             early_stop: end the generation when the block ends; with False it runs to its end.
             prepend_bos: as in `trace`.
             **kwargs: fields of `vllm.SamplingParams`: temperature (0 by default), top_p, seed, stop, ignore_eos, ...
@@ -174,8 +174,8 @@ class VllmTransformer(NotPickled, Values, Traceable):
             UsageError: if the engine is at work.
         """
         texts = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        lists = self._token_lists(prompts, texts)
-        params = sampling(self.engine.vllm, len(lists), max_new_tokens, sampling_params, kwargs)
+        lists = self.token_lists(prompts, texts)
+        params = self.engine.sampling(len(lists), max_new_tokens, sampling_params, kwargs)
         return self.open(lists, params, early_stop=early_stop)
 
     def generate_text(self, prompts: Any, **kwargs: Any) -> str | list[str]:
@@ -209,14 +209,15 @@ class VllmTransformer(NotPickled, Values, Traceable):
         work = Generation(self.engine, lists, params)
         return EngineTrace(self, self.engine, work, whole, generates=generates, early_stop=early_stop)
 
-    def _token_lists(self, prompts: Any, texts: dict[str, Any]) -> list[list[int]]:
-        inputs = self._prompts.prepare(prompts, dict(texts), torch.device("cpu"))
+    def token_lists(self, prompts: Any, texts: Mapping[str, Any] | None = None) -> list[list[int]]:
+        """The token ids of prompts. Raises InputError for what is none, and what is too long."""
+        inputs = self._prompts.prepare(prompts, dict(texts or {}), torch.device("cpu"))
         others = {*inputs} - {"input_ids", "attention_mask", "position_ids"}
         if others:
             raise InputError(f"{', '.join(sorted(others))}: the engine makes its own from token ids. Leave it out.")
         masks = inputs["attention_mask"].bool()
         lists = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
-        limit = self.engine.config.model_config.max_model_len
+        limit = self.engine.max_model_len
         for i, one in enumerate(lists):
             if len(one) >= limit:
                 raise InputError(
@@ -225,17 +226,17 @@ class VllmTransformer(NotPickled, Values, Traceable):
                 )
         return lists
 
-    def _check_one_step(self, lists: list[list[int]]) -> None:
-        scheduler = self.engine.config.scheduler_config
-        tokens, most = sum(map(len, lists)), scheduler.max_num_batched_tokens
+    def check_one_step(self, lists: list[list[int]]) -> None:
+        """Raise InputError where prompts do not fit in one step of the engine."""
+        tokens, most, rows = sum(map(len, lists)), self.engine.step_tokens, self.engine.step_requests
         if tokens > most:
             raise InputError(
                 f"The prompts have {tokens} tokens, and one step of the engine takes {most}: trace fewer at once, or load it with "
                 f"max_num_batched_tokens={tokens}."
             )
-        if len(lists) > scheduler.max_num_seqs:
+        if len(lists) > rows:
             raise InputError(
-                f"There are {len(lists)} prompts, and one step of the engine takes {scheduler.max_num_seqs}: trace fewer at once, or "
+                f"There are {len(lists)} prompts, and one step of the engine takes {rows}: trace fewer at once, or "
                 f"load it with max_num_seqs={len(lists)}."
             )
 
@@ -348,7 +349,7 @@ class VllmTransformer(NotPickled, Values, Traceable):
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        return f"<VllmTransformer: {type(self.engine.model).__name__}, {self.num_layers} layers, hidden {self.hidden_size}>"
+        return f"<{type(self).__name__}: {type(self.engine.model).__name__}, {self.num_layers} layers, hidden {self.hidden_size}>"
 
 
 def _tokenizer(place: str, given: Any, options: dict[str, Any]) -> tuple[Any, str]:

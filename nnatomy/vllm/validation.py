@@ -19,7 +19,6 @@ from nnatomy.names import OF_LAYERS
 from nnatomy.validation.report import Report, Row
 from nnatomy.vllm.algebra import Algebra
 from nnatomy.vllm.anatomy import anatomy_of
-from nnatomy.vllm.arguments import sampling
 from nnatomy.vllm.compared import Compared
 from nnatomy.vllm.finding import Options, options, place_of
 from nnatomy.vllm.places import Place
@@ -63,13 +62,13 @@ class Validation:
 
     def _lengths(self) -> tuple[int, ...]:
         """How long the prompts are: both fit in one step, with room for two more tokens."""
-        scheduler, limit = self.engine.config.scheduler_config, self.engine.config.model_config.max_model_len
-        count = min(scheduler.max_num_seqs, len(LENGTHS))
-        part = min(1, scheduler.max_num_batched_tokens / sum(LENGTHS))
+        limit, most = self.engine.max_model_len, self.engine.step_tokens
+        count = min(self.engine.step_requests, len(LENGTHS))
+        part = min(1, most / sum(LENGTHS))
         lengths = tuple(min(max(int(one * part), 1), limit - 2) for one in LENGTHS[-count:])
         if lengths[-1] < 4:
             raise InputError(
-                f"max_num_batched_tokens={scheduler.max_num_batched_tokens}, max_model_len={limit}: names are proven on a prompt "
+                f"max_num_batched_tokens={most}, max_model_len={limit}: names are proven on a prompt "
                 "of four tokens or more, in one step. Load the engine with larger ones."
             )
         return lengths
@@ -125,7 +124,7 @@ class Validation:
 
     def _run(self, *collectors: Collector, replace: Sequence[Collector] = (), steps: int = 1) -> list[Any]:
         """Run the prompts, with nobody but these; gives the outputs."""
-        params = sampling(self.engine.vllm, len(self.prompts), steps, None, {"ignore_eos": True})
+        params = self.engine.sampling(len(self.prompts), steps, None, {"ignore_eos": True})
         with self.model.open(self.prompts, params, self.model.whole(self.prompts), early_stop=False) as tracer:
             run = tracer.block.run
             for one in (*replace, *collectors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from nnatomy.core.block import Block
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
 from nnatomy.errors import InputError, NotInThisModelError, NotReachedError
-from nnatomy.standardized.accessors import check_fits
 from nnatomy.vllm.accessors import held_value, layout_of, put_value, run_of
 from nnatomy.vllm.anatomy import Anatomy
-from nnatomy.vllm.engine import Engine
+from nnatomy.vllm.engine import AnyEngine
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.places import Place
 from nnatomy.vllm.run import Once
@@ -30,6 +30,26 @@ class _LastLogits(Place):
 
     def write(self, slot: Slot, layout: Layout, new: Tensor) -> None:
         slot.value = layout.put_by_request(slot.value, new[:, 0])
+
+
+@dataclass(frozen=True)
+class _AllLogits(Place):
+    """(batch, seq, vocab), of all positions. What is written is sampled from where the engine makes those of the last ones.
+
+    Attributes:
+        head: what makes these.
+        logits_of: the logits of what the model gives, by the same head.
+    """
+
+    head: Any = None
+    logits_of: Any = None
+
+    def read(self, slot: Slot, layout: Layout) -> Tensor:
+        with torch.no_grad():
+            return layout.rows(self.logits_of(slot.value))
+
+    def write(self, slot: Slot, layout: Layout, new: Tensor) -> Once:
+        return _Logits(self.head, slot, layout, new[:, -1])
 
 
 class _Sampled(Place):
@@ -46,7 +66,7 @@ class _Sampled(Place):
 class Values:
     """What has the names of a step."""
 
-    engine: Engine
+    engine: AnyEngine
     _blocks: OpenBlocks
     _anatomy: Anatomy
     _refused: dict[str, str]
@@ -89,16 +109,11 @@ class Values:
     @property
     def token_embeddings(self) -> Float[Tensor, "batch seq hidden"]:
         """What the token embedding gives; can be assigned."""
-        return self._get("token_embeddings", self._place_of_embeddings())
+        return self._get("token_embeddings")
 
     @token_embeddings.setter
     def token_embeddings(self, value: Tensor) -> None:
-        self._set("token_embeddings", self._place_of_embeddings(), value)
-
-    def _place_of_embeddings(self) -> Place:
-        self._check("token_embeddings")
-        assert self._embeddings is not None
-        return self._embeddings
+        self._set("token_embeddings", value)
 
     @property
     def logits(self) -> Tensor:
@@ -108,37 +123,11 @@ class Values:
         here. In a generation (batch, 1, vocab), of each row's last position. Assigned, the next tokens are sampled from the last
         position's.
         """
-        self._check("logits")
-        block = self._begun("logits")
-        if run_of(block).generates:
-            return self._get("logits", self._place_of_logits())
-        slot = block.reach(self.engine.model, "output", "logits")
-        layout, run = layout_of(block), run_of(block)
-        if (value := run.held(slot, "logits")) is None:
-            with torch.no_grad():
-                value = layout.rows(self.compute_logits(slot.value))
-            run.hold(slot, "logits", value, lambda new: run.once(self._last(slot, layout, new)))
-        return value
+        return self._get("logits")
 
     @logits.setter
     def logits(self, value: Tensor) -> None:
-        self._check("logits")
-        block = self._begun("logits")
-        if run_of(block).generates:
-            self._set("logits", self._place_of_logits(), value)
-            return
-        check_fits("logits", self.logits, value)
-        run, slot = run_of(block), block.reach(self.engine.model, "output", "logits")
-        run.let_go(slot, "logits")
-        run.once(self._last(slot, layout_of(block), value))
-
-    def _last(self, slot: Slot, layout: Layout, value: Tensor) -> Once:
-        assert self._anatomy.head is not None
-        return _Logits(self._anatomy.head, slot, layout, value[:, -1])
-
-    def _place_of_logits(self) -> Place:
-        assert self._anatomy.head is not None
-        return _LastLogits(self._anatomy.head, "output")
+        self._set("logits", value)
 
     @property
     def next_token_probs(self) -> Float[Tensor, "batch vocab"]:
@@ -152,13 +141,15 @@ class Values:
         Raises:
             InputError: in a step that computes only a part of a prompt, behind which nothing is sampled.
         """
-        return self._get("sampled_tokens", self._place_of_samples())
+        self._check_sampled()
+        return self._get("sampled_tokens")
 
     @sampled_tokens.setter
     def sampled_tokens(self, value: Tensor) -> None:
-        self._set("sampled_tokens", self._place_of_samples(), value)
+        self._check_sampled()
+        self._set("sampled_tokens", value)
 
-    def _place_of_samples(self) -> Place:
+    def _check_sampled(self) -> None:
         layout = layout_of(self._begun("sampled_tokens"))
         parts = [
             request
@@ -170,7 +161,6 @@ class Values:
                 f"sampled_tokens: this step computes a part of prompt{'s' * (len(parts) > 1)} {', '.join(map(str, parts))} alone, "
                 "behind which nothing is sampled: ask in a later step, or load the engine with a larger max_num_batched_tokens."
             )
-        return _Sampled(self.engine.runner.sampler, "output")
 
     def compute_logits(self, normed: Tensor) -> Tensor:
         """The logits of what the model gives, (tokens, hidden), by the engine's own head."""
@@ -184,28 +174,46 @@ class Values:
         if not isinstance(hidden_state, Tensor) or hidden_state.shape[-1:] != (width,):
             got = tuple(hidden_state.shape) if isinstance(hidden_state, Tensor) else type(hidden_state).__name__
             raise InputError(f"project_on_vocab takes hidden states of (..., {width}); got {got}.")
+        with torch.no_grad():
+            return self._logits_of(hidden_state.detach())
+
+    def _logits_of(self, hidden_state: Tensor) -> Tensor:
         norm = self._anatomy.ln_final
         assert norm is not None
-        flat = hidden_state.detach().reshape(-1, width).clone()
-        with torch.no_grad():
-            normed = norm(flat)
-            normed = (
-                normed[0] if isinstance(normed, tuple) else normed
-            )  # Cohere's hands on a residual that is not there
-            return self.compute_logits(normed).reshape(*hidden_state.shape[:-1], -1)
+        normed = norm(hidden_state.reshape(-1, self.hidden_size).clone())
+        normed = normed[0] if isinstance(normed, tuple) else normed  # Cohere's hands on a residual that is not there
+        return self.compute_logits(normed).reshape(*hidden_state.shape[:-1], -1)
 
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
         return int(self.engine.text_config.hidden_size)
 
-    def _get(self, name: str, place: Place) -> Tensor:
-        block = self._begun(name)
-        return held_value(place, block.reach(place.module, place.kind, name), block, name)
+    def place(self, name: str, generates: bool) -> Place:
+        """Where one of these names is, in a generation or in a trace of one step. Raises NotInThisModelError."""
+        self._check(name)
+        model, head = self.engine.model, self._anatomy.head
+        if name == "sampled_tokens":
+            return _Sampled(self.engine.sampler, "output")
+        if name == "token_embeddings":
+            assert self._embeddings is not None
+            return self._embeddings
+        assert head is not None
+        if generates:
+            return _LastLogits(head, "output")
+        return _AllLogits(model, "output", head=head, logits_of=self.compute_logits)
 
-    def _set(self, name: str, place: Place, value: Tensor) -> None:
+    def _reach(self, name: str) -> tuple[Place, Slot, Block]:
+        self._check(name)
         block = self._begun(name)
-        put_value(place, block.reach(place.module, place.kind, name), block, name, value)
+        place = self.place(name, run_of(block).generates)
+        return place, block.reach(place.module, place.kind, name), block
+
+    def _get(self, name: str) -> Tensor:
+        return held_value(*self._reach(name), name)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        put_value(*self._reach(name), name, value)
 
     def _check(self, name: str) -> None:
         if name in self._refused:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm_models import assert_near, hidden_states, hooked, in_transformers, on_engine, plainly, prompts
+from vllm_models import assert_near, hidden_states, hooked, in_transformers, on_engine, plainly, prompts, written
 
 from nnatomy.errors import AssignmentError, InputError, UsageError
 from nnatomy.vllm import VllmTransformer
@@ -18,16 +18,6 @@ SMALL = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
 
 def model() -> VllmTransformer:
     return on_engine("llama")
-
-
-def written(ids: list[int], tokens: int) -> list[int]:
-    """What Transformers writes, the most probable token each time."""
-    hf = in_transformers("llama")
-    row = list(ids)
-    with torch.no_grad():
-        for _ in range(tokens):
-            row.append(int(hf(torch.tensor([row])).logits[0, -1].argmax()))
-    return row[len(ids) :]
 
 
 def test_steps_are_those_of_transformers() -> None:

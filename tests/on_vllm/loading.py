@@ -183,6 +183,7 @@ def test_what_does_not_load_says_why(tmp_path: Path) -> None:
         ({"speculative_config": {"method": "ngram"}}, InputError, "speculative_config=.*: it has to be None"),
         ({"server": "localhost"}, InputError, "server=..., engine=...: a server says itself"),
         ({"max_model_len": 10**6}, LoadError, "vLLM could not load .*max_model_len"),
+        ({"max_model_len": "abc"}, LoadError, "vLLM could not load .*: max_model_len: Input should be a valid integer"),
         ({"dtype": "float8"}, LoadError, "vLLM could not load"),
     ]
     for given, error, text in cases:

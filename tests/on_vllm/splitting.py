@@ -79,7 +79,9 @@ def test_processes_that_nobody_has_launched() -> None:
         match=r"tensor_parallel_size=2: each process runs the script, .*torchrun --nproc-per-node 2 script.py",
     ):
         StandardizedTransformer(folder("llama"), engine="vllm", tensor_parallel_size=2)
-    with pytest.raises(InputError, match=r"distributed_executor_backend='mp': the model would be in other processes"):
+    with pytest.raises(
+        InputError, match=r"distributed_executor_backend='ray': the model would be in processes of vLLM's own"
+    ):
         StandardizedTransformer(
-            folder("llama"), engine="vllm", tensor_parallel_size=2, distributed_executor_backend="mp"
+            folder("llama"), engine="vllm", tensor_parallel_size=2, distributed_executor_backend="ray"
         )

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from nnatomy import StandardizedTransformer
+from nnatomy.cli import main
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.vllm.arguments import check_engine, import_vllm
 from nnatomy.vllm.layout import Layout
+from nnatomy.vllm.outputs import CompletionOutput, Logprob, RequestOutput, from_bytes, to_bytes
 from nnatomy.vllm.places import at, tensors_in, with_at
 
 
@@ -54,6 +56,43 @@ def test_a_package_of_the_engines_that_is_missing(monkeypatch: pytest.MonkeyPatc
         MissingPackageError, match=r"vllm is installed, and a package that it needs is not \(No module named 'numba'\)"
     ):
         import_vllm()
+
+
+# At a server.
+
+
+def test_a_server_where_the_engine_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["serve", "demo:llama", "--engine", "vllm", "--port", "0"]) == 1
+    assert "nnatomy: engine='vllm' needs vLLM, which is installed by itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--engine", "vlm"], "engine='vlm': there is 'vllm', and None for Transformers"),
+        (["--engine-arg", "max_model_len=3"], "--engine-arg max_model_len=3: it is for --engine vllm"),
+        (["demo:gpt2", "--engine", "vllm"], "--engine: vLLM runs one model in a process. Start a server for each"),
+        (["--engine", "vllm", "--device", "cpu"], "--device: the engine takes the devices that its build is for"),
+        (["--engine", "vllm", "--ray"], "--engine, --ray: a server of Ray's has models on Transformers"),
+    ],
+)
+def test_a_server_that_is_asked_for_wrongly(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    assert main(["serve", "demo:llama", *arguments, "--port", "0"]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_outputs_cross_the_wire() -> None:
+    probable = [{5: Logprob(-0.5, 1, "a"), 7: Logprob(-1.5)}]
+    completion = CompletionOutput(0, "a", [5], -0.5, probable, "stop", 5)
+    output = RequestOutput("x", [1, 2], [None, *probable], [completion], True)
+    assert from_bytes(to_bytes([output, output])) == [output, output]
+    plain = RequestOutput("y", [1], None, [CompletionOutput(0, "", [], None, None, None, None)], False)
+    assert from_bytes(to_bytes([plain])) == [plain]
 
 
 # Rows.

@@ -25,7 +25,7 @@ LOCAL = {
     "from_transformer_lens": "it has the weights by standard names, see below",
     "plans": "it prints plans, and a recording on a remote model has `h[:, -1] *= 0.5` as two lines, of which one changes nothing",
     "states": "its models are built on the page",
-    "vllm": "an engine's model is not served",
+    "vllm": "its models need vLLM, which has an environment of its own",
     "weights": "the weights by standard names are found by torch.unique, which a server refuses: any size may come of it",
 }
 PAGES = [
