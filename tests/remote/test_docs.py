@@ -23,6 +23,7 @@ LOCAL = {
     "from_nnterp": "its class is one of a compat room",
     "extending": "arch_config=...: the server has loaded the model, and found its names",
     "from_transformer_lens": "it has the weights by standard names, see below",
+    "images": "its model is built on the page, and a server takes tokens alone",
     "plans": "it prints plans, and a recording on a remote model has `h[:, -1] *= 0.5` as two lines, of which one changes nothing",
     "states": "its models are built on the page",
     "vllm": "its models need vLLM, which has an environment of its own",
