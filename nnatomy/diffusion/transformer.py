@@ -60,6 +60,9 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
             the standard names of a transformer of its own, has one as well: `model.text_encoder.validation`.)
     """
 
+    #: What a method of language models that is given one says.
+    instead_in_methods = "of a language model; nnatomy.diffusion has methods for pipelines"
+
     def __init__(self, pipeline: Any, *, validate: bool = True, **kwargs: Any) -> None:
         pipeline = _loaded(pipeline, kwargs)
         denoiser = _denoiser(pipeline, pipeline.components)

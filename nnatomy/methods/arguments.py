@@ -80,7 +80,7 @@ def model(name: str, value: Any) -> None:
         how = (
             f"StandardizedTransformer({value!r})"
             if isinstance(value, str)
-            else "StandardizedTransformer(model, tokenizer)"
+            else getattr(type(value), "instead_in_methods", "StandardizedTransformer(model, tokenizer)")
         )
         raise InputError(f"{name} is {a_kind(value)}: methods take a StandardizedTransformer, {how}.")
 

@@ -33,6 +33,7 @@ from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.trace import EngineTrace
 from nnatomy.vllm.validation import How, Validation
 from nnatomy.vllm.values import Values
+from nnatomy.weights.names import ROWS as WEIGHTS
 
 #: Names of a step that belong to no layer.
 OF_STEPS = (
@@ -67,6 +68,11 @@ class VllmTransformer(NotPickled, Values, Traceable):
         tokenizer: what makes tokens of text, or None.
         validation: a table of each name on each layer: verified or refused, with errors and reasons.
     """
+
+    #: What a method that is given one says.
+    instead_in_methods = (
+        "of a model on Transformers: load it without engine=. An engine has reads, edits and generations"
+    )
 
     def __init__(
         self,
@@ -332,6 +338,10 @@ class VllmTransformer(NotPickled, Values, Traceable):
 
     def _no_such(self, name: str) -> NoSuchModuleError:
         error = super()._no_such(name)
+        if name in WEIGHTS:
+            return NoSuchModuleError(
+                f"{error} Weights by name are of a model on Transformers: load it without engine=."
+            )
         return NoSuchModuleError(f"{error} The standard names are {', '.join((*OF_STEPS, *OF_LAYERS))}.")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from nnatomy.errors import (
     UnknownArchitectureError,
     UsageError,
 )
+from nnatomy.methods import logit_lens
 
 SD = "StableDiffusionPipeline"
 
@@ -269,3 +270,10 @@ def test_without_validation_nothing_is_said_to_be_proven() -> None:
     assert model.validation["layers_output", 0].status == "unverified"
     with model.generate(**arguments(model)):
         assert model.layers_output[0].isfinite().all()
+
+
+def test_a_method_of_language_models_says_where_those_of_pipelines_are() -> None:
+    with pytest.raises(
+        InputError, match="model is a DiffusionTransformer: .* nnatomy.diffusion has methods for pipelines"
+    ):
+        logit_lens(loaded("dit"), "a prompt")

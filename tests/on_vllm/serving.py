@@ -37,6 +37,7 @@ from nnatomy.errors import (
     RemoteError,
     UsageError,
 )
+from nnatomy.methods import logit_lens
 from nnatomy.names import OF_LAYERS
 from nnatomy.remote.tensor import RemoteTensor
 
@@ -404,6 +405,14 @@ def test_what_is_not_to_be_had_at_a_server(there: Any) -> None:
         NoSuchModuleError, match=r"no submodule 'weight'.*Weights and settings of modules are at the server"
     ):
         there.model.norm.weight
+    with pytest.raises(
+        NoSuchModuleError, match=r"Weights by name are of a model on Transformers: load it without engine="
+    ):
+        there.W_U
+    with pytest.raises(
+        InputError, match=r"is a RemoteVllmTransformer: .*of a model on Transformers: load it without engine="
+    ):
+        logit_lens(there, "a")
     with pytest.raises(NotRemoteError, match="A RMSNorm of an engine at a server is not called from here"):
         there.model.norm(torch.zeros(1, 64))
     with pytest.raises(InputError, match="A remote model has been loaded and checked by its server"):
