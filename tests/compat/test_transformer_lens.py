@@ -200,15 +200,27 @@ def test_short_names() -> None:
         assert get_act_name(short, 3) == f"blocks.3.{full}"
     assert get_act_name("embed") == "hook_embed"
     assert get_act_name("blocks.1.hook_mlp_out") == "blocks.1.hook_mlp_out"
+    for short, full in {"k6": "attn.hook_k", "scale6ln1": "ln1.hook_scale", "resid_post6": "hook_resid_post"}.items():
+        assert get_act_name(short) == f"blocks.6.{full}"
+    assert [get_act_name(one) for one in ("scale", "normalized")] == ["ln_final.hook_scale", "ln_final.hook_normalized"]
+    assert get_act_name("resid_pre", 2, "block") == "blocks.2.hook_resid_pre"
 
 
 def test_what_is_refused() -> None:
     _, model = of("llama")
     assert isinstance(model.run_with_cache(IDS, "hook_embed")[1], ActivationCache)
-    for name in ("blocks.0.ln1.hook_scale", "blocks.99.hook_resid_post", "hook_resid_post", "blocks.0.hook_embed"):
+    for name, why in {
+        "blocks.0.ln1.hook_scale": ": what a norm divides by is in the norm's own code",
+        "blocks.99.hook_resid_post": ": layers are 0 to 2",
+        "hook_resid_post": r" \(did you mean blocks\.LAYER\.hook_resid_post\?\)",
+        "blocks.0.hook_pattern": r" \(did you mean blocks\.0\.attn\.hook_pattern\?\)",
+        "resid_pots": r" \(did you mean blocks\.LAYER\.hook_resid_post\?\)",
+        "blocks.0.hook_embed": ": hook_embed has no layer",
+        "blocks.0.xyz": "",
+    }.items():
         with pytest.raises(
             InputError,
-            match="is no hook name here. A model of 3 layers has hook_embed, hook_pos_embed, "
+            match=f"is no hook name here{why}. A model of 3 layers has hook_embed, hook_pos_embed, "
             "ln_final.hook_normalized, and blocks.LAYER",
         ):
             model.add_hook(name, print)
@@ -220,6 +232,63 @@ def test_what_is_refused() -> None:
         model.run_with_cache(IDS, "hook_embed")[1]["resid_post", 1]
     with pytest.raises(AttributeError, match=r"has no 'lalala'\. Everything else is at the model inside, `\.model`"):
         model.lalala
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "said"),
+    [
+        (
+            "attn.hook_v",
+            lambda v, hook: v.transpose(1, 2),
+            r"of \(2, 9, 2, 8\); the hook <lambda> .* of \(2, 2, 9, 8\)\.",
+        ),
+        (
+            "hook_resid_post",
+            lambda v, hook: v[:, -1],
+            r"returned torch\.float32 of \(2, 32\)\. Return all of the value",
+        ),
+        ("hook_resid_post", lambda v, hook: v > 0, r"returned torch\.bool of"),
+        ("hook_resid_post", lambda v, hook: (v,), r"returned a tuple\. Return all"),
+    ],
+)
+def test_what_a_hook_returns_is_checked(name: str, hook: Any, said: str) -> None:
+    _, model = of("llama")
+    with pytest.raises(InputError, match=rf"blocks\.1\.{re.escape(name)}.*{said}"):
+        model.run_with_hooks(IDS, fwd_hooks=[(f"blocks.1.{name}", hook)])
+
+
+def test_wrong_arguments_of_a_call() -> None:
+    _, model = of("gpt2")
+    calls: dict[str, Any] = {
+        r"fwd_hooks are pairs of .*; found 'hook_embed'\.$": lambda: model._put_on(("hook_embed", print), ()),
+        r"bwd_hooks are pairs of .*; found \('hook_embed', 7\)\.$": lambda: model._put_on((), [("hook_embed", 7)]),
+        r"names_filter: found an int: give a hook name": lambda: model._asked(7),
+        r"name_filter=.*There is names_filter\.$": lambda: model.run_with_cache(IDS, name_filter="hook_embed"),
+        r"incl_bwd=.*dir=\"bwd\"": lambda: model.run_with_cache(IDS, incl_bwd=True),
+        r"fwd_hooks=.*run_with_hooks, and not": lambda: model(IDS, fwd_hooks=[]),
+        r"attention_mask is of \(1, 3\) and the ids of": lambda: model(IDS, attention_mask=torch.ones(1, 3)),
+        r"cache\[3\]: give a hook name": lambda: model.run_with_cache(IDS, "hook_embed")[1][3],
+    }
+    for said, call in calls.items():
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+def test_a_loaded_model_and_its_mask() -> None:
+    hf = HookedTransformer.from_pretrained("demo:gpt2").model.hf_model
+    model = HookedTransformer.from_pretrained("demo:gpt2", hf_model=hf)
+    assert model.model.hf_model is hf
+    ids = model.to_tokens("The capital of France")
+    mask = torch.ones_like(ids)
+    mask[0, 1] = 0
+    with torch.no_grad():
+        expected = hf(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+        assert torch.equal(model("The capital of France", attention_mask=mask), expected)
+    for given in ([1, 2], [], None):
+        with pytest.raises(
+            InputError, match=r"where a text is wanted: give a text, a list of texts, or ids as a tensor"
+        ):
+            model(given)
 
 
 def test_the_page_runs_and_has_all_hook_names() -> None:

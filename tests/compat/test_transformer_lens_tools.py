@@ -178,6 +178,68 @@ def test_patching_each_place(model: HookedTransformer, function: Any, short: str
     assert torch.allclose(found[index], logits[0, -1, 7], atol=1e-5)
 
 
+def test_patching_patterns_by_position_and_all_of_it() -> None:
+    """Positions are behind heads there, as in TransformerLens; key-value heads that there are not are 0."""
+    model = HookedTransformer(StandardizedTransformer(build("llama")))
+    clean, corrupted = IDS[:1, :4], prompt_ids(seed=8)[:1, :4]
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 7]
+
+    layers, heads, size = model.cfg.n_layers, model.cfg.n_heads, clean.shape[1]
+    with torch.no_grad():
+        _, kept = model.run_with_cache(clean)
+        by_row = patching.get_act_patch_attn_head_pattern_by_pos(model, corrupted, kept, metric)
+        by_entry = patching.get_act_patch_attn_head_pattern_dest_src_pos(model, corrupted, kept, metric)
+        assert by_row.shape == (layers, heads, size)
+        assert by_entry.shape == (layers, heads, size, size)
+
+        def put(value: Tensor, hook: Any) -> None:
+            value[:, 1, 3] = kept["pattern", 0][:, 1, 3]
+
+        def put_one(value: Tensor, hook: Any) -> None:
+            value[:, 1, 3, 0] = kept["pattern", 0][:, 1, 3, 0]
+
+        name = "blocks.0.attn.hook_pattern"
+        for found, hook in ((by_row[0, 1, 3], put), (by_entry[0, 1, 3, 0], put_one)):
+            assert torch.allclose(found, metric(model.run_with_hooks(corrupted, fwd_hooks=[(name, hook)])), atol=1e-5)
+        every = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, kept, metric)
+        assert torch.equal(every[4], by_row.mT)
+        values = patching.get_act_patch_attn_head_v_by_pos(model, corrupted, kept, metric)
+        assert torch.equal(every[3, ..., : values.shape[-1]], values)
+        assert not every[3, ..., values.shape[-1] :].any()
+        assert patching.get_act_patch_attn_head_all_pos_every(model, corrupted, kept, metric).shape == (
+            5,
+            layers,
+            heads,
+        )
+        for ids, score, said in (
+            (corrupted[:, :3], metric, r"of \(1, 3\), and resid_pre of layer 0 in clean_cache of \(1, 4, "),
+            ("a text", metric, r"corrupted_tokens is a str: give ids"),
+            (corrupted, lambda logits: logits[0, 0], r"patching_metric returned \(\d+,\): it makes one number"),
+        ):
+            with pytest.raises(InputError, match=said):
+                patching.get_act_patch_resid_pre(model, ids, kept, score)
+
+
+def test_sums_of_the_stream_that_there_are_not(demo: HookedTransformer) -> None:
+    with torch.no_grad():
+        _, cache = demo.run_with_cache("The capital of France is")
+    for said, call in {
+        r"layer=99: give 0 to 6": lambda: cache.accumulated_resid(99),
+        r"layer=-99: give 0 to": lambda: cache.stack_head_results(-99),
+        r"mode='heads': it is 'all'": lambda: cache.decompose_resid(mode="heads"),
+        r"behind its first axis the stream is of \(1, 6, 96\): give the pos_slice": lambda: cache.logit_attrs(
+            cache.stack_head_results(pos_slice=-1), 5
+        ),
+    }.items():
+        with pytest.raises(InputError, match=said):
+            call()
+    stack = cache.stack_head_results(pos_slice=-1)
+    by_text = cache.logit_attrs(stack, [" Paris"], [" Tokyo"], pos_slice=-1)
+    assert torch.equal(by_text, cache.logit_attrs(stack, " Paris", " Tokyo", pos_slice=-1))
+
+
 def test_queries_of_a_rotary_model_are_patched_where_they_are() -> None:
     model = HookedTransformer(StandardizedTransformer(build("llama")))
     with torch.no_grad():

@@ -35,8 +35,10 @@ class ActivationCache(Mapping[str, Tensor]):
         self.model = model
         self.has_batch_dim = has_batch_dim
 
-    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
-        given: tuple[Any, ...] = (key,) if isinstance(key, str) else key
+    def __getitem__(self, key: Any) -> Tensor:
+        given: tuple[Any, ...] = key if isinstance(key, tuple) else (key,)
+        if not given or not isinstance(given[0], str):
+            raise InputError(f'cache[{key!r}]: give a hook name, or a short name and a layer: cache["resid_post", 5].')
         name, layer, kind = (*given, None, None)[:3]
         if isinstance(layer, int) and layer < 0:
             layer += self.model.cfg.n_layers
@@ -136,6 +138,8 @@ class ActivationCache(Mapping[str, Tensor]):
             mlp_input: with that layer's attention.
             mode: "attn" or "mlp": of these alone.
         """
+        if mode not in ("all", "attn", "mlp"):
+            raise InputError(f"mode={mode!r}: it is 'all', 'attn' or 'mlp'; single heads are stack_head_results().")
         parts: dict[str, Tensor] = {}
         if incl_embeds:
             parts["embed"] = self["embed"]
@@ -255,6 +259,11 @@ class ActivationCache(Mapping[str, Tensor]):
             whole = Slice(batch_slice).apply(whole)
             residual_stack = Slice(batch_slice).apply(residual_stack, 1) if has_batch_dim else residual_stack
         whole = Slice(pos_slice).apply(whole, -2)
+        if residual_stack.shape[1:] != whole.shape:
+            raise InputError(
+                f"The stack is of {tuple(residual_stack.shape)}, and behind its first axis the stream is of "
+                f"{tuple(whole.shape)}: give the pos_slice and batch_slice that the stack was made with."
+            )
         norm = self.model.model.steps_of.get_submodule(self.model.model.ln_final.path)
         with torch.enable_grad(), FrozenNorms():
             expanded = whole.expand(residual_stack.shape).clone()
@@ -295,12 +304,17 @@ class ActivationCache(Mapping[str, Tensor]):
     def _ids(self, tokens: Any) -> Tensor:
         if isinstance(tokens, str):
             return torch.tensor(self.model.to_single_token(tokens))
+        if isinstance(tokens, (list, tuple)) and any(isinstance(one, str) for one in tokens):
+            return torch.tensor([self.model.to_single_token(one) for one in tokens])
         return torch.as_tensor(tokens)
 
     def _before(self, layer: int | None) -> int:
         """How many layers stand before that one: None and -1 are all."""
         count = self.model.cfg.n_layers
-        return count if layer in (None, -1) else layer + count + 1 if layer < 0 else layer
+        last = count if layer is None else layer + count + 1 if layer < 0 else layer
+        if not 0 <= last <= count:
+            raise InputError(f"layer={layer}: give 0 to {count}, before which layer; None and -1 are behind the last.")
+        return last
 
     def _stream(self, last: int, mlp_input: bool) -> Tensor:
         if last == self.model.cfg.n_layers:

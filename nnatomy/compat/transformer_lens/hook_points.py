@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.standardized.elsewhere import HOOKS
 
 #: Those that have no layer, and what is attached to where a hook is on.
@@ -20,6 +21,15 @@ COMPUTED = {"mlp.hook_pre": ("mlps_input", "mlps"), "attn.hook_result": ("heads_
 TURNED = {"attn.hook_rot_q": "attn.hook_q", "attn.hook_rot_k": "attn.hook_k"}
 #: (batch, head, position, head_dim) here, (batch, position, head, head_dim) there.
 SWAPPED = ("queries", "keys", "values")
+#: Names of TransformerLens that are no hooks here, by their last part, and why.
+NOT_HERE = {
+    "hook_scale": "what a norm divides by is in the norm's own code",
+    "hook_pre_linear": "it is mlps_input[i] @ W_in[i] + b_in[i] in a trace of the model inside",
+    "hook_tokens": "it is input_ids",
+    "hook_attn_in": "ln1.hook_normalized is what the attention is given",
+    "hook_mlp_in": "ln2.hook_normalized is what the MLP is given",
+    **dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), "queries, keys and values are changed apart"),
+}
 _SHORT = {
     "attn": "pattern",
     "attn_logits": "attn_scores",
@@ -30,6 +40,7 @@ _SHORT = {
     "mlp_mid": "mid",
     "mlp_post": "post",
 }
+_PARTS = {"a": "attn", "attention": "attn", "m": "mlp", **dict.fromkeys(("b", "block", "blocks"), "")}
 
 Hook = Callable[..., Any]
 
@@ -95,7 +106,7 @@ class HookPoint:
 
 
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
-    """The hook name of a short one: ("resid_post", 5), ("q", 5), ("pattern", 5), ("normalized", 5, "ln1"), "embed".
+    """The hook name of a short one: ("resid_post", 5), ("q", 5), ("normalized", 5, "ln1"), "embed"; "q5" is ("q", 5).
 
     Example:
         >>> get_act_name("resid_post", 5), get_act_name("pattern", 5), get_act_name("post", 0)
@@ -103,13 +114,15 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     """
     if "hook_" in name:
         return name
+    if layer is None and (parts := re.fullmatch(r"([a-z_]+)(\d+)([a-z]\w*)?", name)):
+        name, layer, layer_type = parts[1], parts[2], parts[3] or layer_type
     short = f"hook_{_SHORT.get(name, name)}"
     if layer_type is not None:
-        part = f"{ {'a': 'attn', 'm': 'mlp', 'b': ''}.get(layer_type, layer_type) }.{short}".lstrip(".")
+        part = f"{_PARTS.get(layer_type, layer_type)}.{short}".lstrip(".")
     else:
         part = next((known for known in (*HOOKS, *COMPUTED) if known.split(".")[-1] == short), short)
-    if layer is None and part == "ln1.hook_normalized":
-        return "ln_final.hook_normalized"
+    if layer is None and short in ("hook_normalized", "hook_scale"):
+        return f"ln_final.{short}"
     return part if layer is None else f"blocks.{layer}.{part}"
 
 
@@ -125,11 +138,24 @@ class Hooked(Module):
         own = value.transpose(1, 2).clone() if self.swapped else value.clone()
         for hung in self.forwards:
             found = hung.hook(own, hook=self.point)
-            own = own if found is None else found
+            own = own if found is None else self._checked(hung.hook, found, own)
         if own.requires_grad:
             for hung in self.backwards:
                 own.register_hook(lambda gradient, hook=hung.hook: _first(hook(gradient, hook=self.point)))
         return own.transpose(1, 2) if self.swapped else own
+
+    def _checked(self, hook: Hook, found: Any, value: Tensor) -> Tensor:
+        """What a hook returned, if it can stand for the value."""
+        if isinstance(found, Tensor) and found.shape == value.shape and found.is_floating_point():
+            return found
+        what = f"{found.dtype} of {tuple(found.shape)}" if isinstance(found, Tensor) else a_kind(found)
+        code = getattr(hook, "__code__", None)
+        where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        raise InputError(
+            f"{self.point.name}: its value is {value.dtype} of {tuple(value.shape)}; the hook "
+            f"{getattr(hook, '__name__', hook)}{where} returned {what}. Return all of the value, changed, or change it in "
+            "place and return nothing."
+        )
 
 
 def _first(given: Any) -> Any:

@@ -6,19 +6,30 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnatomy.compat.transformer_lens.cache import ActivationCache
-from nnatomy.compat.transformer_lens.hook_points import COMPUTED, SWAPPED, TURNED, WHOLE, Hook, Hooked, HookPoint
+from nnatomy.compat.transformer_lens.hook_points import (
+    COMPUTED,
+    NOT_HERE,
+    SWAPPED,
+    TURNED,
+    WHOLE,
+    Hook,
+    Hooked,
+    HookPoint,
+)
 from nnatomy.compat.transformer_lens.tokens import Tokens
 from nnatomy.compat.transformer_lens.utils import Slice, lm_cross_entropy_loss
 from nnatomy.compat.transformer_lens.weights import WEIGHTS, Weights
 from nnatomy.errors import InputError, NotInThisModelError, OutOfOrderError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.elsewhere import HOOKS
+from nnatomy.standardized.loading import load_tokenizer
 from nnatomy.tracing import ModuleView
 
 _PROCESSING = (
@@ -30,6 +41,11 @@ _PROCESSING = (
 )
 #: Options of TransformerLens's own implementation of a model, which has no meaning for an untouched one.
 _OF_ITS_NETWORK = ("past_kv_cache", "start_at_layer", "shortformer_pos_embed", "tokens")
+#: What a call takes, and run_with_cache beside it.
+_OPTIONS = (
+    *("return_type", "loss_per_token", "prepend_bos", "attention_mask", "stop_at_layer"),
+    *("names_filter", "remove_batch_dim", "return_cache_object", "device", "pos_slice", "fwd_hooks", "bwd_hooks"),
+)
 
 _PROCESSED = "nothing: weights are left as they are; W_Q.folded(layer) of `.model` is a new tensor"
 #: What else a HookedTransformer has there, and what to write here.
@@ -128,7 +144,8 @@ class HookedTransformer(Tokens, Weights):
         """Load a model by its Hugging Face id, a folder, or `demo:gpt2`.
 
         Args:
-            kwargs: `default_prepend_bos`; all others are `StandardizedTransformer`'s (`dtype`, `device_map`, ...).
+            kwargs: `default_prepend_bos`; `hf_model`, a loaded model that is taken instead, as it is; all others are
+                `StandardizedTransformer`'s (`tokenizer`, `dtype`, `device_map`, ...).
 
         Raises:
             InputError: if weights are to be processed (`fold_ln=True`, ...).
@@ -141,7 +158,11 @@ class HookedTransformer(Tokens, Weights):
         begins = kwargs.pop("default_prepend_bos", True)
         if device := kwargs.pop("device", None):
             kwargs["device_map"] = device
-        return cls(StandardizedTransformer(model_name, **kwargs), default_prepend_bos=begins)
+        loaded = kwargs.pop("hf_model", None)
+        if loaded is not None and kwargs.get("tokenizer") is None:
+            kwargs["tokenizer"] = load_tokenizer(model_name, {})[0]
+        model = StandardizedTransformer(model_name if loaded is None else loaded, **kwargs)
+        return cls(model, default_prepend_bos=begins)
 
     from_pretrained_no_processing = from_pretrained
 
@@ -199,8 +220,9 @@ class HookedTransformer(Tokens, Weights):
         known = short in HOOKS or short in COMPUTED
         if not known or (layer is None) != (short in WHOLE) or (layer or 0) >= self.cfg.n_layers:
             raise InputError(
-                f"{name!r} is no hook name here. A model of {self.cfg.n_layers} layers has {', '.join(WHOLE)}, and "
-                f"blocks.LAYER. with {', '.join(one for one in (*HOOKS, *COMPUTED) if one not in WHOLE)}."
+                f"{name!r} is no hook name here{self._instead(layer, short)}. A model of {self.cfg.n_layers} layers has "
+                f"{', '.join(WHOLE)}, and blocks.LAYER. with "
+                f"{', '.join(one for one in (*HOOKS, *COMPUTED) if one not in WHOLE)}."
             )
         if short == "hook_pos_embed" and self._positions is None:
             raise NotInThisModelError(
@@ -212,6 +234,21 @@ class HookedTransformer(Tokens, Weights):
                 f"{name}: this model {self._why}; what its attention function gets is {name.replace(short, other)}."
             )
         return HOOKS[short] if short in HOOKS else COMPUTED[short][0], layer
+
+    def _instead(self, layer: int | None, short: str) -> str:
+        """Why that is no hook name, where one can tell."""
+        known, last = [*HOOKS, *COMPUTED], short.split(".")[-1]
+        if last in NOT_HERE:
+            return f": {NOT_HERE[last]}"
+        if layer is not None and layer >= self.cfg.n_layers:
+            return f": layers are 0 to {self.cfg.n_layers - 1}"
+        if short in WHOLE:
+            return f": {short} has no layer"
+        near = [one for one in known if one.split(".")[-1] in (last, f"hook_{last}")] or get_close_matches(
+            short, known, 1
+        )
+        begins = "" if not near or near[0] in WHOLE else f"blocks.{'LAYER' if layer is None else layer}."
+        return f" (did you mean {begins}{near[0]}?)" if near else ""
 
     def _names(self) -> list[str]:
         names = [
@@ -269,16 +306,23 @@ class HookedTransformer(Tokens, Weights):
     ) -> tuple[Any, dict[str, Tensor]]:
         if options:
             name = next(iter(options))
-            is_its = name in _OF_ITS_NETWORK
-            raise InputError(
-                f"{name}=...: "
-                + ("that is of a network of TransformerLens's own; " if is_its else "there is no such option; ")
-                + "a trace of the model inside, `.model`, skips layers, takes embeddings and has a KV cache."
-            )
+            if name in _OF_ITS_NETWORK:
+                why = (
+                    "that is of a network of TransformerLens's own; a trace of the model inside, `.model`, skips layers, takes "
+                    "embeddings and has a KV cache."
+                )
+            elif name == "incl_bwd":
+                why = 'gradients are told to hooks: add_hook(name, hook, dir="bwd"), then backward().'
+            elif name in _OPTIONS:
+                why = "that is an argument of run_with_cache or run_with_hooks, and not of this call."
+            else:
+                near = get_close_matches(name, _OPTIONS, 1) or [", ".join(_OPTIONS)]
+                why = f"there is no such option. There is {near[0]}."
+            raise InputError(f"{name}=...: {why}")
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type={return_type!r}: give 'logits', 'loss', 'both' or None.")
         given, view, count = self._given(input, prepend_bos, mask), self._view(), self.cfg.n_layers
-        stop = None if stop is None else range(count)[stop] if stop < 0 else min(stop, count)
+        stop = None if stop is None else max(stop + count, 0) if stop < 0 else min(stop, count)
         if stop is not None:  # what comes after it is not there
             names = [
                 name
@@ -342,7 +386,7 @@ class HookedTransformer(Tokens, Weights):
         names = [*self.hook_dict, *(self._all_computed() if names_filter is not None else [])]
         names += [] if names_filter is not None else self._by_default()
         if names_filter is not None and not callable(names_filter):
-            asked = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            asked = self._asked(names_filter)
             for name in asked:
                 self._place(name)
             names = [name for name in names if name in asked]
@@ -358,6 +402,14 @@ class HookedTransformer(Tokens, Weights):
         cache = ActivationCache(values, self)
         cache = cache.remove_batch_dim() if remove_batch_dim else cache
         return output, cache if return_cache_object else cache.cache_dict
+
+    def _asked(self, names: Any) -> list[str]:
+        asked = [names] if isinstance(names, str) or not isinstance(names, Iterable) else [*names]
+        if wrong := [one for one in asked if not isinstance(one, str)]:
+            raise InputError(
+                f"names_filter: found {a_kind(wrong[0])}: give a hook name, a list of them, or a function of names."
+            )
+        return asked
 
     def _all_computed(self) -> list[str]:
         return [
@@ -394,9 +446,7 @@ class HookedTransformer(Tokens, Weights):
             reset_hooks_end: whether they are off again afterwards.
         """
         if not reset_hooks_end:
-            for given, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
-                for name, hook in given:
-                    self.add_hook(name, hook, direction)
+            self._put_on(fwd_hooks, bwd_hooks)
             return self(input, return_type, **kwargs)
         with self.hooks(fwd_hooks, bwd_hooks, clear_contexts=clear_contexts):
             return self(input, return_type, **kwargs)
@@ -408,14 +458,21 @@ class HookedTransformer(Tokens, Weights):
         """Within, those hooks are on."""
         self._level += 1
         try:
-            for given, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
-                for name, hook in given:
-                    self.add_hook(name, hook, direction, level=self._level)
+            self._put_on(fwd_hooks, bwd_hooks)
             yield self
         finally:
             if reset_hooks_end:
                 self.reset_hooks(clear_contexts, level=self._level)
             self._level -= 1
+
+    def _put_on(self, fwd_hooks: Any, bwd_hooks: Any) -> None:
+        for given, direction in ((fwd_hooks, "fwd"), (bwd_hooks, "bwd")):
+            for one in given:
+                if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):
+                    raise InputError(
+                        f"{direction}_hooks are pairs of a hook name and a function, [(name, hook), ...]; found {one!r}."
+                    )
+                self.add_hook(one[0], one[1], direction)
 
     def add_hook(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.text import known_ids, written_ids
 
@@ -58,7 +58,12 @@ class Tokens:
         if self.tokenizer is None:
             raise InputError("The model has no tokenizer: give ids, (batch, pos).")
         begins = self._begins(prepend_bos)
-        texts = [input] if isinstance(input, str) else list(input)
+        texts = [input] if isinstance(input, str) or not isinstance(input, Iterable) else list(input)
+        if wrong := [one for one in texts if not isinstance(one, str)] or [input] * (not texts):
+            raise InputError(
+                f"Found {a_kind(wrong[0])}{' that is empty' * (not texts)} where a text is wanted: give a text, a list of "
+                "texts, or ids as a tensor, (batch, pos)."
+            )
         return [self._ids(one, begins) for one in texts]
 
     def _begins(self, prepend_bos: bool | None) -> bool:
@@ -90,9 +95,16 @@ class Tokens:
         if isinstance(input, (Tensor, numpy.ndarray)):
             ids = torch.as_tensor(input)
             ids = ids if ids.ndim == 2 else ids[None]
-            found = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+            found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
             found = self._filled(self._lists(input, prepend_bos), left=left)
+        if mask is not None:
+            if mask.shape != found["input_ids"].shape:
+                raise InputError(
+                    f"attention_mask is of {tuple(mask.shape)} and the ids of {tuple(found['input_ids'].shape)}: give it of "
+                    "the ids' shape, 1 where a token is."
+                )
+            found["attention_mask"] = mask
         return {name: value.to(self.model.device) for name, value in found.items()}
 
     def to_string(self, tokens: Any) -> str | list[str]:
