@@ -43,7 +43,9 @@ def unknown_token(tokenizer: Any) -> tuple[int, str] | None:
         return token, str(tokenizer.unk_token)
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     text = getattr(model, "unk_token", None)
-    token = model.token_to_id(text) if model is not None and text else None
+    if model is None or not text:
+        return None
+    token = model.token_to_id(text)
     return None if token is None else (token, text)
 
 
