@@ -145,8 +145,8 @@ def get_first_tokens(
         spellings = [word] if one_spelling else [word, f" {word}"]
         space = None if one_spelling else _first_token(tokenizer, " ")
         found = [_first_token(tokenizer, spelling) for spelling in spellings]
-        if not one_spelling and found[1] == space:
-            found.pop()
+        if not one_spelling:  # a space alone says nothing of the word
+            found = [token for token in found if token != space]
         known = [token for token in found if token is not None and not is_unknown(tokenizer, token, word)]
         if not word.strip(" ") or not known:
             raise InputError(

@@ -103,7 +103,7 @@ def _check_values(pixels: Tensor | np.ndarray, what: str, reader: Any) -> None:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 255):  # also of NaN
         raise InputError(f"{what} has values from {low:.4g} to {high:.4g}: {mend}.")
-    if high <= 1 and getattr(reader, "do_rescale", False):
+    if 0 < high <= 1 and getattr(reader, "do_rescale", False):
         raise InputError(
             f"{what} has values from {low:.4g} to {high:.4g}, and the model's processor divides by 255, so that it would be all but "
             f"black: {mend}, (255 * image).round() as uint8."

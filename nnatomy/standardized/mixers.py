@@ -213,19 +213,27 @@ class MixerMode(ShowMode):
             self._go_on(call, returned, *run, torch.stack(changed).any(0))
 
     def _check(self, call: MixerCall, returned: Any, given: Tensor, states: list[Tensor]) -> None:
-        """Raise NotInThisModelError if the single steps have not ended where the call has."""
-        ends = [(given, output_of(returned))]
-        for slot, state in zip(call.slots if self._keeps else (), states, strict=self._keeps):
-            ends.append((state[:, -1], read(slot, self._module, call.arguments, returned)))
+        """Raise NotInThisModelError if the single steps have not ended where the call has.
+
+        In half precision that leaves room for much. So the same call is made again, from which it differs where something inside is
+        changed; and a state that it does not go on from shows at the first position, where few roundings have added up.
+        """
         if isinstance(given, FakeTensor) or given.is_meta:
             return
-        off = max(off_by(one, other) for one, other in ends)
-        if off > 10 * tolerance(ends[0][1]):
+        slots, output = call.slots if self._keeps else (), output_of(returned)
+        own = [output, *(read(slot, self._module, call.arguments, returned) for slot in slots)]
+        with torch.no_grad():
+            again, kept = call.whole(given.shape[1])
+        allowed, ends = 10 * tolerance(output), [given, *(one[:, -1] for one in states)]
+        limits = [(off_by(one, other), allowed) for one, other in zip(ends, own, strict=False)]
+        limits += [(off_by(one, other), _untouched(other)) for one, other in zip([again, *kept], own, strict=False)]
+        limits.append((off_by(given[:, :1], output[:, :1]), allowed / 5))
+        if wrong := [off for off, limit in limits if off > limit]:
             raise NotInThisModelError(
                 f"the states of {a_kind(self._module)} by position: this call has ended elsewhere than its own single "
-                f"steps, from which they are computed (off by {off:.1e}, relative). Something inside of it has been changed in this "
-                "pass (time_steps, mixer_gates, one of its modules), it was given packed sequences, or several tokens behind a "
-                "state that it does not go on from. Read the states in a pass without that."
+                f"steps, from which they are computed (off by {max(wrong):.1e}, relative). Something inside of it has been changed "
+                "in this pass (time_steps, mixer_gates, one of its modules), it was given packed sequences, or several tokens behind "
+                "a state that it does not go on from. Read the states in a pass without that."
             )
 
     def _go_on(self, call: MixerCall, returned: Any, given: Tensor, states: list[Tensor], where: Tensor) -> None:
@@ -253,6 +261,11 @@ class _Instead(Collector):
     def take(self, slot: Slot) -> None:
         slot.value = self._instead
         self._run.replacements.remove(self)
+
+
+def _untouched(value: Tensor) -> float:
+    """How far the same call made again may be apart, relative to the largest."""
+    return max(1e-5, 2 * torch.finfo(value.dtype).eps)
 
 
 def _gate_of(module: Module) -> FrameType | None:

@@ -37,13 +37,25 @@ def written_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def unknown_token(tokenizer: Any) -> tuple[int, str] | None:
+    """The token that stands for what the tokenizer does not know, and its text: as it says itself, or else its model in Rust."""
+    if (token := getattr(tokenizer, "unk_token_id", None)) is not None:
+        return token, str(tokenizer.unk_token)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    text = getattr(model, "unk_token", None)
+    if model is None or not text:
+        return None
+    token = model.token_to_id(text)
+    return None if token is None else (token, text)
+
+
 def is_unknown(tokenizer: Any, token: int, text: str) -> bool:
     """Whether `token` stands for what the tokenizer does not know, so that it says nothing of `text`, which it was made from.
 
     Some tokenizers have one token for that and for another use (GPT-2's ends a text); a text that spells it out means it.
     """
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    return unknown is not None and token == unknown and str(tokenizer.unk_token) not in text
+    unknown = unknown_token(tokenizer)
+    return unknown is not None and token == unknown[0] and unknown[1] not in text
 
 
 def known_ids(tokenizer: Any, text: str, what: str) -> list[int]:
@@ -59,10 +71,11 @@ def known_ids(tokenizer: Any, text: str, what: str) -> list[int]:
 
 def refuse_unknown(tokenizer: Any, ids: Any, text: str, what: str) -> None:
     """As `known_ids`, of tokens that were made from that text."""
-    if any(is_unknown(tokenizer, token, text) for token in ids):
+    unknown = unknown_token(tokenizer)
+    if unknown is not None and any(is_unknown(tokenizer, token, text) for token in ids):
         raise InputError(
-            f"{what} {text!r}: the tokenizer does not know it, or a part of it, and writes {tokenizer.unk_token!r} (token "
-            f"{tokenizer.unk_token_id}) for it, as for any other such text. Choose a text that it knows."
+            f"{what} {text!r}: the tokenizer does not know it, or a part of it, and writes {unknown[1]!r} (token "
+            f"{unknown[0]}) for it, as for any other such text. Choose a text that it knows."
         )
 
 

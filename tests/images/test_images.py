@@ -110,6 +110,16 @@ def test_an_array_is_read_whichever_axis_its_colors_are_on(loaded: Any) -> None:
             torch.testing.assert_close(again["pixel_values"], plain, rtol=0, atol=0.05, msg=how)
 
 
+def test_a_black_picture_is_black_in_whatever_numbers(loaded: Any) -> None:
+    """Of zeros alone it is one whether 1 or 255 is white."""
+    model = loaded[3]
+    prompt = image_token(loaded[2]) + " what is this ?"
+    black = np.zeros((64, 96, 3), dtype=np.uint8)
+    plain = model.prepare(prompt, images=Image.fromarray(black))["pixel_values"]
+    for given in (black, black.astype(np.float32), torch.zeros(3, 64, 96)):
+        torch.testing.assert_close(model.prepare(prompt, images=given)["pixel_values"], plain, rtol=0, atol=1e-5)
+
+
 def test_whose_positions_they_are(loaded: Any) -> None:
     """What one image changes of what enters the stream is at its positions alone, in every prompt of the batch."""
     _, _, processor, model = loaded

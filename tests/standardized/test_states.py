@@ -231,12 +231,61 @@ def test_the_gated_delta_rule_by_its_formula() -> None:
             assert torch.allclose(s, states[:, t], atol=1e-4)
 
 
-def test_what_is_written_inside_is_not_read_as_a_state() -> None:
-    model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
-    with torch.no_grad(), pytest.raises(NotInThisModelError) as error, model.trace(input_ids=IDS):
-        model.time_steps[1] = 2 * model.time_steps[1]
-        model.ssm_states[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("mamba2", "time_steps"), ("mamba", "mixer_gates"), ("qwen3_5_text", "mixer_gates"), ("zamba2", "time_steps")],
+)
+def test_what_is_written_inside_is_not_read_as_a_state(model_type: str, name: str, dtype: torch.dtype) -> None:
+    """Half precision leaves no room for it."""
+    model = StandardizedTransformer(zoo.build(model_type).to(dtype), validate=False)
+    layer = layer_of(model, "ssm_states")
+    with torch.no_grad():
+        with model.trace(input_ids=IDS) as tracer:
+            model.ssm_states[layer]
+            tracer.result
+        with pytest.raises(NotInThisModelError) as error, model.trace(input_ids=IDS):
+            getattr(model, name)[layer] = 1.3 * getattr(model, name)[layer]
+            model.ssm_states[layer]
     assert "has ended elsewhere than its own single steps" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_several_tokens_behind_a_state(dtype: torch.dtype) -> None:
+    """Mamba's scan begins anew there, so that no state of the call is its single steps'; Mamba-2's goes on."""
+    for model_type in ("mamba", "mamba2"):
+        hf = zoo.build(model_type).to(dtype)
+        model = StandardizedTransformer(hf, validate=False)
+        with torch.no_grad():
+            whole = kept(hf, hf(IDS[:, :5], use_cache=True), 1)[1]
+            begun = hf(IDS[:, :3], use_cache=True)["cache"]
+            if model_type == "mamba":
+                with (
+                    pytest.raises(NotInThisModelError, match="several tokens behind a state"),
+                    model.trace(input_ids=IDS[:, 3:], cache=begun, use_cache=True),
+                ):
+                    model.ssm_states[1]
+                continue
+            with model.trace(input_ids=IDS[:, 3:], cache=begun, use_cache=True):
+                states = model.ssm_states[1]
+        off = (states[:, 1].reshape(whole.shape) - whole).abs().max()
+        assert off <= (1e-5 if dtype == torch.float32 else 5e-2) * whole.abs().max()
+
+
+@pytest.mark.parametrize("model_type", ["zamba2", "mamba", "rwkv"])
+def test_states_in_double_precision(model_type: str) -> None:
+    """There the same inputs of a longer prompt are computed with other roundings, and a window of them is one still."""
+    hf = zoo.build(model_type).double()
+    model = StandardizedTransformer(hf, validate=False)
+    names = KEEP[model_type][:2]
+    layer = layer_of(model, names[0])
+    with torch.no_grad():
+        with model.trace(input_ids=IDS):
+            states = [getattr(model, name)[layer] for name in names]
+        for end in (2, 6):
+            ends = kept(hf, hf(IDS[:, :end], use_cache=True), layer)
+            for state, own in zip(states, ends, strict=False):
+                assert (state[:, end - 1].reshape(own.shape) - own).abs().max() <= 1e-6 * own.abs().max()
 
 
 def test_a_single_step_that_is_not_the_scan_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from nnatomy.errors import InputError
 from nnatomy.methods import (
     Prompt,
     direct_logit_attribution,
+    get_first_tokens,
     lens_statistics,
     logit_difference,
     probability,
@@ -221,6 +222,32 @@ def test_a_word_that_the_tokenizer_does_not_know_is_no_answer(asked: str) -> Non
         ASKED[asked](model, "zebra")
     ASKED[asked](model, "w21")
     ASKED[asked](model, "<unk>")  # which is written out, and means that token
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_tokenizer_that_says_only_within_what_is_unknown_to_it(asked: str) -> None:
+    """As one made from a `tokenizers.Tokenizer` without more; the token is that of its model."""
+    model = wrapped("gpt2")
+    model.tokenizer.unk_token = None
+    assert model.tokenizer.unk_token_id is None
+    assert model.tokenizer("zebra")["input_ids"] == [IDS["<unk>"]]
+    with pytest.raises(InputError, match=r"'( )?zebra'(: the tokenizer does not know it| has no token of its own)"):
+        ASKED[asked](model, "zebra")
+    ASKED[asked](model, "w21")
+    ASKED[asked](model, "<unk>")
+
+
+def test_a_space_before_what_is_unknown_is_no_word() -> None:
+    """SentencePiece's model writes an unknown word as a space and its token for the unknown."""
+    pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("\u2581cat", -1.0), ("cat", -1.5)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    model = wrapped("gpt2")
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert model.tokenizer("dog")["input_ids"] == [1, 0]
+    with pytest.raises(InputError, match="The word 'dog' has no token of its own"):
+        get_first_tokens("dog", model)
+    assert get_first_tokens("cat", model) == [3, 2]
 
 
 def test_a_token_that_also_stands_for_the_unknown_can_be_asked_for() -> None:
