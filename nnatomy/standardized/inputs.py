@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nnatomy.arch_configs import cached_positions, with_cache_called
 from nnatomy.core.frames import warn
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.media import holds_media, kinds_given, misses_media, read_media
@@ -146,8 +146,10 @@ class Prompts:
             )
         if given.get("input_ids") is None:
             embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
-            if isinstance(embeds, Tensor) and isinstance(mask, Tensor) and mask.shape == embeds.shape[:2]:
-                given = {**self.positions(given), **given}
+            if isinstance(embeds, Tensor) and isinstance(mask, Tensor):
+                self._check_mask(mask, embeds, cached_positions(given), given.get(self.cache) is not None)
+                if mask.shape == embeds.shape[:2]:
+                    given = {**self.positions(given), **given}
             return _to(self._with_decoder(given), device)
         if (
             isinstance(masks := given.get("attention_mask"), list)
@@ -175,6 +177,7 @@ class Prompts:
         if mask.ndim == 1 and len(ids) == 1:  # a tokenizer's of one text
             mask = mask[None]
         given["attention_mask"] = mask
+        self._check_mask(mask, ids, past, given.get(self.cache) is not None)
         placed = given.get("position_ids") is not None
         if mask.shape == (len(ids), past + ids.shape[1]) and not placed:
             given |= {name: value[:, past:] for name, value in self.positions(given).items()}
@@ -228,6 +231,16 @@ class Prompts:
     def taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Those of the arguments that the forward of a model of somebody's takes; the others say nothing that it does not do."""
         return {name: value for name, value in inputs.items() if name not in self._not_taken or value is True}
+
+    def _check_mask(self, mask: Tensor, prompts: Tensor, past: int, has_cache: bool) -> None:
+        """Raise InputError unless a mask of positions has one number for each (and of the cache's, which may have more room)."""
+        rows, seq = prompts.shape[0], past + prompts.shape[1]
+        fits = len(mask) == rows and (mask.shape[-1] == seq or (has_cache and mask.shape[-1] >= prompts.shape[1]))
+        if mask.ndim < 3 and not fits:
+            raise InputError(
+                f"attention_mask has the shape {tuple(mask.shape)}, and what is given is {counted(rows, 'prompt')} of "
+                f"{counted(seq, 'position')}: give one number for each, 1 for those of the prompt and 0 for padding."
+            )
 
     def _check_labels(self, labels: Any, mask: Tensor) -> None:
         """Raise InputError if labels are counted where the prompts have been padded here."""

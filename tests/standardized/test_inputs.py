@@ -304,3 +304,26 @@ def test_padding_that_is_written_as_the_end_is_not_told_from_it() -> None:
     hf = build("llama")
     hf.config.pad_token_id = hf.config.eos_token_id
     StandardizedTransformer(hf).prepare(torch.tensor([[2, 2, 5, 6]]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 8), (2, 5), (0, 5)])
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_a_mask_of_another_shape_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """Transformers fills one up with zeros, or cuts it: other positions would be left out than are meant."""
+    model = StandardizedTransformer(build("llama"))
+    given = torch.tensor([[5, 6, 7, 8, 9]]) if name == "input_ids" else torch.randn(1, 5, 32)
+    text = (
+        rf"attention_mask has the shape \({shape[0]},.*and what is given is 1 prompt of 5 positions: give one number for each"
+    )
+    with pytest.raises(InputError, match=text), model.trace({name: given, "attention_mask": torch.ones(shape)}):
+        pass
+
+
+def test_a_mask_in_front_of_a_cache_has_its_positions_too() -> None:
+    hf = build("llama")
+    model, ids = StandardizedTransformer(hf), torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        cache = hf(ids[:, :3]).past_key_values
+        with model.trace(ids[:, 3:], past_key_values=cache, attention_mask=torch.ones(1, 5)):
+            logits = model.logits
+        torch.testing.assert_close(logits, hf(ids).logits[:, 3:], atol=1e-5, rtol=0)
