@@ -312,9 +312,7 @@ def test_a_mask_of_another_shape_is_refused(name: str, shape: tuple[int, ...]) -
     """Transformers fills one up with zeros, or cuts it: other positions would be left out than are meant."""
     model = StandardizedTransformer(build("llama"))
     given = torch.tensor([[5, 6, 7, 8, 9]]) if name == "input_ids" else torch.randn(1, 5, 32)
-    text = (
-        rf"attention_mask has the shape \({shape[0]},.*and what is given is 1 prompt of 5 positions: give one number for each"
-    )
+    text = rf"attention_mask has the shape \({shape[0]},.*and what is given is 1 prompt of 5 positions: give one number for each"
     with pytest.raises(InputError, match=text), model.trace({name: given, "attention_mask": torch.ones(shape)}):
         pass
 
