@@ -52,9 +52,15 @@ def _rgb(image: Any, what: str, reader: Any) -> Any:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            return Image.open(_file(image, what)).convert("RGB")
+            picture = Image.open(_file(image, what))
         except UnidentifiedImageError:
             raise InputError(f"{what}: the file {str(image)!r} is no image.") from None
+        if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+            raise InputError(
+                f"{what}: the file {str(image)!r} has transparent pixels, and nobody says what is behind them: put it on a "
+                "background (PIL.Image.alpha_composite), and give that as RGB."
+            )
+        return picture.convert("RGB")
     if isinstance(image, (Tensor, np.ndarray)):
         return _pixels(image, what, reader)
     if not hasattr(image, "convert"):

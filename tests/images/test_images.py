@@ -4,6 +4,7 @@ image changes."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -280,6 +281,21 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             llava.trace(chat, images=picture())
     finally:
         llava.processor.chat_template = None
+
+
+def test_a_file_is_read_as_rgb_and_has_no_transparent_pixels(tmp_path: Path) -> None:
+    hf, processor = FAMILIES["llava"]()
+    model = StandardizedTransformer(hf, processor=processor)
+    expected = model.prepare("<image> what", images=picture())["pixel_values"]
+    opaque, clear = picture().convert("RGBA"), picture().convert("RGBA")
+    clear.putpixel((3, 5), (1, 2, 3, 128))
+    opaque.save(tmp_path / "opaque.png")
+    clear.save(tmp_path / "clear.png")
+    assert torch.equal(model.prepare("<image> what", images=tmp_path / "opaque.png")["pixel_values"], expected)
+    with pytest.raises(
+        InputError, match=r"Image 0: the file '.*clear.png' has transparent pixels, .* give that as RGB"
+    ):
+        model.prepare("<image> what", images=tmp_path / "clear.png")
 
 
 @pytest.mark.parametrize(
