@@ -37,7 +37,7 @@ class Schedule(SharedBlock):
     def __init__(self, run: Run, blocks: OpenBlocks) -> None:
         super().__init__(run, Batch(run))
         self.blocks = blocks
-        self.joining = run.call if isinstance(run.call, Joining) else None
+        self.joining: Any = run.call if isinstance(run.call, Joining) else None
         self.invokes: list[Invoke] = []
         self.started = False
 
@@ -94,7 +94,6 @@ class Schedule(SharedBlock):
         """
         with_inputs = [invoke for invoke in self.invokes if invoke.inputs is not None]
         if with_inputs:
-            assert self.joining is not None
             call, rows = self.joining.join([invoke.inputs for invoke in with_inputs])
             if not self.run.started:  # a run that has been stopped needs no call any more
                 self.run.call = call
@@ -108,8 +107,7 @@ class Schedule(SharedBlock):
     def look_up(self, invoke: "Invoke", name: str) -> Any:
         """What a name means in a block that has not bound it itself: what an earlier block has bound, or a later one,
         which is waited for; else what it meant in the frame when the block was captured."""
-        body = invoke.body
-        assert body is not None
+        body: Any = invoke.body
         index = self.invokes.index(invoke)
         others = self.invokes[:index][::-1]
         if name not in body.binds or name not in body.outer:

@@ -58,7 +58,7 @@ class Interruptible:
         with self._lock:
             self.thread = 0
             if self.interrupted:
-                try:  # what has been sent and has not come yet comes here, and not later
+                try:  # Python raises between instructions what another thread has sent: now, and not in what comes later
                     for _ in range(100):
                         pass
                 except Cancelled:
@@ -138,7 +138,7 @@ class Coroutine:
             else:
                 self._resumed.release()
             wait_for(self._yielded)
-            while self.state is State.RUNNING:  # the lock had been released already, before an interrupt
+            while self.state is State.RUNNING:  # released for a turn before, whose wait had been interrupted
                 wait_for(self._yielded)
         except BaseException:  # Ctrl-C
             self.cancel()

@@ -48,12 +48,12 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
     stack.append([self, call, INSIDE])
     try:
         try:
-            instead = None
-            if self in run.watched_inputs or run.cancelled:  # if it is, `arrive` ends the forward pass
+            skip = None
+            if self in run.watched_inputs or run.cancelled:  # (in a run that is cancelled `arrive` raises)
                 slot = run.arrive(self, "input", call, (args, kwargs))
-                (args, kwargs), instead = slot.value, slot if slot.skipped else None
+                (args, kwargs), skip = slot.value, slot if slot.skipped else None
                 del slot
-            output = _ungated(self, *args, **kwargs) if instead is None else instead.instead
+            output = _ungated(self, *args, **kwargs) if skip is None else skip.instead
         finally:
             if run.taps.modes:
                 run.taps.leave(len(stack) - 1)

@@ -11,7 +11,8 @@ from nnatomy.core.block import Block
 from nnatomy.core.frames import frame_of_with, user_frames
 from nnatomy.errors import OutsideTraceError
 
-#: The blocks that have been opened in this context (a task of asyncio has that of the one that made it), newest first.
+#: The blocks that have been opened in this context, newest first. (A task of asyncio begins with a copy of the context of the task
+#: that made it, and so with its blocks.)
 _opened_here: ContextVar[tuple[ref[Block], ...]] = ContextVar("opened_here", default=())
 
 

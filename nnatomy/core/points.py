@@ -24,7 +24,8 @@ from nnatomy.errors import a_kind
 
 
 class Axes(NamedTuple):
-    """Which axes of a tensor are of positions: those of this step alone, and those of all so far. (The core hands it on.)"""
+    """Which axes of a tensor are of positions: those of this step alone, and those of all so far. (For other rooms; the core looks at
+    neither.)"""
 
     here: tuple[int, ...] = ()
     so_far: tuple[int, ...] = ()

@@ -51,7 +51,7 @@ class Run(Coroutine):
         super().__init__(self._work, state)
         self.root = root
         self.roots = [whole]
-        self.call: Callable[[], Any] | None = call
+        self.call: Any = call
         self.progress = Progress()
         self.questions: tuple[Question, ...] = ()
         self.slot: Slot | None = None
@@ -135,7 +135,6 @@ class Run(Coroutine):
         return gated(self)
 
     def _work(self) -> None:
-        assert self.call is not None
         call, self.call = self.call, None
         result = call()
         if not self.cancelled:

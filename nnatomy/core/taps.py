@@ -31,8 +31,8 @@ class Taps:
         for depth, (entered, call, stage) in enumerate(run.progress.stack):
             for kind, tap in self.waiting.get(entered, ()) if stage != RETURNING else ():
                 if not any(mode[:2] == (depth, tap) for mode in self.modes):
-                    # Below those of deeper calls, which are left first. (One that is at work is off the stack, and
-                    # comes back on top of it.)
+                    # Below the modes of deeper calls, which are left first. (While a mode handles a function, torch has taken it
+                    # off the stack, and puts it back on top afterwards.)
                     deeper = [mode for mode in self.modes if mode[0] > depth]
                     on_stack = _get_current_function_mode_stack()
                     above = [_pop_mode() for mode in deeper if any(mode[2] is one for one in on_stack)]

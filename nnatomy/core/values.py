@@ -18,8 +18,8 @@ class Values:
     path: str
 
     def _asking(self, kind: str, name: str) -> Callable[[], Slot]:
-        """`Block.reach` for one of these values, which the user calls `name`. It is called by the property itself: a
-        traceback has one frame of ours less."""
+        """`Block.reach` for one of these values, which the user calls `name`; for the property to call, so that a traceback
+        has not this frame as well."""
         raise NotImplementedError
 
     @property

@@ -34,8 +34,8 @@ Job = Callable[[], tuple[bool, Callable[[], None]]]
 _idle: list[SimpleQueue[Job]] = []
 os.register_at_fork(after_in_child=_idle.clear)  # a fork inherits the list, not the threads
 
-#: Held until a new thread is at work: so long it has its creator's identifier (CPython 3.11), by which `Interruptible`
-#: finds the thread to interrupt.
+#: Held until a new thread is at work. Before that CPython 3.11 gives it its creator's identifier, and `Interruptible`, which finds
+#: threads by that, would interrupt the creator.
 starting = Lock()
 os.register_at_fork(before=starting.acquire, after_in_parent=starting.release, after_in_child=starting.release)
 
@@ -43,7 +43,8 @@ os.register_at_fork(before=starting.acquire, after_in_parent=starting.release, a
 def start(job: Job) -> None:
     """Run `job` in a worker: the one that has been idle for the shortest time, or a new one."""
     try:
-        # Within one call of C code, which Ctrl-C cannot divide: a worker that has been taken is always given its job.
+        # `_idle.pop()`, which raises IndexError where there is none, and `put`, within one call of C code, which Ctrl-C cannot
+        # divide: a worker that has been taken is always given its job.
         next(map(SimpleQueue.put, iter(_idle.pop, None), [job]))
     except IndexError:
         start_thread(job)
