@@ -88,7 +88,7 @@ def patchscope_lens(
         given = _states(source, source_prompts, chosen, source_position)
     elif len(given) not in (len(chosen), source.num_layers):
         raise InputError(
-            f"latents are of {counted(len(given), 'layer')}: give one for each of {len(chosen)} asked "
+            f"latents are of {counted(len(given), 'layer')}: give one for each of the {counted(len(chosen), 'layer')} asked "
             f"for, or for each of the model's {source.num_layers}."
         )
     elif len(given) != len(chosen):
