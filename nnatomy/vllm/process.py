@@ -16,7 +16,7 @@ from weakref import finalize
 
 import torch
 
-from nnatomy.errors import InputError, LoadError
+from nnatomy.errors import InputError, LoadError, a_kind
 from nnatomy.remote.model import new_at_server
 from nnatomy.serve.keys import new_key
 from nnatomy.standardized.asked_for import check_model
@@ -39,7 +39,7 @@ def in_another_process(model: Any, tokenizer: Any, engine: str, given: Mapping[s
     check_model(model)
     if not isinstance(model, (str, Path)):
         raise InputError(
-            f"distributed_executor_backend='mp': the process loads the model itself; a {type(model).__name__} was given."
+            f"distributed_executor_backend='mp': the process loads the model itself; {a_kind(model)} was given."
         )
     process = ServerProcess(str(model), engine, given)
     try:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from nnatomy.core.gates import runs
 from nnatomy.core.points import Slot, versions
 from nnatomy.core.thread_state import ThreadState
-from nnatomy.errors import AssignmentError, LoadError, NotRemoteError
+from nnatomy.errors import AssignmentError, LoadError, NotRemoteError, a_kind
 from nnatomy.names import OF_LAYERS
 from nnatomy.remote.connection import Connection
 from nnatomy.remote.model import bring
@@ -150,7 +150,7 @@ class EngineThere(AnyEngine):
         for module, kind, *_ in points:
             if kind not in ("input", "output") or module not in self._numbers:
                 raise NotRemoteError(
-                    f"{kind!r} of a {type(module).__name__}: of an engine at a server there are inputs and outputs of its modules. "
+                    f"{kind!r} of {a_kind(module)}: of an engine at a server there are inputs and outputs of its modules. "
                     "Read by a standard name, or load the engine in this process."
                 )
         return [[self._numbers[module], *rest] for module, *rest in points]
