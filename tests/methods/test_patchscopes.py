@@ -143,7 +143,7 @@ def test_latents_are_by_the_layers_asked_for_or_by_all() -> None:
     close(patchscope_lens(model, target_patch_prompts=target, latents=list(latents)), expected)
     close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents), expected[:, [0, 2]])
     close(patchscope_lens(model, None, target, layers=[0, 2], latents=latents[[0, 2]]), expected[:, [0, 2]])
-    with pytest.raises(InputError, match=r"latents are of 2 layers: give one for each of 1 asked for"):
+    with pytest.raises(InputError, match=r"latents are of 2 layers: give one for each of the 1 layer asked for"):
         patchscope_lens(model, None, target, layers=0, latents=latents[:2])
 
 
