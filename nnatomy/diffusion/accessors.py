@@ -107,7 +107,9 @@ class Accessor(NotPickled):
         except TypeError:
             raise LayerIndexError(f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.") from None
         if not -count <= layer < count:
-            raise LayerIndexError(f"{self.name}[{layer}]: the denoiser has {count} layers, 0 to {count - 1}.")
+            raise LayerIndexError(
+                f"{self.name}[{layer}]: the denoiser has {counted(count, 'layer')}, 0 to {count - 1}."
+            )
         place = self.places[layer]
         if isinstance(place, str):
             raise NotInThisModelError(f"{self.name}[{layer}]: {place}.")

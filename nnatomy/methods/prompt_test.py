@@ -65,7 +65,7 @@ class PromptTest(Result):
                 f"k={k}: the {kept} most probable tokens are kept: test_prompt(..., top={k}) keeps as many."
             )
         if not -count <= answer < count:
-            raise InputError(f"answer={answer}: the answer has {count} tokens, 0 to {count - 1}.")
+            raise InputError(f"answer={answer}: the answer has {counted(count, 'token')}, 0 to {count - 1}.")
         return list(zip(self.top_tokens[answer][:k], self.top_probabilities[answer, :k].tolist(), strict=True))
 
     def to_dataframe(self) -> Any:

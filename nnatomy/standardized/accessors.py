@@ -192,7 +192,7 @@ class LayerAccessor(NotPickled):
         if not count:
             raise NotInThisModelError(f"{self.name}: there is none: {self._none}.")
         if not -count <= layer < count:
-            raise LayerIndexError(f"{self.name}[{layer}]: the model has {count} layers, 0 to {count - 1}.")
+            raise LayerIndexError(f"{self.name}[{layer}]: the model has {counted(count, 'layer')}, 0 to {count - 1}.")
         module = self.modules[layer]
         if module is None:
             raise NotInThisModelError(f"{self.name}[{layer}]: this layer has none: {self._absent[layer]}.")

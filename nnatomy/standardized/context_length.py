@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnatomy.arch_configs import text_config
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
 #: How many of a table's positions may be for something else (RoBERTa's begin behind that of padding).
@@ -52,8 +52,8 @@ class ContextLength:
         longest = self.shorter_than(length)
         if longest is not None:
             raise InputError(
-                f"The prompt is of {length} tokens, and {self.says(longest)}: give fewer, such as ids[..., -{longest}:], or the "
-                "parts one after the other."
+                f"The prompt is of {counted(length, 'token')}, and {self.says(longest)}: give fewer, such as ids[..., -{longest}:], "
+                "or the parts one after the other."
             )
 
     def shorter_than(self, length: int) -> int | None:

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from nnatomy.arch_configs import Anatomy
 from nnatomy.core.open_blocks import OpenBlocks
-from nnatomy.errors import LayerIndexError, NotInThisModelError
+from nnatomy.errors import LayerIndexError, NotInThisModelError, counted
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.tracing import ModuleView
 
@@ -60,7 +60,9 @@ class Views(NotPickled):
             return [view.part(self._name) for view in self._layers[layer]]
         count = len(self._layers)
         if not -count <= layer < count:
-            raise LayerIndexError(f"{self._name} of layer {layer}: the model has {count} layers, 0 to {count - 1}.")
+            raise LayerIndexError(
+                f"{self._name} of layer {layer}: the model has {counted(count, 'layer')}, 0 to {count - 1}."
+            )
         return self._layers[layer].part(self._name)
 
     def __len__(self) -> int:

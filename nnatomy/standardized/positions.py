@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int, Num
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from nnatomy.errors import InputError
+from nnatomy.errors import InputError, counted
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 from nnatomy.standardized.watched import watcher
 
@@ -138,9 +138,7 @@ def is_one(given: Any) -> bool:
 
 
 def _no_such(prompt: int, count: int, position: int) -> str:
-    return (
-        f"prompt {prompt} has {count} tokens, at 0 to {count - 1} (or -{count} to -1); there is no position {position}."
-    )
+    return f"prompt {prompt} has {counted(count, 'token')}, at 0 to {count - 1} (or -{count} to -1); there is no position {position}."
 
 
 # In a trace.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnatomy.errors import InputError, LayerIndexError
+from nnatomy.errors import InputError, LayerIndexError, counted
 from nnatomy.names import Name
 from nnatomy.standardized.accessors import LayerAccessor, read_together
 from nnatomy.standardized.activation_cache import ActivationCache
@@ -163,7 +163,7 @@ class Reading(Running):
         most = max(map(len, accessors))
         if isinstance(chosen, list) and (wrong := [one for one in chosen if not -most <= one < most]):
             raise LayerIndexError(
-                f"layers={layers!r}: the model has {most} layers, 0 to {most - 1}; none is {wrong[0]}."
+                f"layers={layers!r}: the model has {counted(most, 'layer')}, 0 to {most - 1}; none is {wrong[0]}."
             )
 
         def meant(count: int) -> Sequence[int]:

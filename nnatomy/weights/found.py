@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnatomy.errors import LayerIndexError, ModelError, NotInThisModelError, UsageError
+from nnatomy.errors import LayerIndexError, ModelError, NotInThisModelError, UsageError, counted
 from nnatomy.weights.attention import find_attentions, find_cross_attentions
 from nnatomy.weights.ends import find_embedding, find_unembedding
 from nnatomy.weights.experts import ExpertsMatrix, Roles
@@ -67,7 +67,7 @@ class Found:
     def _of_layer(self, model: Any, row: WeightName, layer: int | None) -> Projection | ExpertsMatrix | str:
         layers, count = self.layers(model, row.group), model.num_layers
         if not isinstance(layer, int) or not -count <= layer < count:
-            raise LayerIndexError(f"{row.name}[{layer!r}]: the model has {count} layers, 0 to {count - 1}.")
+            raise LayerIndexError(f"{row.name}[{layer!r}]: the model has {counted(count, 'layer')}, 0 to {count - 1}.")
         return layers[layer][row.role]
 
     def _end(self, model: Any, row: WeightName) -> Projection | Callable[[], Tensor] | str:

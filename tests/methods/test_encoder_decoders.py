@@ -785,7 +785,7 @@ def test_what_the_decoders_attention_is_given_is_put_at_the_decoders_position(
     refused(
         lambda: patch_object_attn_lens(model, SHORT, LONG, attn_idx_patch=3),
         InputError,
-        "prompt 0 has 1 tokens",
+        "prompt 0 has 1 token,",
     )
 
 

@@ -198,7 +198,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: of.patchscope_lens(m, P, of.TargetPrompt("a", 99)),
         "InputError",
-        "positions: prompt 0 has 1 tokens, at 0 to 0 (or -1 to -1); there is no position 99.",
+        "positions: prompt 0 has 1 token, at 0 to 0 (or -1 to -1); there is no position 99.",
     ),
     (
         lambda: of.patchscope_lens(m, latents=torch.zeros(2, 1, H)),
