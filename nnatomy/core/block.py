@@ -16,7 +16,7 @@ from nnatomy.errors import NotCalledError, NotReachedError, OutOfOrderError
 class Block:
     """The `with` body of one trace.
 
-    `wait`, `view`, `own` and `peek` are for a block that shares its run with others.
+    `wait`, `view`, `own` and `peek` are what a block that shares its run with others has otherwise.
 
     Attributes:
         step: which step (see `points`) the block's questions mean.
@@ -53,6 +53,8 @@ class Block:
         Raises:
             OutOfOrderError: if it is past it.
             NotReachedError: if it ended, or left that step, without coming there.
+            UsageError: if the point is inside a transform of torch.func in the model's own code.
+            OutsideTraceError: if the process has been forked since the pass began.
             Exception: what the model raised on the way, as it was raised.
         """
         run = self.run
@@ -99,7 +101,7 @@ class Block:
 
     def _out_of_order(self, question: Question) -> OutOfOrderError:
         run = self.run
-        step = run.progress.step - run.ended  # the last one, if all are over
+        step = run.progress.step - 1 if run.ended else run.progress.step  # the last one, if all are over
         last, line = run.last
         if run.cancelled:
             return OutOfOrderError(
@@ -130,10 +132,10 @@ class Block:
             )
         if progress.calls.get(module, 0) > call:
             hint = getattr(question.tap, "hint", lambda _: "")(question.name)
-            return NotReachedError(f"{question} was asked for, but the module has run without computing one.{hint}")
+            return NotReachedError(f"{question} was asked for, but that call has ended without computing one.{hint}")
         end = f"step {question.step}" if not run.ended or progress.step > question.step else "the forward pass"
         return NotCalledError(
             f"{question} was asked for at {user_line()}, but {end} ended without coming to it: with these inputs "
-            "the model does not call that module (or not that often, or not that many steps), or calls it in "
+            "the model does not call that module (or not that often, or not that many steps), or calls it in another thread, or in "
             "compiled code (torch.compile), where Python does not see it."
         )

@@ -145,7 +145,7 @@ class Coroutine:
             raise
 
     def cancel(self) -> None:
-        """End the work where it stands, and wait until it is gone; called once more, for a second at most."""
+        """End the work where it stands, and wait until it is gone; called once more while it is running, for a second at most."""
         if self.ended:
             return
         again, self.cancelled = self.cancelled, True
@@ -180,7 +180,7 @@ class Coroutine:
         return nullcontext()
 
     def suspend(self) -> None:
-        """Let the owner go on, until it resumes."""
+        """Let whoever has resumed this go on, until it is resumed again."""
         if self.cancelled:
             raise Cancelled
         self.state = State.SUSPENDED

@@ -45,7 +45,7 @@ def _call_impl(self: Module, *args: Any, **kwargs: Any) -> Any:
         run.end_step()
         call = 0
     calls[self] = call + 1
-    stack.append([self, call, INSIDE])
+    stack.append([self, call, INSIDE])  # while an end of it is shown, `arrive` says so here
     try:
         try:
             skip = None

@@ -41,7 +41,7 @@ class OpenBlocks:
     @property
     def is_open_here(self) -> bool:
         """Whether this thread has opened one."""
-        return get_ident() in self._by_thread
+        return any(block() is not None for block in self._by_thread.get(get_ident(), ()))
 
     def current(self, name: str) -> Block:
         """The block that the user's line stands in.

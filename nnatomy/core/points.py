@@ -5,7 +5,7 @@ block      the user's side of it: the body of one `with ...trace(...)`
 point      what a block can ask for: a module's "input" or "output", or a value inside its call that
            a tap finds; of one `call` (a shared module is called several times) in one `step`
 step       how many calls of the root module have ended: 0 in a plain forward pass; 0, 1, 2, ...
-           while generating
+           while generating (several within one outermost call are one step)
 slot       a point that has been reached, and its value, which a block may replace
 collector  takes (and may replace) the values of points while the forward pass goes on
 tap        finds the values of a kind of point inside a module's call

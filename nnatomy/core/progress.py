@@ -57,10 +57,10 @@ class Progress:
             return Place.PASSED if self.step_is_over else Place.AHEAD
         for entered, its_call, stage in self.stack:
             if entered is module and its_call == call:
-                passed = stage == RETURNING  # a tap too finds nothing more then
-                if stage == INSIDE:
-                    passed = kind == "input" or (module, call, kind) in self.found
-                return Place.PASSED if passed and kind != "output" else Place.AHEAD
+                if kind == "output" or stage == ENTERING:
+                    return Place.AHEAD
+                passed = stage == RETURNING or kind == "input" or (module, call, kind) in self.found
+                return Place.PASSED if passed else Place.AHEAD
         return Place.PASSED
 
     def never_came(self, question: Question) -> bool:

@@ -170,7 +170,7 @@ class Run(Coroutine):
         for collector in tuple(self.collectors):
             if collector.takes(module, kind):
                 collector.take(slot)
-        if self.taps.waiting and not slot.skipped:
+        if self.taps.waiting:
             self.taps.enter(self)
         if kind == "input":
             progress.stack[-1][2] = INSIDE

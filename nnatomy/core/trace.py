@@ -109,7 +109,7 @@ class Trace:
 
         In the block, asking for it runs the forward pass to its end; in a block of `invoke`, it is that
         block's rows. After the block it is there if the forward pass has run to its end (`early_stop=False`,
-        or the block asked for it).
+        a cache was opened, or the block asked for it).
         """
         if self._block is None and self._call is None:
             if self._result is NO_RESULT:

@@ -44,7 +44,7 @@ class ModuleView(Values):
 
     @property
     def calls(self) -> Calls[ModuleView]:
-        """The calls of this module in one forward pass: `view.calls[1].output` is its second call's."""
+        """The calls of this module in one step: `view.calls[1].output` is its second call's."""
         return Calls(self.path or "the model", partial(self._module_view, self.module, self.path))
 
     def _module_view(self, module: Module, path: str, call: int = 0) -> ModuleView:

@@ -86,7 +86,7 @@ def test_an_edit_of_what_a_later_step_has_not(called: bool) -> None:
     traced = view.edit(edit).trace_call(lambda: [model(v) for _ in range(3)])
     if called:
         with pytest.raises(
-            NotReachedError, match=r"softmax.output of step 1 was asked for, but the module has run without"
+            NotReachedError, match=r"softmax.output of step 1 was asked for, but that call has ended without"
         ):
             traced.run()
     else:

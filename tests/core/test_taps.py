@@ -48,7 +48,9 @@ X = torch.linspace(0.1, 1, 4)
 
 
 def reach(view: Traceable, path: str, kind: str, tap: Tap, call: int = 0) -> Slot:
-    return view._blocks.current(view.path).reach(view[path].module, kind, f"{path}.{kind}", call, tap)
+    return view._blocks.current(view.path).reach(
+        view[path].module if path else view.module, kind, f"{path}.{kind}", call, tap
+    )
 
 
 def test_a_value_inside_a_call_is_read_and_replaced() -> None:
@@ -83,7 +85,9 @@ def test_what_a_call_does_not_compute_is_not_reached_and_its_output_still_is() -
     net = model()
     view = Traceable(net)
     with no_leaks(net), view.trace(X) as tracer:
-        with pytest.raises(NotReachedError, match=r"outer\.inner\.sin was asked for, but the module has run"):
+        with pytest.raises(
+            NotReachedError, match=r"outer\.inner\.sin was asked for, but that call has ended without computing one"
+        ):
             reach(view, "outer.inner", "sin", SIN)
         assert torch.equal(view.outer.inner.output, X.sin().cos() + 1)
         assert torch.equal(tracer.result, net(X))
@@ -160,6 +164,18 @@ def test_a_skipped_module_computes_none() -> None:
         with pytest.raises(NotReachedError):
             reach(view, "outer.inner", "cos", COS)
         assert torch.equal(tracer.result, X.sin() * 2)
+
+
+def test_a_tap_asked_for_while_a_module_within_is_skipped() -> None:
+    inner = Calls(lambda self, v: v + 1)
+    net = Calls(lambda self, v: torch.cos(self.inner(v)), inner=inner)
+    view = Traceable(net)
+    with no_leaks(net), view.trace(X) as tracer:
+        view.inner.skip(2 * X)
+        value = reach(view, "", "cos", COS).value
+        result = tracer.result
+    assert torch.equal(value, (2 * X).cos())
+    assert torch.equal(result, (2 * X).cos())
 
 
 def test_a_tap_sees_the_tensors_of_the_block_as_they_were_made() -> None:

@@ -127,7 +127,7 @@ def test_a_kernel_that_holds_no_pattern_says_so() -> None:
     model = StandardizedTransformer(hf, validate=False)
     with (
         model.trace(prompt_ids()),
-        pytest.raises(NotReachedError, match=r"has run without computing one.*attn_implementation='sdpa'"),
+        pytest.raises(NotReachedError, match=r"that call has ended without computing one.*attn_implementation='sdpa'"),
     ):
         _ = model.attention_probabilities[1]
 
