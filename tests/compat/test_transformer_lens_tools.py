@@ -275,6 +275,10 @@ def test_head_detector(demo: HookedTransformer) -> None:
     assert apart[1, 2] == pytest.approx(1 - float(differ.sum(-1).mean()), abs=1e-3)
     with pytest.raises(AssertionError, match="not lower triangular"):
         head_detector.detect_head(demo, text, torch.ones(size, size))
+    cache = demo.run_with_cache(tokens)[1]
+    assert torch.equal(head_detector.detect_head(demo, text, "induction_head", [(1, 2)], cache), scores)
+    with pytest.raises(InputError, match="cache= is of one text, and seq is a list of 2: leave it out"):
+        head_detector.detect_head(demo, [text, text], "induction_head", cache=cache)
 
 
 def test_factored_matrices(model: HookedTransformer) -> None:
