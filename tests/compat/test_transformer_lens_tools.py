@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -274,6 +275,10 @@ def test_head_detector(demo: HookedTransformer) -> None:
     assert apart[1, 2] == pytest.approx(1 - float(differ.sum(-1).mean()), abs=1e-3)
     with pytest.raises(AssertionError, match="not lower triangular"):
         head_detector.detect_head(demo, text, torch.ones(size, size))
+    cache = demo.run_with_cache(tokens)[1]
+    assert torch.equal(head_detector.detect_head(demo, text, "induction_head", [(1, 2)], cache), scores)
+    with pytest.raises(InputError, match="cache= is of one text, and seq is a list of 2: leave it out"):
+        head_detector.detect_head(demo, [text, text], "induction_head", cache=cache)
 
 
 def test_factored_matrices(model: HookedTransformer) -> None:
@@ -319,6 +324,28 @@ def test_texts_of_several_lengths_are_masked(demo: HookedTransformer) -> None:
         demo.get_token_position(" France", texts[0])
     with pytest.raises(InputError, match="padding_side='left': ids alone would not say what is padding"):
         demo.to_tokens(texts, padding_side="left")
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|endoftext|>", None])
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_mask_is_where_rows_are_filled_up(demo: HookedTransformer, pad: str | None, begins: bool) -> None:
+    texts = ["Japan is in", "The capital of France is"]
+    tokenizer = copy.deepcopy(demo.tokenizer)
+    tokenizer.pad_token = pad
+    model = HookedTransformer(StandardizedTransformer(demo.model.hf_model, tokenizer))
+    tokens = model.to_tokens(texts, prepend_bos=begins)
+    own = torch.tensor([model.to_tokens(text, prepend_bos=begins).shape[1] for text in texts])
+    count = tokens.shape[1]
+    at_the_end = (torch.arange(count) < own[:, None]).int()
+    assert at_the_end[0].sum() < count
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        assert torch.equal(utils.get_attention_mask(tokenizer, tokens, prepend_bos=begins), at_the_end)
+    tokenizer.padding_side = "left"
+    fill = tokens[0, -1].item()
+    rolled = torch.stack([tokens[0].roll(int(count - own[0])), tokens[1]])
+    assert rolled[0, 0].item() == fill
+    assert torch.equal(utils.get_attention_mask(tokenizer, rolled, prepend_bos=begins), at_the_end.flip(1))
 
 
 def test_small_functions() -> None:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nnatomy.errors import InputError
+
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 HEAD_NAMES = ("previous_token_head", "duplicate_token_head", "induction_head")
 ErrorMeasure = Literal["abs", "mul"]
@@ -53,13 +55,18 @@ def detect_head(
         seq: a text, or several, of which the scores are the mean.
         detection_pattern: by name, or (pos, pos), lower triangular.
         heads: which: pairs of layer and head, or by layer the heads; all by default. The others' score is -1.
-        cache: of `seq`, if it has been run.
+        cache: of `seq`, one text, if it has been run.
         exclude_bos, exclude_current_token: leave out attention to the first token, or to the token itself.
         error_measure: "mul": the share of the attention that the pattern has; "abs": 1 less what attention and pattern differ by,
             summed over the keys of a query, in the mean over queries.
     """
     cfg = model.cfg
     if isinstance(seq, list):
+        if cache is not None:
+            raise InputError(
+                f"cache= is of one text, and seq is a list of {len(seq)}: leave it out, or give each text with its own cache and "
+                "take the mean."
+            )
         options: dict[str, Any] = {"exclude_bos": exclude_bos, "exclude_current_token": exclude_current_token}
         found = [
             detect_head(model, one, detection_pattern, heads, None, error_measure=error_measure, **options)
@@ -90,7 +97,7 @@ def detect_head(
     scores = -torch.ones(cfg.n_layers, cfg.n_heads)
     for layer, which in by_layer.items():
         for head in which:
-            pattern = cache["pattern", layer].float()
+            pattern = cache["pattern", layer].detach().float()
             pattern = (pattern[0] if pattern.ndim == 4 else pattern)[head].clone()
             scores[layer, head] = _score(pattern, wanted, exclude_bos, exclude_current_token, error_measure)
     return scores

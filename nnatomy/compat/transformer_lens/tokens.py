@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nnatomy.compat.transformer_lens.utils import filling
 from nnatomy.errors import InputError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.text import known_ids, written_ids
@@ -76,8 +77,7 @@ class Tokens:
     def _filled(self, lists: list[list[int]], *, left: bool) -> dict[str, Tensor]:
         """Rows of one length, and which of their entries are own."""
         length = max(map(len, lists))
-        fill = getattr(self.tokenizer, "pad_token_id", None)
-        fill = fill if fill is not None else getattr(self.tokenizer, "eos_token_id", None) or 0
+        fill = filling(self.tokenizer)
         rows, own = [], []
         for one in lists:
             pads = length - len(one)

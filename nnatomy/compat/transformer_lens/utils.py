@@ -100,18 +100,33 @@ test_prompt.__test__ = False  # type: ignore[attr-defined]  # no test of pytest'
 
 
 def get_attention_mask(tokenizer: Any, tokens: Int[Tensor, "batch pos"], prepend_bos: bool) -> Int[Tensor, "batch pos"]:
-    """1 for tokens, 0 for the padding tokens on the tokenizer's padding side.
+    """1 for tokens, 0 for the padding tokens: of rows filled up at their beginning, where the tokenizer does that, or their end.
+
+    A tokenizer that pads on the left, as those of loaded models do, says nothing of `to_tokens`, which fills up at the end: a batch
+    in which nothing was filled up at the beginning is read as one of its. A text that ends with the padding token is not told from
+    one that was filled up.
 
     Args:
         prepend_bos: whether the rows begin with BOS, which is not taken for padding where the two are one token.
     """
-    pads = tokens == tokenizer.pad_token_id
-    if tokenizer.padding_side == "right":
-        return 1 - pads.flip(1).cumprod(1).flip(1)
-    leading = pads.cumprod(1)
-    if prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
-        leading[torch.arange(len(tokens)), (leading.sum(1) - 1).clamp(min=0)] = 0
-    return 1 - leading
+    fill = filling(tokenizer)
+    pads = (tokens == fill).int()
+    if tokenizer.padding_side == "left":
+        leading = pads.cumprod(1)
+        if prepend_bos and tokenizer.bos_token_id == fill:
+            leading[torch.arange(len(tokens)), (leading.sum(1) - 1).clamp(min=0)] = 0
+        if leading.any():
+            return 1 - leading
+    trailing = pads.flip(1).cumprod(1).flip(1)
+    if prepend_bos and tokenizer.bos_token_id == fill:
+        trailing[:, 0] = 0
+    return 1 - trailing
+
+
+def filling(tokenizer: Any) -> int:
+    """The token that rows are filled up with: the end of a text where a tokenizer has none for padding (GPT-2's), as there."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if pad is not None else getattr(tokenizer, "eos_token_id", None) or 0
 
 
 class Slice:
