@@ -93,9 +93,7 @@ def attention(
                 "tickvals": [places[i] for i in ticks],
                 "ticktext": [places[i] for i in ticks],
                 **({"tickangle": -90} if letter == "x" else {"autorange": "reversed"}),
-                "title": {"text": title_of, "standoff": round(plan.texts * 0.6) + 10, "font": {"size": 11}}
-                if heads == 1
-                else None,
+                "title": {"text": title_of} if heads == 1 else None,
             }
         if heads > 1:
             figure.add_annotation(
