@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import nnatomy.demo.analysis as analysis
 from nnatomy.demo.analysis import Lens, Patching, Results, Steering
 from nnatomy.demo.tables import patching_sentence
 from nnatomy.plots import attention, curves, heat_map
-from nnatomy.plots.look import Figure, cell_texts, css
-from nnatomy.plots.save import look
+from nnatomy.plots.look import Figure, css
+from nnatomy.plots.save import SCRIPT, STYLE, part
 
 _STYLE = """
 * { box-sizing: border-box; }
@@ -28,7 +27,6 @@ p { max-width: 46rem; margin: .4rem 0 1rem; } .soft { color: var(--soft); }
 .pair.wide { grid-template-columns: 1fr; }
 .card { min-width: 0; background: var(--paper); border: 1px solid var(--line); border-radius: .6rem;
         padding: .9rem; }
-.plot { overflow-x: auto; }
 .card h3 { margin: 0 0 .3rem; font-size: 1rem; } .card p { margin: .3rem 0 0; font-size: .92rem; }
 details { margin: .6rem 0 1.2rem; } summary { cursor: pointer; color: var(--accent); }
 pre { overflow-x: auto; padding: .8rem; background: var(--card); border: 1px solid var(--line);
@@ -37,20 +35,6 @@ pre { overflow-x: auto; padding: .8rem; background: var(--card); border: 1px sol
 
 #: How many tokens of a lens can be read in half the page.
 _COLUMNS = 7
-
-# Plots follow the page's colors, also when they change; scales are those of each plot.
-_SCRIPT = """
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function paint() {
-  for (const plot of document.querySelectorAll(".plotly-graph-div")) {
-    const {looks, texts, traces} = JSON.parse(plot.closest("[data-looks]").dataset.looks), i = +dark.matches;
-    const done = traces.length ? Plotly.update(plot, {text: texts[i]}, looks[i], traces) : Plotly.relayout(plot, looks[i]);
-    done.then(() => Plotly.Plots.resize(plot));
-  }
-}
-dark.addEventListener("change", paint);
-paint();
-"""
 
 
 def page(all_results: Sequence[Results]) -> str:
@@ -96,8 +80,8 @@ def page(all_results: Sequence[Results]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>nnatomy demo</title><style>{css()}{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body>{''.join(body)}<script>{_SCRIPT}</script></body></html>\n"
+        f"<title>nnatomy demo</title><style>{css()}{STYLE}{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body>{''.join(body)}<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -150,19 +134,8 @@ def _layers(count: int) -> list[str]:
 
 
 def _card(results: Results, figure: Figure, note: str = "") -> str:
-    plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
     below = f"<p class=soft>{html.escape(note)}</p>" if note else ""
-    texts = [cell_texts(figure, dark) for dark in (False, True)]
-    looks = {
-        "looks": [look(figure, dark) for dark in (False, True)],
-        "texts": [[*one.values()] for one in texts],
-        "traces": [*texts[0]],
-    }
-    least = f"{(figure.layout.meta or {}).get('least') or 0}px"
-    return (
-        f"<h3>demo:{html.escape(results.name)}</h3>"
-        f'<div class=plot data-looks="{html.escape(json.dumps(looks))}"><div style="min-width:{least}">{plot}</div></div>{below}'
-    )
+    return f"<h3>demo:{html.escape(results.name)}</h3>{part(figure, include_plotlyjs=False, buttons=False)}{below}"
 
 
 def _pair(cards: Any, wide: bool = False) -> str:

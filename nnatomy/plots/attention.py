@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label, visible, width
-from nnatomy.plots.look import Figure, check_numbers, color_axis, graph_objects, laid_out
+from nnatomy.plots.look import WIDEST, Figure, check_numbers, color_axis, even_rows, graph_objects, laid_out
 
 _PAGE = 900  # pixels
 _LETTERS, _LETTER = 14, 7  # of a label: columns at most, pixels each
@@ -92,9 +93,7 @@ def attention(
                 "tickvals": [places[i] for i in ticks],
                 "ticktext": [places[i] for i in ticks],
                 **({"tickangle": -90} if letter == "x" else {"autorange": "reversed"}),
-                "title": {"text": title_of, "standoff": round(plan.texts * 0.6) + 10, "font": {"size": 11}}
-                if heads == 1
-                else None,
+                "title": {"text": title_of} if heads == 1 else None,
             }
         if heads > 1:
             figure.add_annotation(
@@ -109,7 +108,7 @@ def attention(
                 font={"size": 13},
             )
     figure.layout.coloraxis = color_axis("sequential", "probability", 0.0, float(shown.nan_to_num().max()))
-    laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, grows=True)
+    laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, plans=plan.plans())
     figure.update_layout(margin={"l": 10, "r": 30, "b": 20})
     if heads > 1:
         figure.update_layout(updatemenus=[_menu(figure, names, plan)])
@@ -148,14 +147,20 @@ class _Plan:
     """Where each map lies, in pixels."""
 
     def __init__(self, heads: int, queries: int, keys: int, texts: int) -> None:
-        self.queries, self.keys, self.texts = queries, keys, texts
+        self.heads, self.queries, self.keys, self.texts = heads, queries, keys, texts
         least = max(110, min(_LINE * keys, 180))  # of the longer side of a small map
         self.across = max(1, min(heads, _PAGE // (least + texts + 14)))
-        self.down = -(-heads // self.across)
         self.cell = self._cell(self.across)
         self.step = max(1, -(-_LINE // max(1, round(self.cell))))
         self.wide, self.high = texts + 14 + self.cell * keys, texts + 34 + self.cell * queries
-        self.width, self.height = round(self.wide * self.across), round(self.high * self.down)
+
+    @property
+    def width(self) -> int:
+        return round(self.wide * self.across)
+
+    @property
+    def height(self) -> int:
+        return round(self.high * -(-self.heads // self.across))
 
     def _cell(self, across: int) -> float:
         """The side of a cell."""
@@ -176,11 +181,31 @@ class _Plan:
         across = [self.texts / self.width, min(1.0, (self.texts + cell * self.keys) / self.width)]
         return height, across, [max(0.0, 1 - cell * self.queries / height), 1.0]
 
+    def plans(self) -> list[dict[str, Any]]:
+        """As `laid_out` takes them. Maps whose cells are too small for a label each are rather larger than more in a row."""
+        found = []
+        for across in even_rows(self.heads, int(WIDEST / self.wide) if self.step == 1 else self.across):
+            plan = copy(self)
+            plan.across = across
+            change: dict[str, Any] = {}
+            for head, (x, y) in enumerate(_axes(self.heads)):
+                change[f"{x}.domain"], change[f"{y}.domain"] = plan.domain(head)
+                if self.heads > 1:
+                    change[f"annotations[{head}].x"] = sum(change[f"{x}.domain"]) / 2
+                    change[f"annotations[{head}].y"] = change[f"{y}.domain"][1]
+            alone = dict(zip(("high", "x", "y"), plan.alone(), strict=True))
+            found.append({"wide": plan.width, "high": plan.height, "change": change, "alone": alone})
+        return found
+
+
+def _axes(heads: int) -> list[tuple[str, str]]:
+    """The axes of each map, as plotly names them in a layout."""
+    return [(f"xaxis{head or ''}", f"yaxis{head or ''}") for head in [0, *range(2, heads + 1)]]
+
 
 def _menu(figure: Figure, names: Sequence[str], plan: _Plan) -> dict[str, Any]:
     """All heads, or one in the place of all."""
-    layout = figure.layout
-    pairs = [(f"xaxis{head or ''}", f"yaxis{head or ''}") for head in [0, *range(2, len(names) + 1)]]
+    layout, pairs = figure.layout, _axes(len(names))
     overview: dict[str, Any] = {"height": layout.height}
     for i, pair in enumerate(pairs):
         overview[f"annotations[{i}].visible"] = True

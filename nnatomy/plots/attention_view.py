@@ -18,7 +18,7 @@ _STYLE = """.heads { display: flex; flex-wrap: wrap; gap: 6px; margin-bottom: .8
 .heads button { font: 12px/1.3 inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line);
   border-radius: .35rem; padding: 4px; cursor: pointer; }
 .heads button[aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); font-weight: 600; }
-.heads canvas { display: block; width: 64px; height: 64px; image-rendering: pixelated; }
+.heads canvas { display: block; background: var(--paper); width: 64px; height: 64px; image-rendering: pixelated; }
 .pair { display: grid; grid-template-columns: minmax(0, min(45vw, 42rem)) minmax(16rem, 1fr); gap: 1.2rem; align-items: start; }
 @media (max-width: 760px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 .map { position: relative; } .map canvas { width: 100%; display: block; touch-action: pan-y; }

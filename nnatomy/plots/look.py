@@ -69,7 +69,8 @@ _COLORBAR = {
     "ticks": "",
     "title": {"side": "top"},
 }
-_BAR_HEIGHT = 52  # pixels above the plot
+WIDEST = 2000  # pixels that a row of maps may take of a wide page
+_BAR_HEIGHT = 63  # pixels above the plot: what plotly takes, from the plot itself where it is not given them
 
 
 def color_at(colors: Sequence[str], share: float) -> str:
@@ -189,12 +190,14 @@ def laid_out(
     height: int,
     width: int | None = None,
     least: int | None = None,
-    grows: bool = False,
+    plans: Sequence[dict[str, Any]] = (),
 ) -> Figure:
     """`figure` in the common look; it is as wide as its place where no width is given, in a saved page not below `least`.
 
     Args:
-        grows: a saved page that has room shows it larger than `width` and `height`, in the same proportion.
+        plans: for maps beside one another, how a saved page lays them out, from the narrowest on: inside its margins it is
+            "wide" and "high" (in pixels; where a page has more room it is larger, in the same proportion), and "change"
+            says where each map is then. "alone" says how high it is with one map that a menu chooses, and where that one is.
     """
     shown = textwrap.wrap(visible(title), min(110, (width or 680) // 8), max_lines=3, placeholder=" …") if title else []
     figure.update_layout(
@@ -202,7 +205,7 @@ def laid_out(
         title={"text": "<br>".join(label(line) for line in shown)},
         height=height + 22 * len(shown),
         width=width,
-        meta={"least": least, "grows": grows},
+        meta={"least": least, "plans": list(plans)},
     )
     bar = figure.layout.coloraxis.colorscale is not None and figure.layout.coloraxis.showscale is not False
     above = 30 + _BAR_HEIGHT * bar
@@ -218,6 +221,16 @@ def laid_out(
         },
     )
     return figure
+
+
+def even_rows(count: int, most: int) -> list[int]:
+    """Of how many maps a row may be, up to `most`, for rows as even as can be.
+
+    Example:
+        >>> even_rows(6, 5), even_rows(7, 9), even_rows(3, 0)
+        ([1, 2, 3], [1, 2, 3, 4, 7], [1])
+    """
+    return sorted({1, *(across for rows in range(1, count + 1) if (across := -(-count // rows)) <= most)})
 
 
 def color_axis(kind: str, name: str, low: float | None, high: float | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from copy import copy
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from nnatomy.errors import InputError, MissingPackageError, a_kind
 from nnatomy.plots.heat_map import color_limits
 from nnatomy.plots.labels import label, lines, visible
-from nnatomy.plots.look import Figure, color_axis, graph_objects, laid_out, numbers
+from nnatomy.plots.look import WIDEST, Figure, color_axis, even_rows, graph_objects, laid_out, numbers
 
 #: In pixels: the longer side of a picture, what is between two, the width of a page, the line above each.
 _SIDE, _GAP, _PAGE, _NAME = 200, 20, 900, 24
@@ -110,7 +111,7 @@ def over_picture(
     every = torch.cat([one.flatten() for one in values.values()])
     kind = "diverging" if diverging else "sequential"
     figure.layout.coloraxis = color_axis(kind, value_name, *color_limits(every, diverging))
-    figure = laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, grows=True)
+    figure = laid_out(figure, title, height=plan.height + 50, width=plan.width + 40, plans=plan.plans())
     figure.update_layout(margin={"l": 20, "r": 20, "b": 20})
     return figure
 
@@ -119,11 +120,32 @@ class _Plan:
     """Where each picture lies, in rows that a page has room for."""
 
     def __init__(self, count: int, width: int, height: int) -> None:
-        self._across = max(1, min(count, _PAGE // (width + _GAP)))
+        self._count, self._across = count, max(1, min(count, _PAGE // (width + _GAP)))
         self._wide, self._high = width + _GAP, height + _GAP + _NAME
         self._size = width, height
-        self.width = self._wide * self._across
-        self.height = self._high * -(-count // self._across)
+
+    @property
+    def width(self) -> int:
+        return self._wide * self._across
+
+    @property
+    def height(self) -> int:
+        return self._high * -(-self._count // self._across)
+
+    def plans(self) -> list[dict[str, Any]]:
+        """As `laid_out` takes them."""
+        found = []
+        for across in even_rows(self._count, WIDEST // self._wide):
+            plan = copy(self)
+            plan._across = across
+            change: dict[str, Any] = {}
+            for i in range(self._count):
+                x, y = plan.domain(i)
+                axis = f"axis{i + 1 if i else ''}"
+                change |= {f"x{axis}.domain": x, f"y{axis}.domain": y}
+                change |= {f"annotations[{i}].x": x[0], f"annotations[{i}].y": y[1]}
+            found.append({"wide": plan.width, "high": plan.height, "change": change})
+        return found
 
     def domain(self, number: int) -> tuple[list[float], list[float]]:
         down, across = divmod(number, self._across)

@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError
 from nnatomy.plots.look import FONT, Figure, cell_texts, css, scale_of, spaced, theme
-from nnatomy.plots.view import View, within_script
+from nnatomy.plots.view import View
+
+#: Of a page with plots, behind `css()`.
+STYLE = """.plot { overflow-x: auto } .plot > div { max-width: 160rem }
+.updatemenu-header-arrow { fill: var(--ink) !important }  /* plotly draws it once, and not again in the other look */
+.xtitle { transform: none !important }  /* plotly moves it upwards to the labels by what a color bar takes */
+.textpoint text { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round }
+"""
+
+#: Of such a page, behind its plots: they are light or dark, as wide as their place, and where that is wide, higher.
+SCRIPT = """const dark = matchMedia("(prefers-color-scheme: dark)");
+const plots = [...document.querySelectorAll(".plotly-graph-div")].map(plot => {
+  const box = plot.closest(".plot"), place = plot.parentElement.style;
+  plot.on("plotly_afterplot", () => {  // (what plotly makes around it stays as large as it was first)
+    place.height = `${plot._fullLayout.height}px`;
+    place.width = plot.layout.width ? `${plot.layout.width}px` : "100%";
+  });
+  return {plot, box, ...JSON.parse(box.dataset.plot)};
+});
+const paint = () => Promise.all(plots.map(({plot, looks, texts, traces}) => {
+  const look = looks[+dark.matches];
+  return traces.length ? Plotly.update(plot, {text: texts[+dark.matches]}, look, traces) : Plotly.relayout(plot, look);
+}));
+const fill = () => plots.forEach(({plot, box, sizes}) => {
+  const room = box.clientWidth - sizes.beside, below = innerHeight - plot.getBoundingClientRect().top - scrollY - sizes.above;
+  const scale = one => Math.min(Math.max(room / one.wide, 1), 2);  // up to twice as large as drawn
+  // The plan with the largest maps of which all are seen at once; if none is such, the one with the most in a row.
+  const fit = sizes.plans.filter(one => one.wide <= room), seen = fit.filter(one => scale(one) * one.high <= below);
+  const plan = seen.reduce((a, b) => scale(b) >= scale(a) ? b : a, seen[0]) ?? fit.pop() ?? sizes.plans[0];
+  // Maps keep their proportion; another plot is no higher than the window, unless drawn so.
+  const by = plan.change ? scale(plan) : Math.min(scale(plan), Math.max(1, below / plan.high));
+  const high = one => sizes.above + by * one;
+  const change = {...plan.change, height: high(plan.high)}, menu = plot.layout.updatemenus?.[0];
+  menu?.buttons.forEach(({args: [, one]}, i) => {
+    if (!i) return Object.assign(one, change);
+    one.height = high(plan.alone.high);
+    for (const key in one) if (key.endsWith(".domain")) one[key] = plan.alone[key[0]];
+  });
+  const wide = plan.change && {width: sizes.beside + by * plan.wide};
+  Plotly.relayout(plot, {...(menu?.active ? menu.buttons[menu.active].args[1] : change), ...wide});
+});
+dark.addEventListener("change", paint); addEventListener("resize", fill); paint(); fill();
+"""
 
 # The policy lets nothing in but what stands in the page itself.
 _PAGE = """<!doctype html>
@@ -18,26 +61,10 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{look}body {{ margin: 1rem; background: var(--paper); color: var(--ink); font: 15px/1.5 {font} }}
 h1 {{ margin: 0 0 .25rem; max-width: 60rem; font-size: 1.1rem; font-weight: 500; overflow-wrap: anywhere }}
-.plot {{ overflow-x: auto }} .plotly-graph-div {{ max-width: {most}; min-width: {least} }}</style></head>
-<body>{heading}<div class="plot">{plot}</div><script>
-const looks = {looks}, dark = matchMedia("(prefers-color-scheme: dark)");
-const texts = {texts}, traces = {traces};
-const paint = () => {{
-  const plot = document.querySelector(".plotly-graph-div"), i = +dark.matches;
-  return traces.length ? Plotly.update(plot, {{text: texts[i]}}, looks[i], traces) : Plotly.relayout(plot, looks[i]);
-}};
-dark.addEventListener("change", paint); paint();
-const sizes = {sizes};
-const fill = () => {{  // as wide as the page, up to twice as large as drawn; what is square stays so
-  const plot = document.querySelector(".plotly-graph-div"), menu = plot.layout.updatemenus?.[0];
-  const by = Math.min(Math.max((document.querySelector(".plot").clientWidth - sizes.beside) / sizes.wide, 1), 2);
-  const heights = sizes.heights.map(one => sizes.above + by * one);
-  menu?.buttons.forEach((one, i) => {{ one.args[1].height = heights[i]; }});
-  Plotly.relayout(plot, {{width: sizes.beside + by * sizes.wide, height: heights[menu?.active ?? 0]}});
-}};
-if (sizes) {{ addEventListener("resize", fill); fill(); }}
-</script></body></html>
+</style></head>
+<body>{heading}{plot}<script>{script}</script></body></html>
 """
+_WIDE = 1280  # pixels: in a wider place a plot is also higher
 
 
 def save(figure: Figure | View, path: str | Path) -> None:
@@ -66,14 +93,6 @@ def save(figure: Figure | View, path: str | Path) -> None:
 
 def page(figure: Figure) -> str:
     """The figure as a page with all that it needs in it."""
-    looks = [look(figure, dark) for dark in (False, True)]
-    texts = [cell_texts(figure, dark) for dark in (False, True)]
-    config = {
-        "responsive": True,
-        "displaylogo": False,
-        "showSendToCloud": False,
-        "modeBarButtonsToRemove": ["select2d", "lasso2d"],  # for what nothing is done with
-    }
     title = figure.layout.title.text or ""
     drawn = figure
     if title:  # above the plot, where it is folded as its reader's window is wide
@@ -82,45 +101,49 @@ def page(figure: Figure) -> str:
         drawn.update_layout(
             title={"text": ""}, margin={"t": figure.layout.margin.t - lines}, height=figure.layout.height - lines
         )
-        for change in _heights_of_menus(drawn):
-            change["height"] -= lines
-    sizes = _sizes(drawn)
-    plot = drawn.to_html(full_html=False, include_plotlyjs=True, config=config)
     whole = title.replace("<br>", " ")
     return _PAGE.format(
         title=whole or "nnatomy",
         heading=f"<h1>{whole}</h1>" if whole else "",
-        look=css(),
+        look=css() + STYLE,
         font=FONT,
-        most="none" if figure.layout.width else "80rem",
-        least=f"{(figure.layout.meta or {}).get('least') or 0}px",
-        plot=plot,
-        looks=json.dumps(looks),
-        texts=within_script([[*one.values()] for one in texts]),
-        traces=[*texts[0]],
-        sizes=json.dumps(sizes),
+        plot=part(drawn, include_plotlyjs=True),
+        script=SCRIPT,
     )
 
 
-def _heights_of_menus(figure: Figure) -> list[dict[str, Any]]:
-    """What each choice of the figure's menu changes, where it changes the height."""
-    changes = [button.args[1] for menu in figure.layout.updatemenus for button in menu.buttons]
-    return [one for one in changes if "height" in one]
-
-
-def _sizes(figure: Figure) -> dict[str, Any] | None:
-    """The sizes in pixels of a figure that grows with its page, without its margins; None of another."""
-    layout, margin = figure.layout, figure.layout.margin
-    if not (layout.meta or {}).get("grows"):
-        return None
-    beside, above = margin.l + margin.r, margin.t + margin.b
-    heights = [one["height"] for one in _heights_of_menus(figure)] or [layout.height]
-    return {
-        "wide": layout.width - beside,
-        "beside": beside,
-        "above": above,
-        "heights": [one - above for one in heights],
+def part(figure: Figure, *, include_plotlyjs: bool, buttons: bool = True) -> str:
+    """The figure as a part of a page that has `STYLE` and `SCRIPT`; `buttons`: with those of plotly."""
+    config = {
+        "responsive": True,
+        "displaylogo": False,
+        "displayModeBar": buttons,
+        "showSendToCloud": False,
+        "modeBarButtonsToRemove": ["select2d", "lasso2d"],  # for what nothing is done with
     }
+    texts = [cell_texts(figure, dark) for dark in (False, True)]
+    data = {
+        "looks": [look(figure, dark) for dark in (False, True)],
+        "texts": [[*one.values()] for one in texts],
+        "traces": [*texts[0]],
+        "sizes": _sizes(figure),
+    }
+    meta = figure.layout.meta or {}
+    least = 0
+    drawn = type(figure)(figure).update_layout(meta=None)
+    if not meta.get("plans"):  # as wide as its place
+        least = figure.layout.width or meta.get("least") or 0
+        drawn.update_layout(width=None)
+    plot = drawn.to_html(full_html=False, include_plotlyjs=include_plotlyjs, config=config)
+    return f'<div class="plot" data-plot="{html.escape(json.dumps(data))}"><div style="min-width:{least}px">{plot}</div></div>'
+
+
+def _sizes(figure: Figure) -> dict[str, Any]:
+    """The sizes in pixels of a figure's margins, and of what is inside them in each of its plans."""
+    layout, margin = figure.layout, figure.layout.margin
+    beside, above = (margin.l or 0) + (margin.r or 0), (margin.t or 0) + (margin.b or 0)
+    alone = [{"wide": _WIDE - beside, "high": (layout.height or 450) - above}]
+    return {"beside": beside, "above": above, "plans": (layout.meta or {}).get("plans") or alone}
 
 
 def look(figure: Figure, dark: bool) -> dict[str, Any]:

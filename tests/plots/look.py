@@ -152,7 +152,11 @@ def plots() -> dict[str, Callable[[], Any]]:
         ),
         "over-picture": on_a_picture,
         "curves": lambda: curves(
-            range(8), {" Paris": torch.rand(8).tolist(), " Rome": torch.rand(8).tolist()}, title="Curves"
+            range(8),
+            {" Paris": torch.rand(8).tolist(), " Rome": torch.rand(8).tolist()},
+            title="Curves",
+            x_title="layer",
+            y_title="probability",
         ),
     }
 

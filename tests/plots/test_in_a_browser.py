@@ -15,7 +15,7 @@ from browser import Tab, installed, opened
 from contrast import contrast
 from PIL import Image
 
-from nnatomy.plots import attention, attention_view, circuit, heat_map, parts, save, token_view
+from nnatomy.plots import attention, attention_view, circuit, heat_map, over_picture, parts, save, token_view
 
 TOKENS = ["The", " capital", " of", "\n", " France"]
 LOSS = torch.tensor([3.25, 0.5, torch.nan, 1.0, 2.0])
@@ -212,21 +212,124 @@ def test_one_head_alone_is_chosen_by_the_menu(show: Callable[..., Tab]) -> None:
     assert tab.value(f"{maps}.length") > 0
 
 
-@pytest.mark.parametrize("width", [700, 1400, 2000])
+LOOK = "document.querySelector('.plotly-graph-div')._fullLayout"
+
+
+@pytest.mark.parametrize("width", [390, 700, 1400, 2000])
 def test_a_figure_of_many_maps_fills_its_page_and_its_cells_stay_square(show: Callable[..., Tab], width: int) -> None:
     tab = show(attention(torch.rand(4, 6, 5, 5).tril(), tokens=TOKENS, title="All layers"), width=width)
-    look = "document.querySelector('.plotly-graph-div')._fullLayout"
-    cells = f"[{look}.xaxis{{0}}._length / 5, {look}.yaxis{{0}}._length / 5]"
+    cells = f"[{LOOK}.xaxis{{0}}._length / 5, {LOOK}.yaxis{{0}}._length / 5]"
     wide, high = tab.value(cells.format(""))
-    assert wide == pytest.approx(high, rel=0.02)  # (the color bar takes nine pixels of the height)
-    if width > 1000:
-        assert tab.value(f"{look}.width") > 0.9 * width
-    else:
-        assert tab.value(f"{look}.width") == 940  # not smaller: the page scrolls sideways
-    tab.click(*tab.middle(".updatemenu-header"))
-    tab.click(*tab.middle(".updatemenu-dropdown-button:nth-of-type(2)"))
-    wide, high = tab.value(cells.format(""))
-    assert wide == pytest.approx(high, rel=0.02)
+    assert wide == pytest.approx(high, rel=0.005)
+    assert 25 <= wide <= 50  # once to twice what is drawn
+    assert 0.9 * width < tab.value(f"{LOOK}.width") <= width - 32
+    assert all_is_seen(tab)
+    for choice in (2, 1):
+        tab.click(*tab.middle(".updatemenu-header"))
+        tab.click(*tab.middle(f".updatemenu-dropdown-button:nth-of-type({choice})"))
+        wide, high = tab.value(cells.format(""))
+        assert wide == pytest.approx(high, rel=0.005)
+        assert all_is_seen(tab)
+
+
+def all_is_seen(tab: Tab) -> bool:
+    """Whether the plot's place is as large as the plot: nothing is cut off, or has to be scrolled inside it."""
+    return bool(
+        tab.value(
+            "[...document.querySelectorAll('.plot')].every(one => one.scrollHeight <= one.clientHeight"
+            " && one.scrollWidth <= one.clientWidth && one.clientHeight + 1 >="
+            " one.querySelector('.main-svg').getBoundingClientRect().height)"
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "high", "across"), [(390, 1100, 1), (600, 1100, 2), (2000, 1500, 3), (2000, 1100, 6)]
+)
+def test_maps_are_as_large_as_lets_all_of_them_be_seen(
+    show: Callable[..., Tab], width: int, high: int, across: int
+) -> None:
+    tab = show(attention(torch.rand(6, 5, 5).tril(), tokens=TOKENS), width=width, height=high)
+    lefts = tab.value(f"[0, 2, 3, 4, 5, 6].map(i => {LOOK}[`xaxis${{i || ''}}`]._offset.toFixed())")
+    assert len(set(lefts)) == across
+    names = tab.value("[...document.querySelectorAll('.annotation-text')].map(one => one.getBoundingClientRect().x)")
+    assert len({round(place) for place in names}) == across
+
+
+def test_maps_over_a_picture_are_laid_out_as_wide_as_their_page(show: Callable[..., Tab]) -> None:
+    grey = torch.full((60, 90, 3), 128, dtype=torch.uint8)
+    figure = over_picture(grey, {f"map {i}": torch.rand(2, 3) for i in range(6)})
+    for width, across in ((390, 1), (600, 2), (2000, 4)):
+        tab = show(figure, width=width)
+        assert (
+            len(set(tab.value(f"[1, 2, 3, 4, 5, 6, 7].map(i => {LOOK}[`xaxis${{i > 1 ? i : ''}}`]._offset.toFixed())")))
+            == across
+        )
+        assert all_is_seen(tab)
+
+
+@pytest.mark.parametrize("columns", [5, 70])
+def test_a_wide_page_is_filled_and_no_title_lies_on_labels(show: Callable[..., Tab], columns: int) -> None:
+    words = [f" word{i}" for i in range(columns)]
+    figure = heat_map(torch.rand(6, columns), rows=[str(i) for i in range(6)], columns=words)
+    heights = []
+    for width in (1000, 1400, 2000):
+        tab = show(figure, width=width)
+        assert tab.value(f"{LOOK}.width") == max(width - 32, figure.layout.width or 0)
+        heights.append(tab.value(f"{LOOK}.height"))
+        assert tab.value("document.querySelector('.plot').scrollHeight") == pytest.approx(heights[-1], abs=1)
+        below = tab.value(
+            "document.querySelector('.xtitle').getBoundingClientRect().top"
+            " - Math.max(...[...document.querySelectorAll('.xtick text')].map(one => one.getBoundingClientRect().bottom))"
+        )
+        assert 4 < below < 16
+    assert heights[0] < heights[1] < heights[2]
+
+
+def test_the_titles_of_one_map_are_beside_its_labels(show: Callable[..., Tab]) -> None:
+    figure = attention(torch.rand(1, 5, 5).tril(), tokens=TOKENS)
+    boxes = "[...document.querySelectorAll('{}')].map(one => one.getBoundingClientRect().toJSON())"
+    for width in (390, 1400):
+        tab = show(figure, width=width)
+        (key,), (query,) = tab.value(f"[{boxes.format('.xtitle')}, {boxes.format('.ytitle')}]")
+        keys, queries = tab.value(f"[{boxes.format('.xtick text')}, {boxes.format('.ytick text')}]")
+        assert 4 < key["top"] - max(one["bottom"] for one in keys) < 16
+        assert 4 < min(one["left"] for one in queries) - query["right"] < 50
+
+
+def test_what_plotly_draws_once_follows_the_look(show: Callable[..., Tab]) -> None:
+    tab = show(attention(torch.rand(2, 5, 5).tril(), tokens=TOKENS))
+    inks = "['.updatemenu-header-arrow', '.updatemenu-item-text'].map(one => getComputedStyle(document.querySelector(one)).fill)"
+    for dark in (False, True):
+        tab.look(dark=dark)
+        tab.value("paint().then(() => 0)")
+        arrow, words = tab.value(inks)
+        assert arrow == words
+
+
+def test_names_in_a_circuit_are_not_crossed_by_edges(show: Callable[..., Tab]) -> None:
+    tab = show(
+        circuit(torch.rand(3, 3).triu(1), sources=["L0H0", "L1H0", "L2H0"], destinations=["L0H0", "L1H0", "L2H0"])
+    )
+    for dark in (False, True):
+        tab.look(dark=dark)
+        tab.drawn()
+        drawn, around, paper = tab.value(
+            "(() => { const look = getComputedStyle(document.querySelector('.textpoint text'));"
+            " return [look.paintOrder, look.stroke, getComputedStyle(document.body).backgroundColor]; })()"
+        )
+        assert (drawn, around) == ("stroke", paper)
+
+
+def test_what_a_mask_hides_is_unlike_zero_in_the_small_maps(show: Callable[..., Tab]) -> None:
+    tab = show(attention_view(torch.eye(5)[None], TOKENS))
+    for dark in (False, True):
+        tab.look(dark=dark)
+        tab.drawn()
+        hidden, paper = tab.value(
+            "[document.querySelector('.heads canvas'), document.body].map(one => getComputedStyle(one).backgroundColor)"
+        )
+        assert hidden == paper
 
 
 @pytest.mark.parametrize("diverging", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -80,7 +79,10 @@ def test_a_lone_surrogate_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sequential", "diverging"])
 def test_a_page_has_a_light_and_a_dark_look(kind: str, tmp_path: Path) -> None:
     page = saved(a_map(diverging=kind == "diverging"), tmp_path)
-    looks = json.loads(re.search(r"const looks = (\[.*\]), dark = ", page)[1])  # type: ignore[index]
+    tags = Tags()
+    tags.feed(page)
+    (data,) = (attributes["data-plot"] for _, attributes in tags.found if "data-plot" in attributes)
+    looks = json.loads(data or "")["looks"]
     for dark, look in enumerate(looks):
         assert look["template"] == theme(bool(dark))
         assert look["coloraxis.colorscale"] == [list(step) for step in spaced(SCALES[kind][dark])]
