@@ -21,7 +21,8 @@ from nnatomy.errors import NnatomyError
 from nnatomy.methods import ActivationStore, LogitLens, SteeringVector, TunedLens, collect_activations, logit_lens
 from nnatomy.methods.result import Result
 from nnatomy.plans import from_control_vector, from_pyvene, load_plan
-from nnatomy.plots import bars, heat_map
+from nnatomy.plots import bars, circuit, curves, heat_map
+from nnatomy.plots import save as save_figure
 from nnatomy.standardized import ActivationCache
 from nnatomy.standardized.image_tokens import ImageTokens
 from nnatomy.standardized.media_tokens import VideoTokens
@@ -1009,6 +1010,20 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "Layers '0' and 1: the first is before the second, of 0 to 5.",
     ),  # type: ignore[arg-type]
     (lambda: m.kv_head(True), "LayerIndexError", "kv_head(True): the model has 6 heads, 0 to 5."),
+    (lambda: bars(torch.tensor(1.0), labels=["a"]), "InputError", "values are (): give a tensor of (label)."),
+    (lambda: curves([0, 1], [1.0, 2.0]), "InputError", "ys is a list: give the values of each curve by its name, {"),  # type: ignore[arg-type]
+    (
+        lambda: circuit(torch.ones(1, 1), sources=["a"], destinations=["b"], k=1.5),  # type: ignore[arg-type]
+        "InputError",
+        "k=1.5: give the number of edges to draw, at least 1.",
+    ),
+    (
+        lambda: save_figure(v, D / "x.html"),
+        "InputError",
+        "figure is a Tensor: give what a plot returns, save(result.plot(), ",
+    ),
+    (lambda: save_figure(D / "x.html", v), "InputError", "path=a Tensor: give the path of a file to write"),  # type: ignore[arg-type]
+    (lambda: LENS.plot(prompt=3), "InputError", "prompt=3: it is of 1 prompt, 0 to 0."),
 ]
 
 
