@@ -109,6 +109,16 @@ CHECKS: dict[str, Check] = {
 }
 
 
+#: What is a number or several: numpy's, and a tensor of one, are read as Python's.
+NUMBERS = frozenset(("positions", "layers", "target_layers", "heads", "position", "answer", "wrong", "targets"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.ndim == 0 else value
+    return value.tolist() if type(value).__module__ == "numpy" else value
+
+
 def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
     """A public method: its arguments are looked at first, and what is wrong with one is said at the user's line."""
     signature = inspect.signature(function)
@@ -118,6 +128,7 @@ def method(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
         if len(args) > len(places):
             raise TypeError(_too_many(function.__name__, signature, places, len(args)))
+        kwargs |= {name: _plain(value) for name, value in kwargs.items() if name in NUMBERS}  # type: ignore[assignment]
         try:
             given: dict[str, Any] = signature.bind(*args, **kwargs).arguments
         except TypeError:

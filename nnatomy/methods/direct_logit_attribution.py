@@ -207,7 +207,7 @@ def _metric(model: StandardizedTransformer, answer: Answer, wrong: Answer | None
 
 
 def _named(model: StandardizedTransformer, answer: Answer) -> str:
-    each = answer.tolist() if isinstance(answer, Tensor) else answer
+    each: Any = answer.tolist() if hasattr(answer, "tolist") else answer
     several = [each] if isinstance(each, (int, str)) else list(each)
     known = model.tokenizer is not None
     texts = [repr(model.tokenizer.decode([one]) if known and not isinstance(one, str) else one) for one in several]

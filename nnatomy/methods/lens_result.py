@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnatomy.errors import InputError, MissingPackageError
+from nnatomy.errors import InputError, MissingPackageError, counted
 from nnatomy.methods.arguments import whole
 from nnatomy.methods.result import Axis, Result
 
@@ -99,7 +99,7 @@ class LogitLens(Result, Tensor):
         """One prompt's (layer, vocab) at a position."""
         values, count = self._numbers(), len(self) if self.by_prompt else 1
         if not -count <= prompt < count:
-            raise InputError(f"prompt={prompt}: there are {count}, 0 to {count - 1}.")
+            raise InputError(f"prompt={prompt}: it is of {counted(count, 'prompt')}, 0 to {count - 1}.")
         values = values[prompt] if self.by_prompt else values
         if not self._has_positions:
             return values
@@ -161,7 +161,7 @@ class LogitLens(Result, Tensor):
         if self._has_positions:
             count = len(values) if self.by_prompt else 1
             if not -count <= (prompt or 0) < count:
-                raise InputError(f"prompt={prompt}: there are {count}, 0 to {count - 1}.")
+                raise InputError(f"prompt={prompt}: it is of {counted(count, 'prompt')}, 0 to {count - 1}.")
             values = values[prompt or 0] if self.by_prompt else values
             columns, column_title = list(self.tokens[prompt or 0]), "position"
             which_prompt: int | None = prompt or 0

@@ -179,7 +179,7 @@ def _through(
 def _by_prompt(
     values: Float[Tensor, "token layer vocab"], positions: str | int | Sequence[int], lengths: list[int]
 ) -> Values:
-    if positions == "all":
+    if isinstance(positions, str) and positions == "all":
         return [one.transpose(0, 1) for one in values.split(lengths)]
     if isinstance(positions, (str, int)):
         return values

@@ -7,7 +7,7 @@ of prompts it is given one row for each pair, in their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from nnatomy.core.frames import warn
 from nnatomy.errors import InputError, counted
 from nnatomy.methods.arguments import model as check_model
 from nnatomy.standardized import StandardizedTransformer
-from nnatomy.standardized.positions import is_fake
+from nnatomy.standardized.positions import is_fake, is_one
 from nnatomy.standardized.text import is_unknown, known_ids, written_ids
 
 Metric = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]]
@@ -161,7 +161,8 @@ class Answers:
     def __init__(self, answer: Answer, model: StandardizedTransformer | None = None) -> None:
         if model is not None:
             check_model("model", model)
-        answers: list[Any] = [answer] if not isinstance(answer, Iterable) or isinstance(answer, str) else list(answer)
+        given: Any = answer
+        answers: list[Any] = [given] if isinstance(given, str) or is_one(given) else list(given)
         if not answers:
             raise InputError("There is no answer: give a token id or a text of one token.")
         vocab = None if model is None else model.dimensions.vocab_size

@@ -36,6 +36,8 @@ def bars(values: Num[Tensor, " part"], *, labels: Sequence[str], title: str = ""
         [1.5, -0.5]
     """
     shown = numbers("values", values, "(label)")
+    if values.ndim != 1:
+        raise InputError(f"values are {tuple(values.shape)}: give a tensor of (label).")
     if len(labels) != len(values):
         raise InputError(f"{counted(len(values), 'value')} with {counted(len(labels), 'label')}: give one label each.")
     go = graph_objects()

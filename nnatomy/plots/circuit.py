@@ -62,8 +62,8 @@ def circuit(
             f"scores are {tuple(scores.shape)}, with names for {counted(len(sources), 'source')} and "
             f"{counted(len(destinations), 'destination')}: give one name each."
         )
-    if isinstance(k, bool) or k < 1:
-        raise InputError(f"k={k}: give the number of edges to draw, at least 1.")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise InputError(f"k={k!r}: give the number of edges to draw, at least 1.")
     edges = _largest(shown, k)
     most = max((abs(value) for *_, value in edges), default=1.0)
     nodes = {_node(sources[s]) for s, _, _ in edges} | {_node(destinations[d]) for _, d, _ in edges}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnatomy.errors import InputError, counted
+from nnatomy.errors import InputError, a_kind, counted
 from nnatomy.plots.labels import label
 from nnatomy.plots.look import Figure, graph_objects, laid_out
 
@@ -38,6 +38,10 @@ def curves(
         >>> figure.data[0].name
         '·Paris'
     """
+    if not isinstance(ys, Mapping):
+        raise InputError(
+            f"ys is {a_kind(ys)}: give the values of each curve by its name, {{'probability': [0.1, 0.5]}}."
+        )
     go = graph_objects()
     figure = go.Figure()
     for name, values in ys.items():

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnatomy.errors import InputError, MissingPackageError
+from nnatomy.errors import InputError, MissingPackageError, a_kind
+from nnatomy.paths import path_of
 from nnatomy.plots.look import FONT, Figure, cell_texts, css, scale_of, spaced, theme
 from nnatomy.plots.view import View
 
@@ -80,7 +81,9 @@ def save(figure: Figure | View, path: str | Path) -> None:
         InputError: if the ending is another one; a viewer is written as .html alone.
         MissingPackageError: if a picture is asked for, and kaleido or a browser for it is not installed.
     """
-    path = Path(path)
+    path = path_of(path, "a file to write")
+    if not isinstance(figure, View) and not hasattr(figure, "to_plotly_json"):
+        raise InputError(f"figure is {a_kind(figure)}: give what a plot returns, save(result.plot(), {str(path)!r}).")
     if path.suffix == ".html":
         path.write_text(figure.page if isinstance(figure, View) else page(figure), encoding="utf-8")
     elif isinstance(figure, View):

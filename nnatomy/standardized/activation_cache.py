@@ -18,7 +18,8 @@ from torch import Tensor
 from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchModuleError, a_kind, check_folder, counted
 from nnatomy.names import row_of
 from nnatomy.paths import file_of, path_of, what_is_at
-from nnatomy.standardized.asked_for import check_cuda
+from nnatomy.standardized.choice import check_kept_as
+from nnatomy.standardized.whole_number import whole
 from nnatomy.words import By
 
 #: A standard name and a layer.
@@ -59,6 +60,13 @@ class CachedLayers:
         """Raises CacheError for a layer that was not read."""
         if isinstance(layer, slice):
             return [self[i] for i in range(self.count)[layer]]
+        try:
+            layer = whole(layer)
+        except TypeError:
+            raise CacheError(
+                f"{self.name}[{layer!r}]: layers are counted, 0 to {self.count - 1}, or sliced. Several: "
+                f"[cache.{self.name}[i] for i in (0, 1)]; all: cache.stack({self.name!r})."
+            ) from None
         if (found := layer + self.count * (layer < 0)) not in self.values:
             held = ", ".join(map(str, self.values))
             raise CacheError(f"{self.name}[{layer}] is not in the cache: of that name it has layers {held}.")
@@ -138,8 +146,12 @@ class ActivationCache:
     def __getitem__(self, key: Key | str) -> Tensor | CachedLayers:
         """The value of (name, layer), or all layers of a name. Raises CacheError for what was not read."""
         if isinstance(key, tuple):
+            if len(key) != 2:
+                raise CacheError(
+                    f"cache[{', '.join(map(repr, key))}]: give a name and a layer, cache['layers_output', 5]."
+                )
             return self[key[0]][key[1]]
-        if key not in self._counts:
+        if not isinstance(key, str) or key not in self._counts:
             raise CacheError(f"{key!r} is not in the cache, which has {', '.join(self)}: name it when it is filled.")
         values = {layer: value for (name, layer), value in self.tensors.items() if name == key}
         return CachedLayers(key, values, self._counts[key])
@@ -182,6 +194,10 @@ class ActivationCache:
         Raises:
             InputError: if it was not read of all prompts, or nothing says which tokens are padding.
         """
+        try:
+            position = whole(position)
+        except TypeError:
+            raise InputError(f"position={position!r}: it is a whole number.") from None
         if self._own is None or self.lengths is None:
             raise InputError("positions: nothing says which position of the cache is which token.")
         here = self._own == (position + self.lengths * (position < 0))[:, None]
@@ -266,7 +282,9 @@ class ActivationCache:
         """
         from nnatomy.standardized.transformer import StandardizedTransformer
 
-        check_cuda("device", device)
+        check_kept_as(None, device)
+        if torch.device(device).type == "meta":
+            raise InputError("device='meta': a file is read onto a device that holds values, such as 'cpu'.")
         if model is not None and not isinstance(model, StandardizedTransformer):
             raise InputError(f"model is {a_kind(model)}: give the StandardizedTransformer that was run.")
         path = file_of(path, "a file that ActivationCache.save wrote")

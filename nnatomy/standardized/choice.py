@@ -67,6 +67,10 @@ def check_kept_as(dtype: Any, device: Any) -> None:
     """Raise InputError unless values can be kept as that dtype, on that device."""
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise InputError(f"dtype={dtype!r}: give a torch.dtype, such as torch.float32.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(
+            f"dtype={dtype}: values would lose their fractions. Give one of floating point, such as torch.float16."
+        )
     try:
         torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:

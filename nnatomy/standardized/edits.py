@@ -21,6 +21,7 @@ from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, nu
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.recorded import recorded_by, refuse_skip
 from nnatomy.standardized.watched import watcher
+from nnatomy.standardized.whole_number import is_truth
 
 
 class Edits(Names):
@@ -74,7 +75,7 @@ class Edits(Names):
             raise refuse_skip(f"skip_layers of layer {layer}", by[0])
 
     def _checked(self, layer: int) -> int:
-        if not isinstance(layer, SupportsIndex):
+        if is_truth(layer) or not isinstance(layer, SupportsIndex):
             raise LayerIndexError(f"skip_layer({layer!r}): give the number of a layer, 0 to {self.num_layers - 1}.")
         self.layers_input.module(layer)
         return layer
@@ -110,6 +111,8 @@ class Edits(Names):
                 f"The steering vector is {type(steering_vector).__name__}, and no tensor: {error}. Give one of "
                 f"({self.hidden_size}), such as layers_output[i][0, -1] of a trace; SteeringVector of nnatomy.methods makes one."
             ) from None
+        if vector.is_complex():
+            raise InputError("The steering vector is of complex numbers: give one of real ones.")
         if not isinstance(factor, (int, float, Tensor)):
             raise InputError(f"factor={factor!r}: it is a number.")
         if not is_finite(vector):
@@ -171,6 +174,6 @@ def _numbers(layers: Any) -> list[int]:
     numbers = [*each]
     if not numbers:
         raise InputError("layers: give at least one to steer.")
-    if wrong := [one for one in numbers if not isinstance(one, SupportsIndex)]:
+    if wrong := [one for one in numbers if is_truth(one) or not isinstance(one, SupportsIndex)]:
         raise InputError(f"layers={layers!r}: {wrong[0]!r} is no number of a layer.")
     return [index(one) for one in numbers]

@@ -130,6 +130,8 @@ class Prompts:
             given: dict[str, Any] = {}
         elif isinstance(prompts, Mapping):
             given = dict(prompts)
+        elif kwargs.get("input_ids") is not None:
+            raise InputError("There are two prompts, the first argument and input_ids=...: give one of them.")
         else:
             given = {"input_ids": prompts}
         given = with_cache_called(self.cache, {**given, **kwargs})
@@ -173,7 +175,12 @@ class Prompts:
             given["attention_mask"] = F.pad(mask, (past, 0), value=1)
             if are_tensor:
                 self._warn_of_no_mask(ids)
-        mask = torch.as_tensor(given["attention_mask"])
+        try:
+            mask = torch.as_tensor(given["attention_mask"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"attention_mask={given['attention_mask']!r}: it is no tensor, nor a list of numbers: {error}."
+            ) from None
         if mask.ndim == 1 and len(ids) == 1:  # a tokenizer's of one text
             mask = mask[None]
         given["attention_mask"] = mask
@@ -240,6 +247,13 @@ class Prompts:
             raise InputError(
                 f"attention_mask has the shape {tuple(mask.shape)}, and what is given is {counted(rows, 'prompt')} of "
                 f"{counted(seq, 'position')}: give one number for each, 1 for those of the prompt and 0 for padding."
+            )
+        if mask.ndim < 3 and bool(
+            ((mask < 0) | (mask.double() % 1 != 0)).any()
+        ):  # Transformers takes all but 0 for a 1
+            raise InputError(
+                "attention_mask has entries that are negative, fractions or NaN: of two axes it is 1 for tokens and 0 for padding; "
+                "one that is added to scores has four, (batch, 1, query, key)."
             )
 
     def _check_labels(self, labels: Any, mask: Tensor) -> None:

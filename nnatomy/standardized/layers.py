@@ -11,6 +11,7 @@ from nnatomy.arch_configs import Anatomy
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import LayerIndexError, NotInThisModelError, counted
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.standardized.whole_number import whole
 from nnatomy.tracing import ModuleView
 
 
@@ -42,6 +43,18 @@ class LayerView(NotPickled, ModuleView):
         return ModuleView(self._blocks, part, next(inner, self._paths[part]))
 
 
+class LayerViews(tuple[LayerView, ...]):
+    """All layers, by their numbers."""
+
+    __slots__ = ()
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Raises LayerIndexError for a layer that there is not."""
+        return super().__getitem__(
+            layer if isinstance(layer, slice) else _number(layer, f"layers[{layer!r}]", len(self))
+        )
+
+
 class Views(NotPickled):
     """One child of every layer."""
 
@@ -58,15 +71,20 @@ class Views(NotPickled):
     def __getitem__(self, layer: Any) -> Any:
         if isinstance(layer, slice):
             return [view.part(self._name) for view in self._layers[layer]]
-        count = len(self._layers)
-        if not -count <= layer < count:
-            raise LayerIndexError(
-                f"{self._name} of layer {layer}: the model has {counted(count, 'layer')}, 0 to {count - 1}."
-            )
-        return self._layers[layer].part(self._name)
+        return self._layers[_number(layer, f"{self._name} of layer {layer!r}", len(self))].part(self._name)
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[ModuleView]:
         return (view.part(self._name) for view in self._layers)
+
+
+def _number(layer: Any, what: str, count: int) -> int:
+    """The number of a layer of so many. Raises LayerIndexError."""
+    try:
+        if -count <= (found := whole(layer)) < count:
+            return found
+    except TypeError:
+        raise LayerIndexError(f"{what}: layers are counted, 0 to {count - 1}, or sliced.") from None
+    raise LayerIndexError(f"{what}: the model has {counted(count, 'layer')}, 0 to {count - 1}.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from operator import index
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch._subclasses import FakeTensor
 from nnatomy.errors import InputError, counted
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 from nnatomy.standardized.watched import watcher
+from nnatomy.standardized.whole_number import is_truth, whole
 
 #: "last", "all", or one or several.
 Positions = str | int | Sequence[int] | Int[Tensor, "*position"]
@@ -104,7 +104,7 @@ def positions_from_end(inputs: Mapping[str, Any], positions: Positions) -> list[
     """
     if isinstance(positions, str) and positions not in ("last", "all"):
         raise InputError(f'positions={positions!r}: it is "last", "all", or one or several numbers.')
-    if positions == "all":
+    if isinstance(positions, str) and positions == "all":
         return [row.nonzero().flatten() - len(row) for row in mask_of(inputs).cpu()]
     wanted = [-1] if isinstance(positions, str) else numbers("positions", positions)
     return [from_end(row, wanted, i) for i, row in enumerate(mask_of(inputs).cpu())]
@@ -122,9 +122,14 @@ def from_end(mask: Num[Tensor, " seq"], positions: Sequence[int], prompt: int) -
 def numbers(name: str, given: Any) -> list[int]:
     """One or several whole numbers as a list. Raises InputError for anything else, or none."""
     try:
-        if isinstance(given, (str, bool)):
+        if isinstance(given, str):
             raise TypeError
-        found = [index(given)] if is_one(given) else [index(one) for one in given]
+        each = [given] if is_one(given) else [*given]
+        if each and all(map(is_truth, each)) and not is_one(given):
+            raise InputError(
+                f"{name}={given!r}: that is a mask, and {name} are whole numbers: give where it is true, mask.nonzero().flatten()."
+            )
+        found = [whole(one) for one in each]
     except TypeError:
         raise InputError(f"{name}={given!r}: give a whole number, or several.") from None
     if not found:
@@ -138,6 +143,8 @@ def is_one(given: Any) -> bool:
 
 
 def _no_such(prompt: int, count: int, position: int) -> str:
+    if not count:
+        return f"prompt {prompt} has no tokens of its own, all are padding by the attention mask; there is no position {position}."
     return f"prompt {prompt} has {counted(count, 'token')}, at 0 to {count - 1} (or -{count} to -1); there is no position {position}."
 
 

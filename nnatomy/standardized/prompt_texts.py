@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from nnatomy.errors import InputError
 from nnatomy.standardized.inputs import is_batch
+from nnatomy.standardized.positions import ids_of, is_one, mask_of
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.text import refuse_unknown, token_texts, written_ids
+from nnatomy.standardized.whole_number import whole
 
 #: So many of the most probable tokens are kept, at least.
 _KEPT = 10
@@ -41,7 +43,7 @@ class PromptTexts(Running):
             >>> model.to_tokens("Japan is in").shape, model.to_string(model.to_tokens("Japan is in")[0])
             (torch.Size([1, 3]), 'Japan is in')
         """
-        lists = self._prompts.token_lists(prompts, texts={"prepend_bos": prepend_bos})
+        lists = self._own_ids(prompts, prepend_bos)
         if len(lengths := {len(one) for one in lists}) > 1:
             raise InputError(
                 f"The prompts are of {', '.join(map(str, sorted(lengths)))} tokens, and padded ids alone would not say "
@@ -74,9 +76,17 @@ class PromptTexts(Running):
             ['Japan', ' is', ' in']
         """
         self._need_tokenizer()
-        rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-        texts = [token_texts(self, ids) for ids in self._prompts.token_lists(rows, texts={"prepend_bos": prepend_bos})]
+        texts = [token_texts(self, ids) for ids in self._own_ids(prompts, prepend_bos)]
         return texts if is_batch(prompts) else texts[0]
+
+    def _own_ids(self, prompts: Any, prepend_bos: bool | None) -> list[list[int]]:
+        """The ids of each prompt, however it is given, without padding."""
+        if not isinstance(prompts, (Tensor, Mapping)):
+            return self._prompts.token_lists(prompts, texts={"prepend_bos": prepend_bos})
+        inputs = self.prepare(prompts, prepend_bos=prepend_bos)
+        if (ids := ids_of(inputs, of_encoder=True)) is None:
+            raise InputError(f"There are no tokens among the inputs, which are {', '.join(inputs)}.")
+        return [row[own != 0].tolist() for row, own in zip(ids, mask_of(inputs, of_encoder=True), strict=True)]
 
     @overload
     def to_string(self, tokens: int | Sequence[int]) -> str: ...
@@ -94,13 +104,28 @@ class PromptTexts(Running):
             InputError: if there is no tokenizer.
         """
         self._need_tokenizer()
-        ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, (int, Sequence)):
-            raise InputError(f"to_string({ids!r}): give ids of tokens; to_tokens(text) makes them of a text.")
-        if any(isinstance(one, int) and one < 0 for one in ([ids] if isinstance(ids, int) else ids)):
-            raise InputError(f"to_string({ids!r}): ids of tokens are 0 or more.")
-        if not isinstance(ids, int) and any(not isinstance(one, int) for one in ids):
-            return [str(self.to_string(one)) for one in ids]
+        rows: Any = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        if isinstance(rows, (str, bytes)) or not (is_one(rows) or isinstance(rows, Sequence)):
+            raise InputError(f"to_string({rows!r}): give ids of tokens; to_tokens(text) makes them of a text.")
+        if not is_one(rows) and not all(map(is_one, rows)):
+            texts = [self.to_string(one) for one in rows]
+            if wrong := [one for one in texts if not isinstance(one, str)]:
+                raise InputError(
+                    f"to_string: give ids of (seq) or (batch, seq), and not a list of {len(wrong)} such lists."
+                )
+            return [str(one) for one in texts]
+        try:
+            ids = [whole(one) for one in ([rows] if is_one(rows) else rows)]
+        except TypeError:
+            raise InputError(
+                f"to_string({rows!r}): give ids of tokens; to_tokens(text) makes them of a text."
+            ) from None
+        if ids and min(ids) < 0:
+            raise InputError(f"to_string({rows!r}): ids of tokens are 0 or more.")
+        if ids and max(ids) >= self.vocab_size:
+            raise InputError(
+                f"to_string: {max(ids)} is no id of a token of the model, which has {self.vocab_size} of them."
+            )
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def test_prompt(self, prompt: str, answer: str, *, top: int = 5, prepend_bos: bool | None = None) -> Any:
@@ -134,7 +159,7 @@ class PromptTexts(Running):
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
-        if not isinstance(top, int) or top < 1:
+        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             raise InputError(f"top={top!r}: it is a whole number, 1 or more.")
         options: dict[str, Any] = {"prepend_bos": prepend_bos}
         (read,) = self._prompts.token_lists(prompt, texts=options)

@@ -157,7 +157,7 @@ class Reading(Running):
         if names is not None:
             if not isinstance(names, Sequence) or not names:
                 raise InputError(f"names={names!r}: give one standard name or several, or None for all.")
-            asked = [accessor_of(self, name) for name in dict.fromkeys([names] if isinstance(names, str) else names)]
+            asked = [accessor_of(self, name) for name in _once([names] if isinstance(names, str) else names)]
             return [(one, layers_of(one, chosen)) for one in asked]
         accessors = [one for one in accessors_of(self).values() if one.row.name not in NAMED_ONLY]
         most = max(map(len, accessors))
@@ -176,6 +176,13 @@ class Reading(Running):
             return wanted
         layers_of(accessors_of(self)["layers_output"], chosen)  # raises, with the reason
         raise InputError(f"layers={layers!r}: there is nothing to read.")
+
+
+def _once(names: Sequence[Any]) -> list[str]:
+    """Each name once. Raises InputError for a list among them, as `read` takes one by one."""
+    if lists := [one for one in names if isinstance(one, (list, tuple, set))]:
+        raise InputError(f"{lists[0]!r} is no name but several: in a trace they are given one by one, read(*names).")
+    return [*dict.fromkeys(names)]
 
 
 def _kept(

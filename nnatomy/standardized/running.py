@@ -128,7 +128,7 @@ class Running(Parts):
         """
         given = self._check_used(prompts, kwargs, generating=True)
         count = kwargs.get("max_new_tokens", 1)
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise InputError(
                 f"max_new_tokens={count!r}: it is a whole number, 1 or more. A pass that writes nothing is a trace."
             )

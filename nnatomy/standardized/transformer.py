@@ -47,7 +47,7 @@ from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
 from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id, padding_token_id
 from nnatomy.standardized.keywords import Keywords
-from nnatomy.standardized.layers import LayerView
+from nnatomy.standardized.layers import LayerView, LayerViews
 from nnatomy.standardized.loading import SHARED, load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.prompt_texts import PromptTexts
@@ -368,7 +368,7 @@ class StandardizedTransformer(NotPickled, Reading, PromptTexts, Vision, Values, 
             )
         self._keywords = Keywords(hf_model, causal, anatomy)
         paths = {module: path for path, module in hf_model.named_modules()}
-        self._layer_views = tuple(
+        self._layer_views = LayerViews(
             LayerView(self._blocks, layer, paths, anatomy, i) for i, layer in enumerate(anatomy.layers)
         )
         self._blocks.example = partial(_example, causal, self.device, self._shards)

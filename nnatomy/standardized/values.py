@@ -147,7 +147,15 @@ class Values(Parts):
             raise InputError(
                 f"project_on_vocab takes hidden states of width {self.hidden_size}; got {tuple(hidden_state.shape)}."
             )
-        return self._head(hidden_state)
+        try:
+            return self._head(hidden_state)
+        except RuntimeError as error:
+            if hidden_state.dtype in (own := {one.dtype for one in self.hf_model.parameters()}):
+                raise
+            raise InputError(
+                f"project_on_vocab: hidden states of {hidden_state.dtype} do not go through a head whose model has parameters of "
+                f"{' and '.join(map(str, own))}: convert them, hidden_state.to({next(iter(own))}). ({error})"
+            ) from None
 
     def get_topk_closest_tokens(
         self, hidden_state: Float[Tensor, "*rows hidden"], k: int = 5
@@ -159,7 +167,7 @@ class Values(Parts):
         Args:
             hidden_state: of (hidden), or of (rows, hidden) for a list of results.
         """
-        if not isinstance(k, int) or not 1 <= k <= self.vocab_size:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.vocab_size:
             raise InputError(f"k={k!r}: the model has {self.vocab_size} tokens; give how many of them.")
         if isinstance(hidden_state, Tensor) and hidden_state.ndim not in (1, 2):
             raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")

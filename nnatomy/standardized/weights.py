@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnatomy.errors import AssignmentError, LayerIndexError
 from nnatomy.standardized.parts import Parts
+from nnatomy.standardized.whole_number import whole
 from nnatomy.weights import ROWS, FactoredMatrix, Found, WeightAccessor, composition_scores, ov, qk
 from nnatomy.words import ReadAs
 
@@ -112,8 +113,12 @@ class Weights(Parts):
 
     def kv_head(self, head: int) -> int:
         """Which head of keys and values a query head has; several may share one."""
-        if not isinstance(head, int) or not 0 <= head < self.num_heads:
+        try:
+            found = whole(head)
+        except TypeError:
+            found = -1
+        if not 0 <= found < self.num_heads:
             raise LayerIndexError(
                 f"kv_head({head!r}): the model has {self.num_heads} heads, 0 to {self.num_heads - 1}."
             )
-        return head // (self.num_heads // self.num_kv_heads)
+        return found // (self.num_heads // self.num_kv_heads)

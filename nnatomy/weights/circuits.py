@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from jaxtyping import Float
@@ -36,17 +37,20 @@ def composition_scores(model: Any, earlier: int, later: int, by: ReadAs) -> Floa
     """
     if by not in ("Q", "K", "V"):
         raise InputError(f"by={by!r}: it is 'Q', 'K' or 'V'.")
-    if not 0 <= earlier < later < model.num_layers:
+    places = range(model.num_layers)
+    try:
+        first, second = places[index(earlier)], places[index(later)]
+    except (IndexError, TypeError):
+        first = second = -1
+    if first >= second:
         raise InputError(
-            f"Layers {earlier} and {later}: the first is before the second, of 0 to {model.num_layers - 1}."
+            f"Layers {earlier!r} and {later!r}: the first is before the second, of 0 to {model.num_layers - 1}."
         )
-    writes = ov(model, earlier)
-    reads = ov(model, later) if by == "V" else qk(model, later) if by == "Q" else qk(model, later).T
-    first, second = (
-        FactoredMatrix(writes.left[:, None], writes.right[:, None]),
-        FactoredMatrix(reads.left[None], reads.right[None]),
+    writes = ov(model, first)
+    reads = ov(model, second) if by == "V" else qk(model, second) if by == "Q" else qk(model, second).T
+    both = FactoredMatrix(writes.left[:, None], writes.right[:, None]) @ FactoredMatrix(
+        reads.left[None], reads.right[None]
     )
-    both = first @ second
     assert isinstance(both, FactoredMatrix)
     return both.norm() / (writes.norm()[:, None] * reads.norm())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import torch
@@ -66,9 +67,13 @@ class Found:
 
     def _of_layer(self, model: Any, row: WeightName, layer: int | None) -> Projection | ExpertsMatrix | str:
         layers, count = self.layers(model, row.group), model.num_layers
-        if not isinstance(layer, int) or not -count <= layer < count:
-            raise LayerIndexError(f"{row.name}[{layer!r}]: the model has {counted(count, 'layer')}, 0 to {count - 1}.")
-        return layers[layer][row.role]
+        try:
+            number = range(count)[index(layer)]  # type: ignore[arg-type]
+        except (IndexError, TypeError):
+            raise LayerIndexError(
+                f"{row.name}[{layer!r}]: the model has {counted(count, 'layer')}, 0 to {count - 1}."
+            ) from None
+        return layers[number][row.role]
 
     def _end(self, model: Any, row: WeightName) -> Projection | Callable[[], Tensor] | str:
         model._check_current()

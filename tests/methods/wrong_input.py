@@ -1017,6 +1017,21 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (lambda: m.trace(P, prepend_bos="no"), "InputError", "prepend_bos='no': it is True, False, or None for what"),
     (lambda: m.test_prompt(P, 5), "InputError", "prompt='The capital of France is', answer=5: both are text."),
+    (
+        lambda: of.logit_lens(m, P, positions=torch.tensor([True, False, True, False, False])),
+        "InputError",
+        "positions=tensor([ True, False,  True, False, False]): that is a mask, and positions are whole numbers: give",
+    ),
+    (
+        lambda: of.head_ablation(m, P, metric=met, heads=[True, False], progress=False),
+        "InputError",
+        "heads=[True, False]: that is a mask, and heads are whole numbers: give where it is true, mask.nonzero().flat",
+    ),
+    (
+        lambda: of.head_ablation(m, P, metric=met, layers=[True, False], progress=False),
+        "InputError",
+        "layers=[True, False]: it is one layer, or several; they are counted from 0.",
+    ),
 ]
 
 

@@ -255,3 +255,28 @@ def test_a_token_that_also_stands_for_the_unknown_can_be_asked_for() -> None:
     gpt2 = wrapped("gpt2")
     gpt2.tokenizer.unk_token = "</s>"
     assert probability("</s>", gpt2).data()[0][0][0] == IDS["</s>"]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+def test_tokens_of_whatever_a_trace_takes(model_type: str) -> None:
+    """Tensors of ids and a tokenizer's dict, too: each prompt's own, without padding."""
+    model = wrapped("gpt2")
+    if model_type == "t5":
+        model = StandardizedTransformer(
+            encoder_decoders.build("T5ForConditionalGeneration"), tokenizer(bos=False), validate=False
+        )
+    ids, longer = [10, 11], [12, 13, 14]
+    words, more = ["w10", "w11"], ["w12", "w13", "w14"]
+    for given in (torch.tensor(ids), torch.tensor([ids]), {"input_ids": [ids]}, model.prepare([ids])):
+        assert torch.equal(model.to_tokens(given), torch.tensor([ids]))
+    assert model.to_str_tokens(torch.tensor(ids)) == words
+    assert model.to_str_tokens(torch.tensor([ids])) == [words]
+    assert model.to_str_tokens(model.prepare([ids, longer])) == [words, more]
+    with pytest.raises(InputError, match="The prompts are of 2, 3 tokens"):
+        model.to_tokens(model.prepare([ids, longer]))
+
+
+def test_text_of_several_ids() -> None:
+    model = wrapped("gpt2")
+    assert model.to_string([torch.tensor([10, 11]), [12]]) == ["w10 w11", "w12"]
+    assert model.to_string([torch.tensor(10), torch.tensor(11)]) == "w10 w11"

@@ -646,6 +646,7 @@ def test_composition_scores(model_type: str, by: Any) -> None:
     model = loaded(model_type)
     scores = model.composition_scores(0, 2, by)
     assert scores.shape == (HEADS, HEADS)
+    assert torch.equal(model.composition_scores(-model.num_layers, 2 - model.num_layers, by), scores)
     for one in range(HEADS):
         for other in range(HEADS):
             w_ov = model.OV(0).full()[one].T

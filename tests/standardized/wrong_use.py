@@ -21,7 +21,8 @@ from nnatomy.errors import NnatomyError
 from nnatomy.methods import ActivationStore, LogitLens, SteeringVector, TunedLens, collect_activations, logit_lens
 from nnatomy.methods.result import Result
 from nnatomy.plans import from_control_vector, from_pyvene, load_plan
-from nnatomy.plots import bars, heat_map
+from nnatomy.plots import bars, circuit, curves, heat_map
+from nnatomy.plots import save as save_figure
 from nnatomy.standardized import ActivationCache
 from nnatomy.standardized.image_tokens import ImageTokens
 from nnatomy.standardized.media_tokens import VideoTokens
@@ -31,6 +32,7 @@ warnings.simplefilter("error")
 m = StandardizedTransformer("demo:gpt2")
 P = "The capital of France is"
 v = torch.ones(96)
+MASK = torch.tensor([True, False, True, False, False])
 PHOTO, CLIP = ImageTokens(0, 0, torch.arange(16), (4, 4)), VideoTokens(0, 0, torch.arange(16), (1, 4, 4))
 _, C = m.run_with_cache(P, ["layers_output"], layers=[1])
 
@@ -887,6 +889,141 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         "values is a list: give a tensor of (row, column), such as torch.tensor(values).",
     ),
     (lambda: m.W_Q(), "UsageError", "W_Q(...): a layer stands in square brackets, W_Q[0]."),
+    (
+        lambda: m.run_with_cache(P, positions=MASK),
+        "InputError",
+        "positions=tensor([ True, False,  True, False, False]): that is a mask, and positions are whole numbers: give where it is",
+    ),
+    (
+        lambda: m.run_with_cache(P, layers=[True, False]),
+        "InputError",
+        "layers=[True, False]: that is a mask, and layers are",
+    ),
+    (
+        lambda: m.run_with_cache(P, positions=torch.tensor(True)),
+        "InputError",
+        "positions=tensor(True): give a whole number",
+    ),
+    (
+        tr(lambda: m.steer(1, v, token_positions=MASK)),
+        "InputError",
+        "batch_index=None, token_positions=tensor([ True, False,  True, False, False]) and a vector of (96,) do not fit a stream of ",
+    ),
+    (tr(lambda: m.steer([True, False], v)), "InputError", "layers=[True, False]: True is no number of a layer."),
+    (tr(lambda: m.steer(1, v * 1j)), "InputError", "The steering vector is of complex numbers: give one of real ones."),
+    (tr(lambda: m.skip_layer(True)), "LayerIndexError", "skip_layer(True): give the number of a layer, 0 to 5."),
+    (
+        tr(lambda: m.read(["layers_output"])),
+        "InputError",
+        "['layers_output'] is no name but several: in a trace they are given",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: m.run_with_cache(P, dtype=torch.int32),
+        "InputError",
+        "dtype=torch.int32: values would lose their fractions. Give one of floating point, such as torch.float16.",
+    ),
+    (
+        lambda: m(P, input_ids=torch.tensor([[5]])),
+        "InputError",
+        "There are two prompts, the first argument and input_ids=...: give one of them.",
+    ),
+    (
+        lambda: m(P, attention_mask="left"),
+        "InputError",
+        "attention_mask='left': it is no tensor, nor a list of numbers: ",
+    ),
+    (
+        lambda: m(torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0.5, 1]])),
+        "InputError",
+        "attention_mask has entries that are negative, fractions or NaN: of two axes it is 1 for tokens and 0 for padding; one ",
+    ),
+    (
+        lambda: m(torch.tensor([[5, 6]]), attention_mask=torch.tensor([[0, -torch.inf]])),
+        "InputError",
+        "attention_mask has entries that are negative, fractions or NaN: of two axes it is 1 for tokens and 0 for padding; one ",
+    ),
+    (
+        lambda: m.run_with_cache([[5, 6]], positions=0, attention_mask=[[0, 0]]),
+        "InputError",
+        "positions: prompt 0 has no tokens of its own, all are padding by the attention mask; there is no position 0.",
+    ),
+    (
+        lambda: C.layers_output["1"],
+        "CacheError",
+        "layers_output['1']: layers are counted, 0 to 5, or sliced. Several: [cache.lay",
+    ),  # type: ignore[call-overload]
+    (lambda: C["layers_output", [0, 1]], "CacheError", "layers_output[[0, 1]]: layers are counted, 0 to 5, or sliced."),  # type: ignore[index]
+    (lambda: C["layers_output", 1, 2], "CacheError", "cache['layers_output', 1, 2]: give a name and a layer, cache['"),  # type: ignore[index]
+    (
+        lambda: C.stack(["layers_output"]),
+        "CacheError",
+        "['layers_output'] is not in the cache, which has layers_output: ",
+    ),  # type: ignore[arg-type]
+    (lambda: C.columns("last"), "InputError", "position='last': it is a whole number."),  # type: ignore[arg-type]
+    (
+        lambda: ActivationCache.load(D / "cache", device="gpu"),
+        "InputError",
+        "device='gpu': Expected one of cpu, cuda, ",
+    ),
+    (
+        lambda: ActivationCache.load(D / "cache", device="meta"),
+        "InputError",
+        "device='meta': a file is read onto a device that holds values, such as 'cpu'.",
+    ),
+    (
+        lambda: m.to_string([99999]),
+        "InputError",
+        "to_string: 99999 is no id of a token of the model, which has 742 of them.",
+    ),
+    (
+        lambda: m.to_string(True),
+        "InputError",
+        "to_string(True): give ids of tokens; to_tokens(text) makes them of a text.",
+    ),
+    (
+        lambda: m.to_string(torch.tensor([[[5]]])),
+        "InputError",
+        "to_string: give ids of (seq) or (batch, seq), and not a list of 1 such lists.",
+    ),
+    (
+        lambda: m.to_tokens(torch.tensor([0.5])),
+        "InputError",
+        "Token ids are integers of shape (seq) or (batch, seq); got torch",
+    ),
+    (lambda: m.test_prompt(P, " Paris", top=True), "InputError", "top=True: it is a whole number, 1 or more."),
+    (
+        lambda: m.get_topk_closest_tokens(v, k=True),
+        "InputError",
+        "k=True: the model has 742 tokens; give how many of them.",
+    ),
+    (
+        lambda: m.project_on_vocab(v.half()),
+        "InputError",
+        "project_on_vocab: hidden states of torch.float16 do not go through a head whose model has parameters of torch.float32: ",
+    ),
+    (lambda: m.layers[99], "LayerIndexError", "layers[99]: the model has 6 layers, 0 to 5."),
+    (lambda: m.layers["a"], "LayerIndexError", "layers['a']: layers are counted, 0 to 5, or sliced."),  # type: ignore[call-overload]
+    (lambda: m.mlps["a"], "LayerIndexError", "mlp of layer 'a': layers are counted, 0 to 5, or sliced."),  # type: ignore[call-overload]
+    (
+        lambda: m.composition_scores("0", 1, "K"),
+        "InputError",
+        "Layers '0' and 1: the first is before the second, of 0 to 5.",
+    ),  # type: ignore[arg-type]
+    (lambda: m.kv_head(True), "LayerIndexError", "kv_head(True): the model has 6 heads, 0 to 5."),
+    (lambda: bars(torch.tensor(1.0), labels=["a"]), "InputError", "values are (): give a tensor of (label)."),
+    (lambda: curves([0, 1], [1.0, 2.0]), "InputError", "ys is a list: give the values of each curve by its name, {"),  # type: ignore[arg-type]
+    (
+        lambda: circuit(torch.ones(1, 1), sources=["a"], destinations=["b"], k=1.5),  # type: ignore[arg-type]
+        "InputError",
+        "k=1.5: give the number of edges to draw, at least 1.",
+    ),
+    (
+        lambda: save_figure(v, D / "x.html"),
+        "InputError",
+        "figure is a Tensor: give what a plot returns, save(result.plot(), ",
+    ),
+    (lambda: save_figure(D / "x.html", v), "InputError", "path=a Tensor: give the path of a file to write"),  # type: ignore[arg-type]
+    (lambda: LENS.plot(prompt=3), "InputError", "prompt=3: it is of 1 prompt, 0 to 0."),
 ]
 
 
