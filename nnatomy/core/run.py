@@ -36,6 +36,7 @@ class Run(Coroutine):
         state: the thread state to run it with.
 
     Attributes:
+        call: what is to run, until it has begun.
         roots: the modules whose submodules can be asked for: `whole`, and what is attached to it.
         progress: how far the forward pass has come.
         questions: the points that the blocks wait for, while they wait.
@@ -43,6 +44,8 @@ class Run(Coroutine):
         last: the question that was answered last, and the line that asked it.
         collectors: told about points after the blocks.
         replacements: told about points before any block sees them, to put another value there.
+        watched_inputs, watched_outputs: the modules at whose input or output the gates have the run look (see `watch`).
+        taps: those that somebody waits for.
         run_to_end: whether somebody still wants what comes after the block's end.
         result: what the call returned, or NO_RESULT.
     """

@@ -76,6 +76,16 @@ ROOMS = {
     ("nnsight", "nnatomy.compat.nnsight"): _OF_NNSIGHT,
     ("nnterp", "nnatomy.compat.nnterp"): _OF_NNTERP,
 }
+#: By keyword of TransformerLens's calls of a model, what there is here.
+KEYWORDS = {
+    "names_filter": "names= and layers= of run_with_cache",
+    "pos_slice": "positions= of run_with_cache",
+    "remove_batch_dim": "the first row, cache.layers_output[i][0]",
+    "incl_bwd": "gradients in a trace: value.retain_grad(), and loss.backward()",
+    "return_type": "model(prompt).logits, and model(prompt, labels=ids).loss",
+    "stop_at_layer": "a trace whose block asks for model.layers_output[i] and no more: the pass ends there",
+    "fwd_hooks": "a trace that assigns: with model.trace(prompt): model.layers_output[5] = ...",
+}
 #: By name, what to write here.
 ELSEWHERE = {name: here for names in ROOMS.values() for name, here in names.items()}
 

@@ -19,6 +19,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from nnatomy.arch_configs import Anatomy, has_decoder
 from nnatomy.arch_configs.cache_name import CACHE_NAMES
 from nnatomy.errors import InputError
+from nnatomy.standardized.elsewhere import KEYWORDS
 
 #: What the decorators of forwards, the loss, and the attention functions take.
 _OF_TRANSFORMERS = frozenset(("return_dict", "num_items_in_batch", "is_causal"))
@@ -86,6 +87,8 @@ class Keywords:
     def _refuse(self, given: set[str], taken: set[str], ours: Iterable[str], method: str) -> None:
         own = sorted(_named(self._causal.forward, read=False)[0])
         for name in sorted(given - taken):
+            if name in KEYWORDS:
+                raise InputError(f"{name}=... is TransformerLens's. In its place: {KEYWORDS[name]}.")
             near = get_close_matches(name, sorted(taken.union(ours)), 3)
             raise InputError(
                 f"{name}=...: {type(self._model).__name__}.{method} makes no use of such an argument, and would pass it over "

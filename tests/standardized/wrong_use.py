@@ -913,6 +913,16 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (tr(lambda: m.steer(1, v * 1j)), "InputError", "The steering vector is of complex numbers: give one of real ones."),
     (tr(lambda: m.skip_layer(True)), "LayerIndexError", "skip_layer(True): give the number of a layer, 0 to 5."),
     (
+        lambda: m.run_with_cache(P, names_filter="x"),
+        "InputError",
+        "names_filter=... is TransformerLens's. In its place: names= and layers= of run_with_cache.",
+    ),
+    (
+        lambda: m(P, return_type="logits"),
+        "InputError",
+        "return_type=... is TransformerLens's. In its place: model(prompt).logits, and model(prompt, labels=ids).loss.",
+    ),
+    (
         tr(lambda: m.read(["layers_output"])),
         "InputError",
         "['layers_output'] is no name but several: in a trace they are given",
