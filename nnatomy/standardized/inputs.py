@@ -248,9 +248,8 @@ class Prompts:
                 f"attention_mask has the shape {tuple(mask.shape)}, and what is given is {counted(rows, 'prompt')} of "
                 f"{counted(seq, 'position')}: give one number for each, 1 for those of the prompt and 0 for padding."
             )
-        if mask.ndim < 3 and bool(
-            ((mask < 0) | (mask.double() % 1 != 0)).any()
-        ):  # Transformers takes all but 0 for a 1
+        wrong = (mask < 0) | (mask % 1 != 0) if mask.is_floating_point() else mask < 0
+        if mask.ndim < 3 and bool(wrong.any()):  # Transformers takes all but 0 for a 1
             raise InputError(
                 "attention_mask has entries that are negative, fractions or NaN: of two axes it is 1 for tokens and 0 for padding; "
                 "one that is added to scores has four, (batch, 1, query, key)."
