@@ -103,7 +103,7 @@ def patching_plot(patching: Patching) -> Figure:
     return heat_map(
         patching.effect,
         rows=_layers(len(patching.effect)),
-        columns=[a if a == b else f"{a}→{b}" for a, b in patching.tokens],
+        columns=[a if a == b else f"{a}|{b}" for a, b in patching.tokens],
         texts=[[f"{value:z.2f}" for value in row] for row in patching.effect.tolist()],
         title=f"{patching.clean} / {patching.corrupted}",
         diverging=True,

@@ -127,6 +127,7 @@ def test_the_tables_and_the_page(tmp_path: Path, capsys: Any) -> None:
     assert printed.count("turns the answer from '·Rome'") == 2
     assert printed.count("·Tokyo (9") >= 6
     text = (tmp_path / "page.html").read_text()
+    assert r"\u00b7France|\u00b7Italy" in text  # (in JSON)
     markup = re.sub(r"(?s)<script[^>]*>.*?</script>", lambda m: m.group()[: m.group().index(">") + 1], text)
     assert not re.search(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=", markup)  # nothing is loaded
     assert text.count("plotly-graph-div") >= 10
