@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +17,7 @@ from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError
 from nnatomy.names import Name
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.whole_number import whole_number
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Accessor(NotPickled):
         """Where it is on that layer. Raises LayerIndexError or NotInThisModelError."""
         count = len(self.places)
         try:
-            layer = index(layer)
+            layer = whole_number(layer)
         except TypeError:
             raise LayerIndexError(f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.") from None
         if not -count <= layer < count:

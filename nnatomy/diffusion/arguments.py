@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from operator import index
 from typing import Any
 
 from torch import Tensor
 
 from nnatomy.errors import InputError
+from nnatomy.whole_number import whole_number
 
 #: What says what is to be drawn, by the name of an argument; the first that a pipeline has is its main one.
 _SUBJECTS = ("prompt", "class_labels", "prompt_embeds")
@@ -86,10 +86,10 @@ def _count(name: str, main: str | None, given: Mapping[str, Any]) -> int:
 
 def _check_steps(steps: Any) -> None:
     try:
-        found = None if isinstance(steps, bool) else index(steps)
+        count = whole_number(steps)
     except TypeError:
-        found = None
-    if found is None or found < 1:
+        count = 0
+    if count < 1:
         raise InputError(f"num_inference_steps={steps!r}: it is a whole number, 1 or more.")
 
 

@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import wraps
-from operator import index
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from nnatomy.errors import InputError, LayerIndexError, NotInThisModelError, a_kind
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import numbers
+from nnatomy.whole_number import whole_number
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -26,7 +26,7 @@ def whole(least: int | None = None) -> Check:
     def check(name: str, value: Any) -> None:
         more = "" if least is None else f", {least} or more"
         try:
-            found = None if isinstance(value, bool) else index(value)
+            found = whole_number(value)
         except TypeError:
             found = None
         if found is None or (least is not None and found < least):

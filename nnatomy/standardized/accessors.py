@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 from torch import Tensor
@@ -36,6 +35,7 @@ from nnatomy.standardized.pieces import Extent, piece_error
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.watched import watcher
 from nnatomy.tracing.attach import Point
+from nnatomy.whole_number import whole_number
 
 #: How hidden states are got from a point's value, and put there. (What a tap shows is the tensor itself.)
 _TENSOR_IN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
@@ -181,7 +181,7 @@ class LayerAccessor(NotPickled):
         """The module of that layer. Raises LayerIndexError or NotInThisModelError if there is none."""
         count = len(self.modules)
         try:
-            layer = index(layer)
+            layer = whole_number(layer)
         except TypeError:
             several = (
                 f' Several: model.read("{self.name}", layers={[*layer]!r}).' if isinstance(layer, (tuple, list)) else ""

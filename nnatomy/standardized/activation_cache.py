@@ -19,7 +19,7 @@ from nnatomy.errors import CacheError, InputError, MissingPackageError, NoSuchMo
 from nnatomy.names import row_of
 from nnatomy.paths import file_of, path_of, what_is_at
 from nnatomy.standardized.choice import check_kept_as
-from nnatomy.standardized.whole_number import whole
+from nnatomy.whole_number import whole_number
 from nnatomy.words import By
 
 #: A standard name and a layer.
@@ -61,7 +61,7 @@ class CachedLayers:
         if isinstance(layer, slice):
             return [self[i] for i in range(self.count)[layer]]
         try:
-            layer = whole(layer)
+            layer = whole_number(layer)
         except TypeError:
             raise CacheError(
                 f"{self.name}[{layer!r}]: layers are counted, 0 to {self.count - 1}, or sliced. Several: "
@@ -195,7 +195,7 @@ class ActivationCache:
             InputError: if it was not read of all prompts, or nothing says which tokens are padding.
         """
         try:
-            position = whole(position)
+            position = whole_number(position)
         except TypeError:
             raise InputError(f"position={position!r}: it is a whole number.") from None
         if self._own is None or self.lengths is None:

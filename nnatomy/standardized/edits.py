@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import index
 from typing import Any, SupportsIndex
 
 import torch
@@ -21,7 +20,7 @@ from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, nu
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.recorded import recorded_by, refuse_skip
 from nnatomy.standardized.watched import watcher
-from nnatomy.standardized.whole_number import is_truth
+from nnatomy.whole_number import whole_number
 
 
 class Edits(Names):
@@ -75,10 +74,14 @@ class Edits(Names):
             raise refuse_skip(f"skip_layers of layer {layer}", by[0])
 
     def _checked(self, layer: int) -> int:
-        if is_truth(layer) or not isinstance(layer, SupportsIndex):
-            raise LayerIndexError(f"skip_layer({layer!r}): give the number of a layer, 0 to {self.num_layers - 1}.")
-        self.layers_input.module(layer)
-        return layer
+        try:
+            number = whole_number(layer)
+        except TypeError:
+            raise LayerIndexError(
+                f"skip_layer({layer!r}): give the number of a layer, 0 to {self.num_layers - 1}."
+            ) from None
+        self.layers_input.module(number)
+        return number
 
     def steer(
         self,
@@ -174,6 +177,10 @@ def _numbers(layers: Any) -> list[int]:
     numbers = [*each]
     if not numbers:
         raise InputError("layers: give at least one to steer.")
-    if wrong := [one for one in numbers if is_truth(one) or not isinstance(one, SupportsIndex)]:
-        raise InputError(f"layers={layers!r}: {wrong[0]!r} is no number of a layer.")
-    return [index(one) for one in numbers]
+    found = []
+    for one in numbers:
+        try:
+            found.append(whole_number(one))
+        except TypeError:
+            raise InputError(f"layers={layers!r}: {one!r} is no number of a layer.") from None
+    return found

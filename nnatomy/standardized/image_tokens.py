@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 from nnatomy.errors import InputError, NotInThisModelError, a_kind
+from nnatomy.whole_number import whole_number
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,12 @@ class ImageTokens:
     def position_of(self, row: int, column: int) -> int:
         """The position of the token of that patch. Raises IndexError if there is none, InputError for no numbers."""
         rows, columns = self.patch_grid
-        if not (isinstance(row, SupportsIndex) and isinstance(column, SupportsIndex)):
-            raise InputError(f"position_of({row!r}, {column!r}): give whole numbers, of a row and a column of patches.")
-        row, column = index(row), index(column)
+        try:
+            row, column = whole_number(row), whole_number(column)
+        except TypeError:
+            raise InputError(
+                f"position_of({row!r}, {column!r}): give whole numbers, of a row and a column of patches."
+            ) from None
         if not (-rows <= row < rows and -columns <= column < columns):
             raise IndexError(
                 f"The image is of {rows} rows and {columns} columns of patches: there is no ({row}, {column})."

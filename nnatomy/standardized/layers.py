@@ -11,8 +11,8 @@ from nnatomy.arch_configs import Anatomy
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.errors import LayerIndexError, NotInThisModelError, counted
 from nnatomy.standardized.pickling import NotPickled
-from nnatomy.standardized.whole_number import whole
 from nnatomy.tracing import ModuleView
+from nnatomy.whole_number import whole_number
 
 
 class LayerView(NotPickled, ModuleView):
@@ -83,7 +83,7 @@ class Views(NotPickled):
 def _number(layer: Any, what: str, count: int) -> int:
     """The number of a layer of so many. Raises LayerIndexError."""
     try:
-        if -count <= (found := whole(layer)) < count:
+        if -count <= (found := whole_number(layer)) < count:
             return found
     except TypeError:
         raise LayerIndexError(f"{what}: layers are counted, 0 to {count - 1}, or sliced.") from None

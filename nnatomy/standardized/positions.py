@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from nnatomy.errors import InputError, counted
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 from nnatomy.standardized.watched import watcher
-from nnatomy.standardized.whole_number import is_truth, whole
+from nnatomy.whole_number import is_truth, whole_number
 
 #: "last", "all", or one or several.
 Positions = str | int | Sequence[int] | Int[Tensor, "*position"]
@@ -129,7 +129,7 @@ def numbers(name: str, given: Any) -> list[int]:
             raise InputError(
                 f"{name}={given!r}: that is a mask, and {name} are whole numbers: give where it is true, mask.nonzero().flatten()."
             )
-        found = [whole(one) for one in each]
+        found = [whole_number(one) for one in each]
     except TypeError:
         raise InputError(f"{name}={given!r}: give a whole number, or several.") from None
     if not found:

@@ -14,7 +14,7 @@ from nnatomy.standardized.inputs import is_batch
 from nnatomy.standardized.positions import ids_of, is_one, mask_of
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.text import refuse_unknown, token_texts, written_ids
-from nnatomy.standardized.whole_number import whole
+from nnatomy.whole_number import whole_number
 
 #: So many of the most probable tokens are kept, at least.
 _KEPT = 10
@@ -115,7 +115,7 @@ class PromptTexts(Running):
                 )
             return [str(one) for one in texts]
         try:
-            ids = [whole(one) for one in ([rows] if is_one(rows) else rows)]
+            ids = [whole_number(one) for one in ([rows] if is_one(rows) else rows)]
         except TypeError:
             raise InputError(
                 f"to_string({rows!r}): give ids of tokens; to_tokens(text) makes them of a text."

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nnatomy.errors import AssignmentError, LayerIndexError
 from nnatomy.standardized.parts import Parts
-from nnatomy.standardized.whole_number import whole
 from nnatomy.weights import ROWS, FactoredMatrix, Found, WeightAccessor, composition_scores, ov, qk
+from nnatomy.whole_number import whole_number
 from nnatomy.words import ReadAs
 
 
@@ -114,7 +114,7 @@ class Weights(Parts):
     def kv_head(self, head: int) -> int:
         """Which head of keys and values a query head has; several may share one."""
         try:
-            found = whole(head)
+            found = whole_number(head)
         except TypeError:
             found = -1
         if not 0 <= found < self.num_heads:

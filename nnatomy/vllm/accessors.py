@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import index
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -19,6 +18,7 @@ from nnatomy.tracing.attach import Point
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.places import Place, StreamPlace
 from nnatomy.vllm.run import EngineRun
+from nnatomy.whole_number import whole_number
 
 
 def run_of(block: Block) -> EngineRun:
@@ -94,7 +94,7 @@ class Accessor(NotPickled):
         """Where it is on that layer. Raises LayerIndexError or NotInThisModelError."""
         count = len(self.places)
         try:
-            layer = index(layer)
+            layer = whole_number(layer)
         except TypeError:
             raise LayerIndexError(f"{self.name}[{layer!r}]: layers are counted, 0 to {count - 1}, or sliced.") from None
         if not -count <= layer < count:
@@ -115,7 +115,7 @@ class Accessor(NotPickled):
         return Point(said, place.module, place.kind, place.whole, place.with_whole)
 
     def _said(self, layer: int) -> str:
-        return f"{self.name}[{index(layer) % len(self.places)}]"
+        return f"{self.name}[{whole_number(layer) % len(self.places)}]"
 
     def _reach(self, layer: Any) -> tuple[Place, Slot, Block]:
         place = self.at(layer)

@@ -7,10 +7,10 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from operator import index
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
+from nnatomy.whole_number import whole_number
 
 #: The engines that there are.
 ENGINES = ("vllm",)
@@ -177,7 +177,7 @@ def _of_fields(vllm: Any, fields: Mapping[str, Any]) -> Any:
 
 def _made(vllm: Any, max_new_tokens: Any, given: Mapping[str, Any]) -> Any:
     try:
-        count = 0 if isinstance(max_new_tokens, bool) else index(max_new_tokens)
+        count = whole_number(max_new_tokens)
     except TypeError:
         count = 0
     if count < 1:

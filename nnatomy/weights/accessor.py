@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, overload
 
 from torch import Tensor
 
 from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError
 from nnatomy.weights.names import WeightName as WeightName
+from nnatomy.whole_number import whole_number
 
 
 class WeightAccessor:
@@ -43,7 +43,7 @@ class WeightAccessor:
         if isinstance(layer, slice):
             return [self[i] for i in range(len(self))[layer]]
         try:
-            layer = index(layer)
+            layer = whole_number(layer)
         except TypeError:
             raise LayerIndexError(
                 f"{self.row.name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}, or sliced."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 from jaxtyping import Float
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError, NotInThisModelError
 from nnatomy.weights.factored import FactoredMatrix
+from nnatomy.whole_number import whole_number
 from nnatomy.words import ReadAs
 
 
@@ -39,7 +39,7 @@ def composition_scores(model: Any, earlier: int, later: int, by: ReadAs) -> Floa
         raise InputError(f"by={by!r}: it is 'Q', 'K' or 'V'.")
     places = range(model.num_layers)
     try:
-        first, second = places[index(earlier)], places[index(later)]
+        first, second = places[whole_number(earlier)], places[whole_number(later)]
     except (IndexError, TypeError):
         first = second = -1
     if first >= second:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import index
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from nnatomy.weights.folded import scale_and_shift
 from nnatomy.weights.mlp import find_mlps
 from nnatomy.weights.names import ROWS, WeightName
 from nnatomy.weights.projection import Projection, RefusedError
+from nnatomy.whole_number import whole_number
 
 _BY_LAYER: dict[str, Callable[[Any], list[Roles]]] = {
     "attention": find_attentions,
@@ -68,7 +68,7 @@ class Found:
     def _of_layer(self, model: Any, row: WeightName, layer: int | None) -> Projection | ExpertsMatrix | str:
         layers, count = self.layers(model, row.group), model.num_layers
         try:
-            number = range(count)[index(layer)]  # type: ignore[arg-type]
+            number = range(count)[whole_number(layer)]
         except (IndexError, TypeError):
             raise LayerIndexError(
                 f"{row.name}[{layer!r}]: the model has {counted(count, 'layer')}, 0 to {count - 1}."

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnatomy.standardized.whole_number import is_truth, whole
+from nnatomy.whole_number import is_truth, whole_number
 
 
 def test_numbers_of_numpy_and_of_a_tensor_are_numbers() -> None:
@@ -23,4 +23,4 @@ def test_numbers_of_numpy_and_of_a_tensor_are_numbers() -> None:
 def test_a_truth_is_no_number(given: object) -> None:
     assert is_truth(given)
     with pytest.raises(TypeError):
-        whole(given)
+        whole_number(given)

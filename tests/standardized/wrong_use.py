@@ -911,6 +911,18 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),
     (tr(lambda: m.steer([True, False], v)), "InputError", "layers=[True, False]: True is no number of a layer."),
     (tr(lambda: m.steer(1, v * 1j)), "InputError", "The steering vector is of complex numbers: give one of real ones."),
+    (
+        tr(lambda: m.layers_output[True]),
+        "LayerIndexError",
+        "layers_output[True]: layers are counted, 0 to 5, or sliced.",
+    ),
+    (lambda: m.W_Q[True], "LayerIndexError", "W_Q[True]: layers are counted, 0 to 5, or sliced."),
+    (lambda: m.QK(True), "LayerIndexError", "W_Q[True]: the model has 6 layers, 0 to 5."),
+    (
+        lambda: PHOTO.position_of(True, 0),
+        "InputError",
+        "position_of(True, 0): give whole numbers, of a row and a column of patches.",
+    ),
     (tr(lambda: m.skip_layer(True)), "LayerIndexError", "skip_layer(True): give the number of a layer, 0 to 5."),
     (
         lambda: m.run_with_cache(P, names_filter="x"),

@@ -6,7 +6,7 @@ from operator import index
 from typing import Any
 
 
-def whole(given: Any) -> int:
+def whole_number(given: Any) -> int:
     """A whole number of any kind (numpy's, a tensor) as an int. Raises TypeError for anything else, True and False too."""
     if is_truth(given):
         raise TypeError(f"{given!r} is no whole number")
