@@ -126,9 +126,7 @@ def serve(options: argparse.Namespace) -> int:
             one = copy(options)
             one.model = name
             models[name] = StandardizedTransformer(name, **engine) if engine else load(one)
-        server = Server(models, keys, limits)
-        sys.stderr.write(f"nnatomy: {', '.join(models)} at http://{options.host}:{bound.getsockname()[1]}\n")
-        run(server, options.host, options.port, bound)
+        run(Server(models, keys, limits), options.host, options.port, bound, told=", ".join(models))
     return 0
 
 
@@ -210,6 +208,5 @@ def _serve_by_ray(options: argparse.Namespace, limits: dict[str, Any]) -> int:
     if options.write_config is not None:
         options.write_config.write_text(as_yaml(serve_config(cluster)), encoding="utf-8")
         return 0
-    sys.stderr.write(f"nnatomy: {', '.join(cluster.models)} at http://{options.host}:{options.port}, by Ray Serve\n")
     run(cluster)
     return 0

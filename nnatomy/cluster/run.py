@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -18,7 +19,8 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 def run(cluster: Cluster) -> None:
     """Serve until interrupted or ended: what `serve deploy` does with the config, and the end of it with this process.
 
-    Without RAY_ADDRESS it is a cluster of this machine alone, which ends too.
+    Without RAY_ADDRESS it is a cluster of this machine alone, which ends too. Once it answers, its address is written to the
+    standard error.
 
     Raises:
         InputError: for an address that others can reach, where no key is asked for.
@@ -35,6 +37,8 @@ def run(cluster: Cluster) -> None:
                 serve.run_many([_target(serve, one) for one in config["applications"]])
             except RuntimeError as error:
                 raise LoadError(f"The cluster has not come up: {error}") from error
+            told = f"{', '.join(cluster.models)} at http://{cluster.host}:{cluster.port}, by Ray Serve"
+            sys.stderr.write(f"nnatomy: {told}\n")
             over = threading.Event()
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, lambda *_: over.set())

@@ -205,11 +205,8 @@ def _talk(
 
     signal.signal(signal.SIGTERM, _leave)  # which uvicorn raises once more when it has ended
     server = Server({served.name: served}, keys, limits)
-    sys.stderr.write(
-        f"nnatomy: {served.name} on {options.tp} ranks at http://{options.host}:{bound.getsockname()[1]}\n"
-    )
     try:
-        run(server, options.host, options.port, bound)
+        run(server, options.host, options.port, bound, told=f"{served.name} on {options.tp} ranks")
     except SystemExit:
         pass
     finally:

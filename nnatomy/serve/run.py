@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from asyncio import TimerHandle
 from typing import Any
 
@@ -69,11 +70,12 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(server: Server, host: str, port: int, bound: socket.socket | None = None) -> None:
+def run(server: Server, host: str, port: int, bound: socket.socket | None = None, told: str = "") -> None:
     """Serve until interrupted.
 
     Args:
         bound: by `bind`, to that address.
+        told: what is there; it is written with the address to the standard error, once whoever connects is heard.
 
     Raises:
         InputError: for an address that others can reach, where no key is asked for, and for one that cannot be had.
@@ -91,4 +93,7 @@ def run(server: Server, host: str, port: int, bound: socket.socket | None = None
         timeout_graceful_shutdown=2,
     )
     with bound or bind(host, port) as at:
+        at.listen(config.backlog)  # so that who reads the address at once is not refused while uvicorn starts
+        if told:
+            sys.stderr.write(f"nnatomy: {told} at http://{host}:{at.getsockname()[1]}\n")
         uvicorn.Server(config).run(sockets=[at])

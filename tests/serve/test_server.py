@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -148,6 +149,23 @@ def test_a_server_of_other_versions_is_refused_with_both_named(versions: dict[st
     with served("demo:gpt2", script=script) as process:
         with pytest.raises(LoadError, match=text):
             StandardizedTransformer("demo:gpt2", server=process.address)
+
+
+def test_whoever_reads_the_address_can_connect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before uvicorn has come up, too, which takes a while on a busy machine."""
+    reached = []
+
+    def not_yet_up(self: Any, sockets: list[socket.socket]) -> None:
+        address = re.fullmatch(r"nnatomy: demo:gpt2 at http://127\.0\.0\.1:(\d+)\n", capsys.readouterr().err)
+        assert address is not None
+        socket.create_connection(("127.0.0.1", int(address[1])), timeout=5).close()
+        reached.append(self)
+
+    monkeypatch.setattr("uvicorn.Server.run", not_yet_up)
+    assert main(["serve", "demo:gpt2", "--port", "0"]) == 0
+    assert len(reached) == 1
 
 
 # The status.
