@@ -13,6 +13,14 @@ def whole_number(given: Any) -> int:
     return index(given)
 
 
+def count_of(given: Any) -> int:
+    """A whole number from 1 on, such as of tokens or rows; 0 for anything else, which the caller refuses."""
+    try:
+        return max(0, whole_number(given))
+    except TypeError:
+        return 0
+
+
 def is_truth(given: Any) -> bool:
     """Whether it is True or False, of which Python makes 1 and 0: a mask is no list of numbers."""
     return isinstance(given, bool) or str(getattr(given, "dtype", "")) in ("torch.bool", "bool")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.whole_number import whole_number
+from nnatomy.whole_number import count_of
 
 #: What says what is to be drawn, by the name of an argument; the first that a pipeline has is its main one.
 _SUBJECTS = ("prompt", "class_labels", "prompt_embeds")
@@ -85,11 +85,7 @@ def _count(name: str, main: str | None, given: Mapping[str, Any]) -> int:
 
 
 def _check_steps(steps: Any) -> None:
-    try:
-        count = whole_number(steps)
-    except TypeError:
-        count = 0
-    if count < 1:
+    if not count_of(steps):
         raise InputError(f"num_inference_steps={steps!r}: it is a whole number, 1 or more.")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from nnatomy.errors import InputError, counted
 from nnatomy.plots.labels import label
 from nnatomy.plots.look import COLORS, SIGNED, Figure, graph_objects, laid_out, numbers
+from nnatomy.whole_number import count_of
 
 _STEPS = (5, 10, 20, 40, 80, 160, 320)
 _POINTS = 16  # of each curve
@@ -62,7 +63,7 @@ def circuit(
             f"scores are {tuple(scores.shape)}, with names for {counted(len(sources), 'source')} and "
             f"{counted(len(destinations), 'destination')}: give one name each."
         )
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not count_of(k):
         raise InputError(f"k={k!r}: give the number of edges to draw, at least 1.")
     edges = _largest(shown, k)
     most = max((abs(value) for *_, value in edges), default=1.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from nnatomy.blocks.rows import RowSlot
 from nnatomy.errors import InputError, LayerIndexError
-from nnatomy.names import OF_LAYERS
 from nnatomy.standardized.accessors import check_fits
 from nnatomy.standardized.hidden import with_output
 from nnatomy.standardized.left_out import leaves_something, run_aside
 from nnatomy.standardized.names import Names
-from nnatomy.standardized.positions import Where, is_fake, is_finite, is_one, numbers, own_positions
+from nnatomy.standardized.positions import Where, is_fake, is_one, numbers, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.recorded import recorded_by, refuse_skip
+from nnatomy.standardized.steering import checked_layers, checked_vector
 from nnatomy.standardized.watched import watcher
 from nnatomy.whole_number import whole_number
 
@@ -107,25 +107,8 @@ class Edits(Names):
                 positions.
             LayerIndexError: for a layer that there is not.
         """
-        try:
-            vector = torch.as_tensor(steering_vector)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"The steering vector is {type(steering_vector).__name__}, and no tensor: {error}. Give one of "
-                f"({self.hidden_size}), such as layers_output[i][0, -1] of a trace; SteeringVector of nnatomy.methods makes one."
-            ) from None
-        if vector.is_complex():
-            raise InputError("The steering vector is of complex numbers: give one of real ones.")
-        if not isinstance(factor, (int, float, Tensor)):
-            raise InputError(f"factor={factor!r}: it is a number.")
-        if not is_finite(vector):
-            raise InputError("The steering vector has entries that are NaN or infinite.")
-        if vector.shape[-1:] != (self.hidden_size,):
-            raise InputError(
-                f"The steering vector is of shape {tuple(vector.shape)}, the model's residual stream of width "
-                f"{self.hidden_size}: give one of (..., {self.hidden_size})."
-            )
-        each = _numbers(layers)
+        vector = checked_vector(steering_vector, factor, self.hidden_size)
+        each = checked_layers(layers)
         for i in each:
             self.layers_output.module(i)  # raises if there is none
         for layer in sorted(range(self.num_layers)[i] for i in each):
@@ -161,26 +144,3 @@ class Edits(Names):
         columns, there = (one.to(hidden.device) for one in own.columns(wanted, prompts))
         added = vector.expand(*columns.shape, -1)[there]
         hidden[prompts.to(hidden.device)[there], columns[there]] += added
-
-
-def _numbers(layers: Any) -> list[int]:
-    """The layers to steer. Raises InputError for what are none."""
-    each = [layers] if isinstance(layers, SupportsIndex) else layers
-    if isinstance(each, str) or not isinstance(each, Iterable):
-        elsewhere = ""
-        if isinstance(layers, str) and layers in OF_LAYERS:
-            elsewhere = f" At another name add it in the trace, model.{layers}[3] = model.{layers}[3] + vector."
-        raise InputError(
-            f"layers={layers!r}: steer adds a vector to the output of layers, by their numbers: steer(3, vector), steer([3, 5], "
-            f"vector).{elsewhere}"
-        )
-    numbers = [*each]
-    if not numbers:
-        raise InputError("layers: give at least one to steer.")
-    found = []
-    for one in numbers:
-        try:
-            found.append(whole_number(one))
-        except TypeError:
-            raise InputError(f"layers={layers!r}: {one!r} is no number of a layer.") from None
-    return found

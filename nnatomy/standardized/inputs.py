@@ -148,6 +148,8 @@ class Prompts:
             )
         if given.get("input_ids") is None:
             embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+            if isinstance(embeds, Tensor):
+                _check_position_ids(given, embeds)
             if isinstance(embeds, Tensor) and isinstance(mask, Tensor):
                 self._check_mask(mask, embeds, cached_positions(given), given.get(self.cache) is not None)
                 if mask.shape == embeds.shape[:2]:
@@ -168,6 +170,7 @@ class Prompts:
         given["input_ids"] = ids
         self._check_labels(given.get("labels"), mask)
         given = self._with_decoder(given)
+        _check_position_ids(given, ids)
         if kwargs.get("attention_mask", mask) is None and given.get("position_ids") is not None and mask.all():
             return _to(given, device)  # several prompts in a row, which the model knows by their positions
         past = cached_positions(given)
@@ -450,6 +453,25 @@ def _is_ids(prompt: Any) -> bool:
         and bool(prompt)
         and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
     )
+
+
+def _check_position_ids(given: dict[str, Any], prompts: Tensor) -> None:
+    """Make `position_ids` a tensor of (batch, seq). Raises InputError unless they are a number for each token of the prompts."""
+    if (ids := given.get("position_ids")) is None:
+        return
+    try:
+        placed = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        placed = torch.tensor(False)
+    if placed.ndim == 1:
+        placed = placed[None]
+    rows, seq = prompts.shape[:2]
+    if placed.dtype == torch.bool or placed.ndim < 2 or placed.shape[-1] != seq or placed.shape[-2] not in (1, rows):
+        what = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r:.60}"
+        raise InputError(
+            f"position_ids, {what}: give a number for each of {counted(seq, 'token')} of {counted(rows, 'prompt')}, ({rows}, {seq})."
+        )
+    given["position_ids"] = placed
 
 
 def _to(given: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError, NotInThisModelError, counted
 from nnatomy.standardized.media_kinds import Kind
+from nnatomy.whole_number import whole_number
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class VideoTokens:
     def position_of(self, frame: int, row: int, column: int) -> int:
         """The position of the token of that patch. Raises IndexError if there is none, InputError for no numbers."""
         grid = self.patch_grid
-        at = (frame, row, column)
-        if not all(isinstance(one, SupportsIndex) for one in at):
-            raise InputError(f"position_of{at!r}: give whole numbers, of a frame, a row and a column of patches.")
+        given = (frame, row, column)
+        try:
+            at = tuple(map(whole_number, given))
+        except TypeError:
+            raise InputError(
+                f"position_of{given!r}: give whole numbers, of a frame, a row and a column of patches."
+            ) from None
         if any(not -size <= index < size for index, size in zip(at, grid, strict=True)):
             raise IndexError(
                 "The video is of {} frames of {} rows and {} columns of patches: there is no {}.".format(*grid, at)

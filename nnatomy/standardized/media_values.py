@@ -5,7 +5,7 @@ the stream. `tower.py` finds the modules.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -18,6 +18,7 @@ from nnatomy.standardized.tower import Tower, find_tower
 from nnatomy.standardized.values import Values
 from nnatomy.standardized.watched import watcher
 from nnatomy.tracing.attach import first_tensor, with_first_tensor
+from nnatomy.whole_number import whole_number
 
 
 class EncoderLayers:
@@ -48,8 +49,10 @@ class EncoderLayers:
     def _slot(self, layer: int) -> Slot:
         if not self._layers:
             raise NotInThisModelError(f"{self._name}: {self._why}")
-        if not isinstance(layer, SupportsIndex):
-            raise LayerIndexError(f"{self._name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}.")
+        try:
+            layer = whole_number(layer)
+        except TypeError:
+            raise LayerIndexError(f"{self._name}[{layer!r}]: layers are counted, 0 to {len(self) - 1}.") from None
         if not -len(self) <= layer < len(self):
             raise LayerIndexError(
                 f"The {self._name.partition('_')[0]} encoder has layers 0 to {len(self) - 1}, so no {layer}."

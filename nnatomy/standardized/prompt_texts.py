@@ -14,7 +14,7 @@ from nnatomy.standardized.inputs import is_batch
 from nnatomy.standardized.positions import ids_of, is_one, mask_of
 from nnatomy.standardized.running import Running
 from nnatomy.standardized.text import refuse_unknown, token_texts, written_ids
-from nnatomy.whole_number import whole_number
+from nnatomy.whole_number import count_of, whole_number
 
 #: So many of the most probable tokens are kept, at least.
 _KEPT = 10
@@ -159,7 +159,7 @@ class PromptTexts(Running):
         self._need_tokenizer()
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise InputError(f"prompt={prompt!r}, answer={answer!r}: both are text.")
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        if not count_of(top):
             raise InputError(f"top={top!r}: it is a whole number, 1 or more.")
         options: dict[str, Any] = {"prepend_bos": prepend_bos}
         (read,) = self._prompts.token_lists(prompt, texts=options)

@@ -22,6 +22,7 @@ from nnatomy.standardized.prompt_trace import Given as GivenPrompts
 from nnatomy.standardized.prompt_trace import PromptTrace
 from nnatomy.standardized.real_numbers import RealWholeNumbers
 from nnatomy.tracing import Trace
+from nnatomy.whole_number import count_of
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -128,7 +129,7 @@ class Running(Parts):
         """
         given = self._check_used(prompts, kwargs, generating=True)
         count = kwargs.get("max_new_tokens", 1)
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and not count_of(count):
             raise InputError(
                 f"max_new_tokens={count!r}: it is a whole number, 1 or more. A pass that writes nothing is a trace."
             )
@@ -143,6 +144,8 @@ class Running(Parts):
                 inputs["attention_mask"] = inputs["attention_mask"][:, past:]
             if "decoder_input_ids" not in given:
                 inputs.pop("decoder_input_ids", None)
+            if arguments.get("stop_strings") is not None:
+                inputs.setdefault("tokenizer", self.tokenizer)
             if getattr(self.hf_model.generation_config, "pad_token_id", None) is None:
                 inputs.setdefault("pad_token_id", self._prompts.pad_token_id)
             return self._shards.in_order(partial(self.hf_model.generate, **self._prompts.taken(inputs)))

@@ -17,6 +17,7 @@ from nnatomy.standardized.pieces import piece_error
 from nnatomy.standardized.positions import is_fake, own_positions
 from nnatomy.standardized.prompt_trace import RootInputs, positions_in, tokens_of
 from nnatomy.standardized.watched import watcher
+from nnatomy.whole_number import count_of
 
 
 class Values(Parts):
@@ -167,7 +168,7 @@ class Values(Parts):
         Args:
             hidden_state: of (hidden), or of (rows, hidden) for a list of results.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.vocab_size:
+        if not 1 <= count_of(k) <= self.vocab_size:
             raise InputError(f"k={k!r}: the model has {self.vocab_size} tokens; give how many of them.")
         if isinstance(hidden_state, Tensor) and hidden_state.ndim not in (1, 2):
             raise InputError(f"hidden_state is (hidden) or (rows, hidden); got {tuple(hidden_state.shape)}.")

@@ -8,6 +8,7 @@ from nnatomy.core.frames import user_line, warn
 from nnatomy.core.points import Question
 from nnatomy.core.progress import Place
 from nnatomy.errors import NotReachedError, OutOfOrderError, UsageError
+from nnatomy.whole_number import whole_number
 
 
 class Steps:
@@ -83,7 +84,11 @@ def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
                 "known beforehand, so steps count from 0 upwards."
             )
         return range(start, 2**62 if stop is None else stop, stride)
-    steps = list(which) if isinstance(which, Iterable) else [which]
-    if not all(isinstance(step, int) and step >= 0 for step in steps) or steps != sorted(set(steps)):
+    try:
+        every: Any = which if isinstance(which, Iterable) and getattr(which, "ndim", 1) > 0 else [which]
+        steps = [*map(whole_number, every)]
+    except TypeError:
+        steps = [-1]
+    if min(steps, default=0) < 0 or steps != sorted(set(steps)):
         raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")
     return steps

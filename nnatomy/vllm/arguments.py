@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
-from nnatomy.whole_number import whole_number
+from nnatomy.whole_number import count_of
 
 #: The engines that there are.
 ENGINES = ("vllm",)
@@ -176,11 +176,7 @@ def _of_fields(vllm: Any, fields: Mapping[str, Any]) -> Any:
 
 
 def _made(vllm: Any, max_new_tokens: Any, given: Mapping[str, Any]) -> Any:
-    try:
-        count = whole_number(max_new_tokens)
-    except TypeError:
-        count = 0
-    if count < 1:
+    if not (count := count_of(max_new_tokens)):
         raise InputError(
             f"max_new_tokens={max_new_tokens!r}: it is a whole number, 1 or more. A pass that writes nothing is a trace."
         )

@@ -23,6 +23,8 @@ from nnatomy.standardized.asked_for import check_model
 from nnatomy.standardized.inputs import Prompts, is_batch, pad_token_id, padding_token_id
 from nnatomy.standardized.loading import load_tokenizer, locate
 from nnatomy.standardized.pickling import NotPickled
+from nnatomy.standardized.positions import numbers
+from nnatomy.standardized.steering import checked_layers, checked_vector
 from nnatomy.tracing import ModuleView, Traceable
 from nnatomy.tracing.attach import Point
 from nnatomy.validation.report import Report
@@ -278,23 +280,25 @@ class VllmTransformer(NotPickled, Values, Traceable):
             requests: which prompts; all if None. One that takes no part in the step is left out of it.
 
         Raises:
-            InputError: if the vector is not as wide as the stream.
+            InputError: if the vector is not as wide as the stream, or layers or requests are no numbers.
             LayerIndexError: for a layer that there is not.
 
         Example:
             `steered = model.edit(lambda: model.steer(14, direction, 4.0))`, then `steered.generate_text(prompts)`.
         """
-        if tuple(steering_vector.shape) != (self.hidden_size,):
+        vector = checked_vector(steering_vector, factor, self.hidden_size)
+        if vector.ndim != 1:
             raise InputError(
-                f"The steering vector is of shape {tuple(steering_vector.shape)}, and the stream of width {self.hidden_size}: "
-                f"give one of ({self.hidden_size},)."
+                f"The steering vector is of shape {tuple(vector.shape)}: a step has tokens of all prompts in one axis, so give one "
+                f"of ({self.hidden_size},)."
             )
-        each = [layers] if isinstance(layers, int) else list(layers)
-        wanted = None if requests is None else {requests} if isinstance(requests, int) else set(requests)
-        for layer in sorted(range(self.num_layers)[one] for one in each if self.layers_output.at(one)):
+        wanted = None if requests is None else {*numbers("requests", requests)}
+        for layer in sorted(
+            range(self.num_layers)[one] for one in checked_layers(layers) if self.layers_output.at(one)
+        ):
             stream = self.layers_output[layer]
             rows = [row for row, request in enumerate(self.requests) if wanted is None or request in wanted]
-            stream[rows] += factor * steering_vector.detach().to(stream)
+            stream[rows] += factor * vector.detach().to(stream)
 
     # What the model is.
 

@@ -63,6 +63,8 @@ class FactoredMatrix:
             raise InputError(
                 f"A product of {tuple(self.shape)} has {count} axes of heads; entries are those of full()."
             )
+        if any(isinstance(one, (bool, str)) for one in chosen):
+            raise InputError(f"[{', '.join(map(repr, chosen))}]: heads are counted from 0, or sliced.")
         return FactoredMatrix(*(one[chosen] for one in each))
 
     def __matmul__(self, other: Tensor | FactoredMatrix) -> Tensor | FactoredMatrix:

@@ -17,7 +17,7 @@ from reference import hooked
 from torch import Tensor, nn
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, OutsideTraceError
+from nnatomy.errors import AssignmentError, InputError, LayerIndexError, NotInThisModelError, OutsideTraceError
 from nnatomy.standardized.media import image_token
 
 # Of numpy, about the processors' own code.
@@ -378,6 +378,12 @@ def test_models_without_a_processor(llava: StandardizedTransformer) -> None:
         text.trace("what"),
     ):
         text.vision_layers_output[0]
+
+
+def test_true_is_no_layer_of_the_tower(llava: StandardizedTransformer) -> None:
+    with pytest.raises(LayerIndexError, match=r"vision_layers_output\[True\]: layers are counted, 0 to \d+\."):
+        with llava.trace("<image> what", images=picture()):
+            llava.vision_layers_output[True]
 
 
 def test_an_argument_by_another_name_is_said(llava: StandardizedTransformer) -> None:

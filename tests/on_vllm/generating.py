@@ -194,9 +194,19 @@ def test_steer_is_an_edit_of_these_prompts() -> None:
     assert texts(lambda: model().steer([0, 2], direction, 2.0, requests=[0, 2])) == [steered[0], plain[1], steered[2]]
     with (
         model().trace(ids),
-        pytest.raises(InputError, match=r"The steering vector is of shape \(63,\), and the stream of width 64"),
+        pytest.raises(
+            InputError, match=r"steering vector is of shape \(63,\), the model's residual stream of width 64"
+        ),
     ):
         model().steer(1, torch.zeros(63))
+    with model().trace(ids), pytest.raises(InputError, match="entries that are NaN or infinite"):
+        model().steer(1, torch.full((64,), torch.nan))
+    with model().trace(ids), pytest.raises(InputError, match=r"of shape \(1, 64\): a step has tokens of all prompts"):
+        model().steer(1, torch.zeros(1, 64))
+    with model().trace(ids), pytest.raises(InputError, match="layers=True: True is no number of a layer"):
+        model().steer(True, torch.zeros(64))
+    with model().trace(ids), pytest.raises(InputError, match="that is a mask"):
+        model().steer(1, torch.zeros(64), requests=[True, False])
 
 
 def test_an_edit_of_keys_is_of_its_step_alone() -> None:

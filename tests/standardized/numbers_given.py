@@ -54,12 +54,21 @@ ASKED: dict[str, Callable[[StandardizedTransformer, Any, Any], Tensor]] = {
 }
 
 
+def steps(model: StandardizedTransformer, which: Any) -> Tensor:
+    with model.generate(PROMPT, max_new_tokens=np.int64(5), min_new_tokens=5) as tracer:  # type: ignore[arg-type]
+        found = [model.logits[0, -1] for _ in tracer.iter[which]]
+    return torch.stack(found)
+
+
 def main() -> None:
     model = StandardizedTransformer("demo:gpt2", validate=False)
     for name, ask in ASKED.items():
         meant = ask(model, 3, [1, 4])
         assert torch.equal(ask(model, np.int64(3), np.array([1, 4])), meant), name
         assert torch.equal(ask(model, torch.tensor(3), torch.tensor([1, 4])), meant), name
+    assert torch.equal(steps(model, np.int64(1)), steps(model, 1))
+    assert torch.equal(steps(model, torch.tensor(1)), steps(model, 1))
+    assert torch.equal(steps(model, torch.tensor([1, 3])), steps(model, [1, 3]))
     assert model.kv_head(torch.tensor(3)) == model.kv_head(3) == 3  # type: ignore[arg-type]
     for ids in (
         np.array([300, 301]),

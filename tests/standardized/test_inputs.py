@@ -63,6 +63,7 @@ def test_a_batch_is_padded_left_with_positions_from_the_mask(demo: StandardizedT
 def test_positions_of_the_users_own_are_kept(demo: StandardizedTransformer) -> None:
     positions = torch.tensor([[4, 5, 6], [7, 8, 9]])
     assert torch.equal(demo.prepare([[5, 6, 7], [8]], position_ids=positions)["position_ids"], positions)
+    assert demo.prepare([5, 6, 7], position_ids=[4, 5, 6])["position_ids"].tolist() == [[4, 5, 6]]
 
 
 def test_the_users_own_mask_gives_positions_on_either_side(demo: StandardizedTransformer) -> None:

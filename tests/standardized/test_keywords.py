@@ -160,6 +160,14 @@ def test_generated_text() -> None:
     beams = model.generate_text(prompts[0], num_beams=2, num_return_sequences=2, **how)
     assert len(beams) == 2
     assert beams[0] != beams[1]
+    plain = model.generate_text(prompts[0], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    middle = plain[len(plain) // 2 :].split()[0]
+    stopped = model.generate_text(
+        prompts[0], max_new_tokens=12, min_new_tokens=12, do_sample=False, stop_strings=[middle]
+    )
+    assert middle in stopped
+    assert plain.startswith(stopped)
+    assert len(stopped) < len(plain)
     with pytest.raises(InputError, match="Text needs a tokenizer"):
         loaded("llama").generate_text([5, 6])
 

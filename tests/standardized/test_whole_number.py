@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnatomy.whole_number import is_truth, whole_number
+from nnatomy.whole_number import count_of, is_truth, whole_number
 
 
 def test_numbers_of_numpy_and_of_a_tensor_are_numbers() -> None:
@@ -24,3 +24,10 @@ def test_a_truth_is_no_number(given: object) -> None:
     assert is_truth(given)
     with pytest.raises(TypeError):
         whole_number(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [(np.int64(3), 3), (torch.tensor(2), 2), (1, 1), (0, 0), (-4, 0), (True, 0), (1.5, 0), ("2", 0)]
+)
+def test_a_count_is_one_or_more(given: object, count: int) -> None:
+    assert count_of(given) == count

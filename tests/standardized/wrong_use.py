@@ -92,6 +92,12 @@ def gen_iter() -> None:
             pass
 
 
+def gen_true() -> None:
+    with m.generate(P, max_new_tokens=2) as tracer:
+        for _ in tracer.iter[True]:
+            pass
+
+
 def inv() -> None:
     with m.trace(P) as tracer:
         with tracer.invoke(P):
@@ -922,6 +928,34 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
         lambda: PHOTO.position_of(True, 0),
         "InputError",
         "position_of(True, 0): give whole numbers, of a row and a column of patches.",
+    ),
+    (
+        lambda: CLIP.position_of(0, True, 0),
+        "InputError",
+        "position_of(0, True, 0): give whole numbers, of a frame, a row and a column of patches.",
+    ),
+    (gen_true, "UsageError", "tracer.iter[True]: steps are counted from 0, each once, in rising order."),
+    (lambda: m.OV(0)[True], "InputError", "[True]: heads are counted from 0, or sliced."),
+    (lambda: m.OV(0)["a"], "InputError", "['a']: heads are counted from 0, or sliced."),
+    (
+        lambda: m.trace(P, position_ids=5).run(),
+        "InputError",
+        "position_ids, 5: give a number for each of 5 tokens of 1 prompt, (1, 5).",
+    ),
+    (
+        lambda: m.trace(P, position_ids=torch.arange(3)[None]).run(),
+        "InputError",
+        "position_ids, of shape (1, 3): give a number for each of 5 tokens of 1 prompt, (1, 5).",
+    ),
+    (
+        lambda: m.trace([P, P], position_ids=torch.arange(15).reshape(3, 5)).run(),
+        "InputError",
+        "position_ids, of shape (3, 5): give a number for each of 5 tokens of 2 prompts, (2, 5).",
+    ),
+    (
+        lambda: m.trace(inputs_embeds=torch.zeros(1, 4, 96), position_ids="first").run(),
+        "InputError",
+        "position_ids, 'first': give a number for each of 4 tokens of 1 prompt, (1, 4).",
     ),
     (tr(lambda: m.skip_layer(True)), "LayerIndexError", "skip_layer(True): give the number of a layer, 0 to 5."),
     (
