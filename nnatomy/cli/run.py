@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import nnatomy
 from nnatomy.cli.serve import add_serve, serve
-from nnatomy.errors import InputError, NnatomyError
+from nnatomy.errors import InputError, LayerIndexError, NnatomyError
 
 if TYPE_CHECKING:
     from nnatomy.cli.report import Report
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - told on stderr, all of it with --debug
         name = "" if isinstance(error, NnatomyError) else f"{type(error).__name__}: "
         sys.stderr.write(traceback.format_exc() if options.debug else f"nnatomy: {name}{error}\n")
-        return _USAGE if isinstance(error, InputError) else _FAILED
+        return _USAGE if isinstance(error, (InputError, LayerIndexError)) else _FAILED
     return 0 if report.ok else _FAILED
 
 

@@ -273,11 +273,11 @@ class ActivationCache:
         """Read what `save` wrote.
 
         Args:
-            model: the view that was run, for `logit_attribution`.
+            model: the view that was run, for `logit_attribution`. It must have as many layers, as wide; its weights are not compared.
             device: where the values go.
 
         Raises:
-            InputError: if it is no file of `save`'s.
+            InputError: if it is no file of `save`'s, or of another model's values.
             OSError: if it cannot be read.
         """
         from nnatomy.standardized.transformer import StandardizedTransformer
@@ -302,5 +302,19 @@ class ActivationCache:
         own, lengths = found.pop("own", None), found.pop("lengths", None)
         parts = {(name, int(layer)): value for key, value in found.items() for name, layer in [key[:-1].split("[")]}
         values = {key: parts[key] for name in about["counts"] for key in sorted(parts) if key[0] == name}
+        if model is not None:
+            _check_same(path, values, about["counts"], model)
         given = None if about["inputs"] is None else {name.removeprefix("inputs."): one for name, one in inputs.items()}
         return ActivationCache(values, about["counts"], own, lengths, model, given)
+
+
+def _check_same(path: Path, values: Mapping[Key, Tensor], counts: Mapping[str, int], model: Any) -> None:
+    """Raise InputError if another model's values lie there: of more or fewer layers, or of another width."""
+    for (name, _), value in values.items():
+        ours = len(getattr(model, name, ()))
+        width = value.shape[-1] if name in ("layers_input", "layers_output") else model.hidden_size
+        if (ours, model.hidden_size) != (counts[name], width):
+            raise InputError(
+                f"{path} has {name} of a model of {counted(counts[name], 'layer')} and width {width}, and the model given has "
+                f"{counted(ours, 'layer')} and width {model.hidden_size}: give the one that was run."
+            )

@@ -316,7 +316,7 @@ def test_patterns_of_a_layer(run: Run) -> None:
     assert torch.allclose(torch.tensor(found["patterns"]), expected, atol=1e-4)
     last = next(line for line in run(*ATTEND)[1].splitlines() if line.startswith("L5H0"))
     assert last.endswith(f"{expected[0, -1].max():.0%}")
-    assert run("attend", GPT2, FRANCE, "--layer", "9")[0] == 1
+    assert run("attend", GPT2, FRANCE, "--layer", "9")[0] == 2
 
 
 def test_parts_of_a_logit(run: Run) -> None:

@@ -1017,6 +1017,11 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     ),  # type: ignore[arg-type]
     (lambda: C.columns("last"), "InputError", "position='last': it is a whole number."),  # type: ignore[arg-type]
     (
+        lambda: ActivationCache.load(D / "cache", StandardizedTransformer("demo:llama", validate=False)),
+        "InputError",
+        f"{D / 'cache'} has layers_output of a model of 6 layers and width 96, and the model given has 8 layers and width 96: give ",
+    ),
+    (
         lambda: ActivationCache.load(D / "cache", device="gpu"),
         "InputError",
         "device='gpu': Expected one of cpu, cuda, ",
