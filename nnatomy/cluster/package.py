@@ -49,6 +49,8 @@ def cluster(cpus: float | int = 0) -> Iterator[Any]:
     if address == "local":
         # Ray's agents end when all else is gone, after they have sought the head for so many seconds (by default a minute and more).
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+        # Ray kills a proxy that has not come up in so many seconds (by default 5, which a busy machine needs for its imports alone).
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         count = max(int(-(-cpus // 1)), os.cpu_count() or 1)
         made = {
             "num_cpus": count,

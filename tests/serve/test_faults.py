@@ -6,6 +6,7 @@ import signal
 import socket as sockets
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ MANY = ["op", "aten.new_zeros.default", [{"t": 2}, [50 << 18]], {}, [60]]  # 50 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Process]:
-    with served("demo:gpt2", "--max-send-seconds", "2") as process:
+    with served("demo:gpt2", "--max-send-seconds", "4") as process:
         yield process
 
 
@@ -66,27 +67,24 @@ def test_a_client_that_does_not_read(server: Process, trickle: bool) -> None:
     Raw(server.address).__enter__().socket.close()
     time.sleep(0.2)
     before = server.resident
-    slow = [asked(server) for _ in range(4)]
-    began, answered = time.monotonic(), 0
-    with Raw(server.address) as other:
-        while time.monotonic() - began < 4.5:
-            assert "ok" in other.ask(["sync"])
-            answered += 1
-            for one in slow if trickle else ():
-                try:
-                    one.recv(1)
-                except OSError:
-                    pass
-            time.sleep(0.05)
-    assert answered > 20
-    for _ in range(50):
-        if sessions(server) == 0:
-            break
-        time.sleep(0.1)
-    assert sessions(server) == 0
-    assert server.resident - before < 60_000  # kB; four answers were 200 MiB
-    for one in slow:
-        one.close()
+    with ExitStack() as stack:
+        slow = [stack.enter_context(asked(server)) for _ in range(4)]
+        began, longest = time.monotonic(), 0.0
+        with Raw(server.address) as other:
+            while (asked_at := time.monotonic()) < began + 6.5:
+                assert "ok" in other.ask(["sync"])
+                longest = max(longest, time.monotonic() - asked_at)
+                for one in slow if trickle else ():
+                    with suppress(OSError):
+                        one.recv(1)
+                time.sleep(0.05)
+        assert longest < 3  # seconds; where an answer waited for the slow clients to be cut off, it would take 4
+        for _ in range(50):
+            if sessions(server) == 0:
+                break
+            time.sleep(0.1)
+        assert sessions(server) == 0
+        assert server.resident - before < 60_000  # kB; four answers were 200 MiB
 
 
 def test_a_client_that_takes_its_time_is_not_cut_off(server: Process) -> None:
@@ -98,7 +96,7 @@ def test_a_client_that_takes_its_time_is_not_cut_off(server: Process) -> None:
         for _ in range(2):
             one.send(pack({"n": 1, "c": [put, MANY], "q": ["fetch", [60]]}, [bytes(4)]))
             assert len(one.recv(timeout=60)) > 50 << 20
-            time.sleep(3)
+            time.sleep(5)
 
 
 def test_a_session_lasts_so_long(server: Process) -> None:
