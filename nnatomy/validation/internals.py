@@ -193,8 +193,12 @@ class Internals:
             return
         queries, keys = seen("queries")[1], seen("keys")[1]
         times = queries.shape[0] // keys.shape[0]
-        there = (torch.minimum(clean, now) > -1e4).cpu()  # what is masked does not move, nor shows what it would be
-        change = torch.where(there, (now - clean).float().cpu(), 0.0)
+        clean, now = clean.float().cpu(), now.float().cpu()
+        there = torch.minimum(clean, now) > -1e4  # what is masked does not move, nor shows what it would be
+        change = torch.where(there, now - clean, 0.0)
+        # Nor does what a cap holds at its end, before and after: with large weights that may be most of them.
+        end = 0.99 * torch.where(there, torch.maximum(clean.abs(), now.abs()), 0.0).max()
+        there &= ~((torch.minimum(clean, now) > end) | (torch.maximum(clean, now) < -end))
         of_query = (written["queries"][1] - queries)[:, -1:] @ keys.repeat_interleave(times, 0).mT
         of_key = queries @ (written["keys"][1] - keys)[:, :1].repeat_interleave(times, 0).mT
         for name, expected, moved, counts in (
