@@ -26,6 +26,8 @@ from nnatomy.validation.report import Findings
 
 #: How many of the scores have to move the way they should. (A cap may hold some; by chance it is half of them.)
 AGREEMENT = 0.8
+#: The position whose queries are written, and the one whose keys.
+_PLACE = {"queries": -1, "keys": 0}
 
 
 class Internals:
@@ -162,7 +164,15 @@ class Internals:
             self._moved("attention_probabilities", layer, written, now[1, -1], clean[1, -1])
             if {"values", "attention_probabilities"} <= written.keys():
                 self._follow(layer, {**written, name: now}, ["values", "heads_output"])
-        slot.value = written[name] = self._changed(name, clean)
+        if (
+            name in ("queries", "keys")
+            and self.has(module, "attention_scores")
+            and _capped(seen(module, "attention_scores"))
+        ):
+            slot.value = written[name] = clean.clone()
+            slot.value[1, :, _PLACE[name]] = 0  # which takes its scores away from the cap, to nothing
+        else:
+            slot.value = written[name] = self._changed(name, clean)
 
     def output(self, module: Module, layer: int, now: Tensor, clean: Tensor) -> None:
         """Check what has become of the changes in the attention's output."""
@@ -193,12 +203,8 @@ class Internals:
             return
         queries, keys = seen("queries")[1], seen("keys")[1]
         times = queries.shape[0] // keys.shape[0]
-        clean, now = clean.float().cpu(), now.float().cpu()
-        there = torch.minimum(clean, now) > -1e4  # what is masked does not move, nor shows what it would be
-        change = torch.where(there, now - clean, 0.0)
-        # Nor does what a cap holds at its end, before and after: with large weights that may be most of them.
-        end = 0.99 * torch.where(there, torch.maximum(clean.abs(), now.abs()), 0.0).max()
-        there &= ~((torch.minimum(clean, now) > end) | (torch.maximum(clean, now) < -end))
+        there = (torch.minimum(clean, now) > -1e4).cpu()  # what is masked does not move, nor shows what it would be
+        change = torch.where(there, (now - clean).float().cpu(), 0.0)
         of_query = (written["queries"][1] - queries)[:, -1:] @ keys.repeat_interleave(times, 0).mT
         of_key = queries @ (written["keys"][1] - keys)[:, :1].repeat_interleave(times, 0).mT
         for name, expected, moved, counts in (
@@ -226,7 +232,7 @@ class Internals:
         if name in ("queries", "keys"):  # in another direction for each head
             width, heads = (torch.arange(clean.shape[axis], device=clean.device) for axis in (-1, 1))
             each = ramp[(width - 3 * heads[:, None]) % len(ramp)]
-            new[1, :, -1 if name == "queries" else 0] += each * clean.abs().max()
+            new[1, :, _PLACE[name]] += each * clean.abs().max()
         elif name == "values":
             new[1, :, 0] += ramp * (1 + clean.abs().max())
         elif name == "attention_scores":
@@ -251,6 +257,12 @@ def _product(values: dict[str, Tensor], factors: Sequence[str], name: str) -> Te
         for one in factors
     )
     return torch.einsum(equation(factors, name), *(one.float() for one in each))
+
+
+def _capped(scores: Float[Tensor, "batch head query key"]) -> bool:
+    """Whether a cap holds so many scores at its end that what is added to queries and keys would not be seen in them."""
+    sizes = scores[scores > -1e4].abs()
+    return len(sizes) > 0 and bool((sizes > 0.99 * sizes.max()).float().mean() > 0.05)
 
 
 def _agreement(one: Tensor, other: Tensor, counts: Tensor) -> float:

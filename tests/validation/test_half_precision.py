@@ -47,22 +47,6 @@ def test_a_saturated_softmax_is_no_fault(model_type: str) -> None:
     assert bool((pattern == 1).any())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_scores_at_the_end_of_a_cap_are_no_fault(dtype: torch.dtype) -> None:
-    expected = [(row.name, row.layer, row.status) for row in StandardizedTransformer(zoo.build("gemma2")).validation]
-    hf = zoo.build("gemma2", attn_logit_softcapping=1.0)
-    with torch.no_grad():
-        for layer in hf.model.layers:
-            layer.self_attn.q_proj.weight *= 40
-            layer.self_attn.k_proj.weight *= 40
-    model = StandardizedTransformer(hf.to(dtype))
-    assert [(row.name, row.layer, row.status) for row in model.validation] == expected
-    with torch.no_grad(), model.trace(zoo.ids(hf)):
-        scores = model.attention_scores[0]
-    seen = scores[scores > -1e4].abs()
-    assert float((seen > 0.99).float().mean()) > 0.5
-
-
 def test_scores_that_an_ulp_of_is_more_than_1() -> None:
     hf = zoo.build("llama", attn_implementation="eager", attention_bias=True)
     for layer in hf.model.layers:

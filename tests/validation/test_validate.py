@@ -276,6 +276,30 @@ def test_a_reading_that_changes_the_model_is_found_where_padding_shows(
         StandardizedTransformer(hf)
 
 
+def capped() -> Any:
+    """A Gemma 2 whose queries and keys are so large that most scores lie at the end of their cap."""
+    hf = build("gemma2", attn_logit_softcapping=1.0)
+    with torch.no_grad():
+        for layer in hf.model.layers:
+            layer.self_attn.q_proj.weight *= 40
+            layer.self_attn.k_proj.weight *= 40
+    return hf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_at_the_end_of_a_cap_are_no_fault(dtype: torch.dtype) -> None:
+    hf = capped().to(dtype)
+    model = StandardizedTransformer(hf)
+    kept = {"queries", "keys", "values", "attention_scores", "attention_probabilities", "heads_output"}
+    rows = [row for row in model.validation if row.name in kept]
+    assert {row.name for row in rows} == kept
+    assert {row.status for row in rows} == {"verified"}
+    with torch.no_grad(), model.trace(torch.tensor([[5, 6, 7, 8, 9, 10]])):
+        scores = model.attention_scores[0]
+    seen = scores[scores > -1e4].abs()
+    assert float((seen > 0.99).float().mean()) > 0.5
+
+
 @pytest.mark.parametrize(
     ("broken", "text"),
     [
@@ -309,3 +333,6 @@ def test_a_wrong_inside_of_the_attention_is_found(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(mode, "_show_shared", shown_only)
     with pytest.raises(ValidationError, match=text):
         StandardizedTransformer(shared("llama"))
+    if broken in ("queries", "keys"):
+        with pytest.raises(ValidationError, match=text):
+            StandardizedTransformer(capped())
