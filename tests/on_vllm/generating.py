@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm_models import assert_near, hidden_states, hooked, in_transformers, on_engine, plainly, prompts, written
 
-from nnatomy.errors import AssignmentError, InputError, UsageError
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, UsageError
 from nnatomy.vllm import VllmTransformer
 
 #: More prompts than fit into a step, of which some are longer than a step's tokens.
@@ -52,6 +52,39 @@ def test_keys_so_far_are_those_of_a_whole_pass() -> None:
     assert_near(keys, k)
     assert_near(values, v)
     assert_near(pattern, p[:, :, -1:])
+
+
+def test_keys_before_a_window_that_are_gone_are_not_shown() -> None:
+    """The engine lets go of blocks of 32 positions before a window of 4, and other prompts write over them."""
+    small = on_engine("gemma3_text", block_size=32, num_gpu_blocks_override=12, **SMALL)
+    ids = prompts(40, 9, 50, 33)
+    found: list[tuple[int, int, Tensor, Tensor | None]] = []
+    with small.generate(ids, max_new_tokens=4, ignore_eos=True) as tracer:
+        for _ in tracer.iter[:]:
+            requests, ends, seq = small.requests, small.attention_mask.sum(1).tolist(), small.input_size[1]
+            gone = max(ends) - seq > 40  # in a step of parts of prompts, what is before a row does not show
+            if gone:
+                with pytest.raises(NotInThisModelError, match="a window of 4, and the engine has let go of blocks"):
+                    small.values[2]
+            keys = None if gone or max(ends) > 32 else small.keys[2]
+            pattern = small.attention_probabilities[2]
+            for row, request in enumerate(requests):
+                found.append((request, ends[row], pattern[row, :, -1], None if keys is None else keys[row]))
+        outputs = tracer.result
+    assert {keys is None for *_, keys in found} == {True, False}
+    given: list[Tensor] = []
+    with hooked(small.layers[2].module.self_attn.attn, lambda args, *_: given.append(args[1].clone())):
+        for one, output in zip(ids, outputs, strict=True):
+            given.clear()
+            whole = [*one, *output.outputs[0].token_ids[:3]]
+            plainly(small, [whole])
+            with torch.no_grad():
+                theirs = in_transformers("gemma3_text")(torch.tensor([whole]), output_attentions=True).attentions[2][0]
+            for request, end, pattern, keys in found:
+                if ids[request] == one:
+                    assert_near(pattern[:, -end:], theirs[:, end - 1, :end])
+                    if keys is not None:
+                        assert_near(keys[0, -end:], torch.cat(given)[:end])
 
 
 def test_rows_are_prompts_whatever_the_engine_schedules() -> None:

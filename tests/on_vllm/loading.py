@@ -137,6 +137,31 @@ def test_algebra_proves_what_it_can_and_no_more(name: str) -> None:
         by_algebra.neurons[0] if name == "mixtral" else by_algebra.routers_logits[0]
 
 
+def test_an_attention_that_looks_by_another_rule_has_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's layers look at chunks, of which prompts that are proven on show nothing."""
+    own = {
+        "attention_chunk_size": 128,
+        "no_rope_layers": [1, 1, 0],
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+    }
+    kinds = {"layer_types": ["chunked_attention", "chunked_attention", "full_attention"], "intermediate_size_mlp": 96}
+    monkeypatch.setitem(FIELDS, "llama4_text", {**FIELDS["llama"], "max_position_embeddings": 256, **own, **kinds})
+    model, (prompt,) = on_engine("llama4_text", max_model_len=256), prompts(150)
+    with torch.no_grad():
+        theirs = in_transformers("llama4_text")(torch.tensor([prompt]), output_hidden_states=True)
+    with model.trace([prompt]):
+        for name in ("keys", "values", "attention_scores", "attention_probabilities", "values_weighted"):
+            with pytest.raises(
+                NotInThisModelError, match=rf"^{name}\[0\]: the engine's ChunkedLocalAttention looks at"
+            ):
+                getattr(model, name)[0]
+        assert model.heads_output[0].shape == (1, 150, 2, 32)
+        assert_near(model.layers_input[2][0], theirs.hidden_states[2][0])
+        pattern = model.attention_probabilities[2]
+    assert_near(pattern.sum(-1), torch.ones(1, 2, 150))
+
+
 def test_what_is_only_read_says_why() -> None:
     model = on_engine("gpt2")
     with (
