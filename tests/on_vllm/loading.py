@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 from vllm_models import FIELDS, assert_near, folder, hooked, in_transformers, on_engine, prompts
 
 from nnatomy import StandardizedTransformer
@@ -229,6 +233,26 @@ def test_loading_leaves_the_process_as_it_was() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     assert torch.nn.Module._call_impl.__module__ == "torch.nn.modules.module"
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_tokenizer_that_is_given_writes_the_text(is_folder: bool, tmp_path: Path) -> None:
+    """The folder of the model has none; what the words are is written out here."""
+    words = {f"w{96 - i}": i for i in range(97)}
+    own = Tokenizer(WordLevel(words, unk_token="w96"))
+    own.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="w96")
+    tokenizer.save_pretrained(tmp_path)
+    given = tmp_path if is_folder else tokenizer
+    model = on_engine.__wrapped__("llama", tokenizer=given, validate=False)
+    (output,) = model.generate("w90 w5 w20", max_new_tokens=4, ignore_eos=True).run()
+    assert output.prompt_token_ids == [6, 91, 76]
+    tokens = list(output.outputs[0].token_ids)
+    wanted = [f"w{96 - token}" for token in tokens]
+    assert output.outputs[0].text.split() == wanted
+    assert model.generate_text("w90 w5 w20", max_new_tokens=4, ignore_eos=True).split() == wanted
+    (stopped,) = model.generate("w90 w5 w20", max_new_tokens=4, ignore_eos=True, stop=wanted[1]).run()
+    assert list(stopped.outputs[0].token_ids) == tokens[:2]
 
 
 def test_text_needs_a_tokenizer() -> None:
