@@ -6,10 +6,13 @@ import dataclasses
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nnatomy.errors import InputError, MissingPackageError, UsageError
+from nnatomy.standardized.loading import locate
 from nnatomy.whole_number import count_of
 
 #: The engines that there are.
@@ -88,7 +91,7 @@ def engine_arguments(vllm: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         *inspect.signature(vllm.LLM.__init__).parameters,
         *(one.name for one in dataclasses.fields(vllm.EngineArgs)),
     }
-    known -= {"self", "kwargs", "model", "tokenizer"}
+    known -= {"self", "kwargs", "model"}
     for name, value in given.items():
         if name in _OF_TRANSFORMERS and name not in known:
             raise InputError(
@@ -124,6 +127,17 @@ def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"distributed_executor_backend": backend}
 
 
+@contextmanager
+def tokenizer_of(given: Any) -> Iterator[dict[str, Any]]:
+    """The engine's argument for a tokenizer that is given, by which it writes texts and looks for `stop`: it loads its own."""
+    if given is None or isinstance(given, (str, os.PathLike)):
+        yield {} if given is None else {"tokenizer": locate(os.fspath(given))}
+        return
+    with TemporaryDirectory() as folder:
+        given.save_pretrained(folder)
+        yield {"tokenizer": folder}
+
+
 def check_settings(config: Any) -> None:
     """Raise InputError for a loaded engine whose settings are others."""
     found = {
@@ -151,7 +165,7 @@ def sampling(vllm: Any, count: int, max_new_tokens: Any, params: Any, given: Map
     """
     if params is None:
         made = _made(vllm, 16 if max_new_tokens is None else max_new_tokens, given)
-        return [made.clone() for _ in range(count)]
+        return _whole([made.clone() for _ in range(count)])
     if given or max_new_tokens is not None:
         both = ", ".join([*given, *(["max_new_tokens"] if max_new_tokens is not None else [])])
         raise InputError(f"{both}: sampling_params says that; give one or the other.")
@@ -165,7 +179,14 @@ def sampling(vllm: Any, count: int, max_new_tokens: Any, params: Any, given: Map
     for one in made:
         if one.n != 1:
             raise _several(one.n)
-    return made
+    return _whole(made)
+
+
+def _whole(params: list[Any]) -> list[Any]:
+    """Sampling parameters whose output is one at the end, of all tokens, and not of the newest ones."""
+    for one in params:
+        one.output_kind = type(one.output_kind).FINAL_ONLY
+    return params
 
 
 def _of_fields(vllm: Any, fields: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.core.points import Collector, Slot
-from nnatomy.errors import AssignmentError
+from nnatomy.errors import AssignmentError, NotInThisModelError
 from nnatomy.vllm.cache import PagedCache
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.places import HeadsPlace, Place
@@ -32,6 +32,16 @@ class KeysPlace(HeadsPlace):
     which: int = 0  #: 0 for keys, 1 for values
 
     def read(self, slot: Slot, layout: Layout) -> Tensor:
+        if any(layout.before) and any(map(PagedCache.of(self.module).gone, layout.before)):
+            raise NotInThisModelError(
+                f"{('keys', 'values')[self.which]} of this layer, in this step: it looks back over a window of "
+                f"{self.module.sliding_window}, and the engine has let go of blocks before it. Read them in earlier steps; "
+                "attention_probabilities are there."
+            )
+        return self.in_window(slot, layout)
+
+    def in_window(self, slot: Slot, layout: Layout) -> Tensor:
+        """The same, with zeros where the engine has let go of what is before a window."""
         here = layout.rows(self.flat(slot.value)).transpose(1, 2)
         if not any(layout.before):
             return here
@@ -82,8 +92,8 @@ class PatternPlace(Place):
         inner: Any = self.module
         heads, shared = inner.num_heads, inner.num_kv_heads
         queries = HeadsPlace(inner, "input", path=(0, 0), heads=heads, size=inner.head_size).read(slot, layout)
-        keys = KeysPlace(inner, "input", path=(0, 1), heads=shared, size=inner.head_size).read(slot, layout)
-        values = KeysPlace(inner, "input", path=(0, 2), heads=shared, size=inner.head_size_v, which=1).read(
+        keys = KeysPlace(inner, "input", path=(0, 1), heads=shared, size=inner.head_size).in_window(slot, layout)
+        values = KeysPlace(inner, "input", path=(0, 2), heads=shared, size=inner.head_size_v, which=1).in_window(
             slot, layout
         )
         keys, values = (one.repeat_interleave(heads // shared, 1) for one in (keys, values))

@@ -39,8 +39,12 @@ class PagedCache:
             _known[inner] = cls(inner)
         return _known[inner]
 
+    def gone(self, before: int) -> int:
+        """How many of so many positions the engine has let go of: in blocks before a window, which other prompts write over."""
+        return max(0, before + 1 - (self._inner.sliding_window or before + 1)) // self._size * self._size
+
     def read(self, which: int, layout: Layout) -> list[Tensor]:
-        """Of each row (position, kv_head, head_dim): its keys (0) or values (1) of the steps before."""
+        """Of each row (position, kv_head, head_dim): its keys (0) or values (1) of the steps before; of those that are gone zeros."""
         from vllm.forward_context import get_forward_context
 
         inner, size = self._inner, self._size
@@ -49,13 +53,10 @@ class PagedCache:
         found = []
         for order, before in zip(layout.order, layout.before, strict=True):
             blocks = table[order][: -(-before // size)].long()
-            if before and bool((blocks == 0).any()):  # block 0 stands for none
-                raise NotInThisModelError(
-                    "keys, values and patterns of this layer, in this step: it looks back over a window, and the engine has let go "
-                    "of the blocks before it."
-                )
             memory = inner.kv_cache[blocks].flatten(1)  # of a row that has just begun there are none
-            found.append(memory[:, entries.flatten()].reshape(-1, *entries.shape[1:])[:before])
+            row = memory[:, entries.flatten()].reshape(-1, *entries.shape[1:])[:before]
+            row[: self.gone(before)] = 0
+            found.append(row)
         return found
 
     def _find(self, which: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from nnatomy.core.gates import runs
 from nnatomy.core.thread_state import ThreadState
-from nnatomy.errors import LoadError, UsageError
+from nnatomy.errors import InputError, LoadError, UsageError
 from nnatomy.vllm.arguments import check_settings, engine_arguments, import_vllm, sampling
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.run import EngineRun, Requests
@@ -160,7 +160,14 @@ class Engine(AnyEngine):
         return self.config.model_config.dtype
 
     def sampling(self, count: int, max_new_tokens: Any, params: Any, given: Mapping[str, Any]) -> list[Any]:
-        return sampling(self.vllm, count, max_new_tokens, params, given)
+        made = sampling(self.vllm, count, max_new_tokens, params, given)
+        texts = [name for name in ("stop", "bad_words") if any(getattr(one, name) for one in made)]
+        if texts and self.config.model_config.skip_tokenizer_init:
+            raise InputError(
+                f"{texts[0]}: the engine has no tokenizer, by which it would know texts: give tokenizer=... when loading, or "
+                "token ids: stop_token_ids=[...], logit_bias={id: -100.0}."
+            )
+        return made
 
     def run_for(
         self, call: Callable[[], Any], generates: bool, whole: Callable[[Layout], None] | None = None
@@ -191,8 +198,13 @@ class Engine(AnyEngine):
         try:
             for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
                 name = f"nnatomy-{next(self._names)}"
+                try:
+                    self._index[engine.add_request(name, {"prompt_token_ids": list(prompt)}, one)] = i
+                except (ValueError, TypeError, self.vllm.exceptions.VLLMError) as error:
+                    raise InputError(
+                        f"vLLM refuses prompt {i} with its sampling parameters: {_reason(error)}"
+                    ) from error
                 index[name] = i
-                self._index[engine.add_request(name, {"prompt_token_ids": list(prompt)}, one)] = i
             while engine.has_unfinished_requests():
                 if self.model in run.progress.calls:
                     run.end_step()

@@ -61,6 +61,18 @@ def place_of(module: Module, kind: str, *found: Found, only_read: str = "", summ
     return StreamPlace(module, kind, only_read, tuple(one.path for one in found), found[0].in_batch, summand)
 
 
+def _looks_elsewhere(inner: Module) -> str:
+    """Why there is no pattern of an attention that is one of the engine's special ones; "" for others."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    if not isinstance(inner, Attention) or type(inner) is Attention:
+        return ""
+    return (
+        f"the engine's {type(inner).__name__} looks at positions by a rule of its own (chunks, a prefix), which is not known here; "
+        "heads_output is there"
+    )
+
+
 class _Finder:
     """The places on one layer."""
 
@@ -154,13 +166,16 @@ class _Finder:
             **{name: PatternPlace(inner, "input", what=name) for name in patterns},
             "heads_output": HeadsPlace(inner, "output", heads=heads, size=of_values, positions_first=True),
         }
+        own: dict[str, Options] = {}
+        if other := _looks_elsewhere(inner):
+            own = {name: Options(why=other) for name in ("keys", "values", *patterns)}
         if ranks() == 1:
-            return {name: Options([place]) for name, place in found.items()}
+            return {name: Options([place]) for name, place in found.items()} | own
         split = {}
         for name, place in found.items():
             copies = max(1, ranks() // self.shared_heads) if name in ("keys", "values") else 1
             split[name] = Options([SplitPlace.of(place, 2 if name == "heads_output" else 1, copies)])
-        return split
+        return split | own
 
     def _routing(self) -> dict[str, Options]:
         logits, *others = ROUTERS

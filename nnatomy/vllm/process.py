@@ -20,7 +20,7 @@ from nnatomy.errors import InputError, LoadError, a_kind
 from nnatomy.remote.model import new_at_server
 from nnatomy.serve.keys import new_key
 from nnatomy.standardized.asked_for import check_model
-from nnatomy.vllm.arguments import check_engine
+from nnatomy.vllm.arguments import check_engine, tokenizer_of
 
 _ADDRESS = re.compile(r"^nnatomy: .* at (http://127\.0\.0\.1:\d+)$", re.MULTILINE)
 _ERROR = re.compile(r"^nnatomy: (.*)$", re.MULTILINE)
@@ -41,7 +41,8 @@ def in_another_process(model: Any, tokenizer: Any, engine: str, given: Mapping[s
         raise InputError(
             f"distributed_executor_backend='mp': the process loads the model itself; {a_kind(model)} was given."
         )
-    process = ServerProcess(str(model), engine, given)
+    with tokenizer_of(tokenizer) as of_engine:
+        process = ServerProcess(str(model), engine, {**given, **of_engine})
     try:
         remote = new_at_server(str(model), tokenizer, server=process.address, api_key=process.key)
     except BaseException:

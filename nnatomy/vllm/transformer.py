@@ -29,7 +29,7 @@ from nnatomy.tracing import ModuleView, Traceable
 from nnatomy.tracing.attach import Point
 from nnatomy.validation.report import Report
 from nnatomy.vllm.accessors import Accessor
-from nnatomy.vllm.arguments import check_engine, import_vllm, no_such_way
+from nnatomy.vllm.arguments import check_engine, import_vllm, no_such_way, tokenizer_of
 from nnatomy.vllm.engine import AnyEngine, Engine, Generation
 from nnatomy.vllm.layout import Layout
 from nnatomy.vllm.trace import EngineTrace
@@ -101,10 +101,11 @@ class VllmTransformer(NotPickled, Values, Traceable):
                 )
             check_model(model)
             model = place = locate(model)
-        tokenizer, why = _tokenizer(place, tokenizer, kwargs)
-        if tokenizer is None:
-            kwargs.setdefault("skip_tokenizer_init", True)
-        self._load(Engine(model, kwargs), place, tokenizer, why)
+        with tokenizer_of(None if isinstance(model, vllm.LLM) else tokenizer) as of_engine:
+            tokenizer, why = _tokenizer(place, tokenizer, kwargs)
+            if tokenizer is None:
+                kwargs.setdefault("skip_tokenizer_init", True)
+            self._load(Engine(model, {**kwargs, **of_engine}), place, tokenizer, why)
         self._read(validate)
 
     def _load(self, engine: AnyEngine, place: str, tokenizer: Any, no_tokenizer: str) -> None:
@@ -220,7 +221,7 @@ class VllmTransformer(NotPickled, Values, Traceable):
     def token_lists(self, prompts: Any, texts: Mapping[str, Any] | None = None) -> list[list[int]]:
         """The token ids of prompts. Raises InputError for what is none, and what is too long."""
         inputs = self._prompts.prepare(prompts, dict(texts or {}), torch.device("cpu"))
-        others = {*inputs} - {"input_ids", "attention_mask", "position_ids"}
+        others = {*inputs} - {"input_ids", "attention_mask"}
         if others:
             raise InputError(f"{', '.join(sorted(others))}: the engine makes its own from token ids. Leave it out.")
         masks = inputs["attention_mask"].bool()

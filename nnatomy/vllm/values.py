@@ -13,7 +13,7 @@ from torch.nn import Module
 from nnatomy.core.block import Block
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
-from nnatomy.errors import InputError, NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, NotReachedError
 from nnatomy.vllm.accessors import held_value, layout_of, put_value, run_of
 from nnatomy.vllm.anatomy import Anatomy
 from nnatomy.vllm.engine import AnyEngine
@@ -52,14 +52,26 @@ class _AllLogits(Place):
         return _Logits(self.head, slot, layout, new[:, -1])
 
 
+@dataclass(frozen=True)
 class _Sampled(Place):
     """(batch): the token that is sampled behind each row."""
+
+    vocab_size: int = 0
 
     def read(self, slot: Slot, layout: Layout) -> Tensor:
         return layout.by_request(slot.value.sampled_token_ids)[:, 0].long().clone()
 
     def write(self, slot: Slot, layout: Layout, new: Tensor) -> None:
-        old = slot.value.sampled_token_ids
+        old, most = slot.value.sampled_token_ids, self.vocab_size
+        if outside := [one for one in new.tolist() if not 0 <= one < most]:
+            raise AssignmentError(
+                f"sampled_tokens: {outside[0]} is outside of the model's vocabulary of {most} (0 to {most - 1})."
+            )
+        if slot.value.logprobs_tensors is not None and not torch.equal(new, self.read(slot, layout)):
+            raise AssignmentError(
+                "sampled_tokens: the engine has already made logprobs, of the tokens that it has sampled. Leave out logprobs=..., "
+                "and take them of model.logits: model.logits[:, -1].log_softmax(-1)."
+            )
         slot.value.sampled_token_ids = layout.put_by_request(old, new[:, None].to(old.dtype))
 
 
@@ -194,7 +206,7 @@ class Values:
         self._check(name)
         model, head = self.engine.model, self._anatomy.head
         if name == "sampled_tokens":
-            return _Sampled(self.engine.sampler, "output")
+            return _Sampled(self.engine.sampler, "output", vocab_size=int(self.engine.text_config.vocab_size))
         if name == "token_embeddings":
             assert self._embeddings is not None
             return self._embeddings

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.sampling_params import RequestOutputKind
 from vllm_models import assert_near, hidden_states, hooked, in_transformers, on_engine, plainly, prompts, written
 
-from nnatomy.errors import AssignmentError, InputError, UsageError
+from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, UsageError
 from nnatomy.vllm import VllmTransformer
 
 #: More prompts than fit into a step, of which some are longer than a step's tokens.
@@ -52,6 +53,39 @@ def test_keys_so_far_are_those_of_a_whole_pass() -> None:
     assert_near(keys, k)
     assert_near(values, v)
     assert_near(pattern, p[:, :, -1:])
+
+
+def test_keys_before_a_window_that_are_gone_are_not_shown() -> None:
+    """The engine lets go of blocks of 32 positions before a window of 4, and other prompts write over them."""
+    small = on_engine("gemma3_text", block_size=32, num_gpu_blocks_override=12, **SMALL)
+    ids = prompts(40, 9, 50, 33)
+    found: list[tuple[int, int, Tensor, Tensor | None]] = []
+    with small.generate(ids, max_new_tokens=4, ignore_eos=True) as tracer:
+        for _ in tracer.iter[:]:
+            requests, ends, seq = small.requests, small.attention_mask.sum(1).tolist(), small.input_size[1]
+            gone = max(ends) - seq > 40  # in a step of parts of prompts, what is before a row does not show
+            if gone:
+                with pytest.raises(NotInThisModelError, match="a window of 4, and the engine has let go of blocks"):
+                    small.values[2]
+            keys = None if gone or max(ends) > 32 else small.keys[2]
+            pattern = small.attention_probabilities[2]
+            for row, request in enumerate(requests):
+                found.append((request, ends[row], pattern[row, :, -1], None if keys is None else keys[row]))
+        outputs = tracer.result
+    assert {keys is None for *_, keys in found} == {True, False}
+    given: list[Tensor] = []
+    with hooked(small.layers[2].module.self_attn.attn, lambda args, *_: given.append(args[1].clone())):
+        for one, output in zip(ids, outputs, strict=True):
+            given.clear()
+            whole = [*one, *output.outputs[0].token_ids[:3]]
+            plainly(small, [whole])
+            with torch.no_grad():
+                theirs = in_transformers("gemma3_text")(torch.tensor([whole]), output_attentions=True).attentions[2][0]
+            for request, end, pattern, keys in found:
+                if ids[request] == one:
+                    assert_near(pattern[:, -end:], theirs[:, end - 1, :end])
+                    if keys is not None:
+                        assert_near(keys[0, -end:], torch.cat(given)[:end])
 
 
 def test_rows_are_prompts_whatever_the_engine_schedules() -> None:
@@ -251,6 +285,25 @@ def test_a_token_can_be_put_in_the_place_of_the_sampled_one() -> None:
     assert [row[2] for row in tokens] == after
 
 
+@pytest.mark.parametrize(
+    ("given", "tokens", "text"),
+    [
+        ({}, [50, 97], r"sampled_tokens: 97 is outside of the model's vocabulary of 97 \(0 to 96\)"),
+        ({}, [-1, 50], "sampled_tokens: -1 is outside"),
+        ({"logprobs": 1}, [50, 60], "the engine has already made logprobs, of the tokens that it has sampled"),
+    ],
+)
+def test_tokens_that_cannot_be_put_there(given: dict[str, Any], tokens: list[int], text: str) -> None:
+    with (
+        pytest.raises(AssignmentError, match=text),
+        model().generate(prompts(5, 6), max_new_tokens=3, ignore_eos=True, **given) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            model().sampled_tokens = model().sampled_tokens
+            model().sampled_tokens = torch.tensor(tokens)
+    assert not model().engine.is_busy
+
+
 def test_sampling_parameters_are_the_engines() -> None:
     ids = prompts(5, 6, 7)
     options: dict[str, Any] = {"temperature": 1.5, "top_k": 20, "seed": 7, "ignore_eos": True}
@@ -258,6 +311,15 @@ def test_sampling_parameters_are_the_engines() -> None:
     assert [list(one.outputs[0].token_ids) for one in mine] == plainly(model(), ids, 6, **options)
     assert len(model().generate(ids, max_new_tokens=3, logprobs=2, ignore_eos=True).run()[0].outputs[0].logprobs) == 3
     assert plainly(model(), ids, 6, **options) != plainly(model(), ids, 6, **{**options, "seed": 8})
+
+
+def test_an_output_is_of_all_tokens_whatever_kind_is_asked_for() -> None:
+    ids = prompts(5, 6)
+    for kind in RequestOutputKind:
+        made = model().engine.vllm.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, output_kind=kind)
+        for given in ({"sampling_params": made}, {"max_new_tokens": 4, "ignore_eos": True, "output_kind": kind}):
+            found = [list(one.outputs[0].token_ids) for one in model().generate(ids, **given).run()]
+            assert found == [written(one, 4) for one in ids]
 
 
 def test_a_prompt_that_has_ended_is_no_row_any_more() -> None:
@@ -295,9 +357,15 @@ def test_what_is_wrong_is_said_at_the_line() -> None:
         ({"sampling_params": 3}, "sampling_params=3: give a vllm.SamplingParams"),
         ({"sampling_params": model().engine.vllm.SamplingParams(), "top_p": 0.5}, "top_p: sampling_params says that"),
     ]
+    cases += [({name: ["a"]}, f"{name}: the engine has no tokenizer") for name in ("stop", "bad_words")]
     for given, text in cases:
         with pytest.raises(InputError, match=text):
             model().generate(ids, **given)
+    for given, text in (({"logprobs": 50}, "logprobs of 50"), ({"allowed_token_ids": [97]}, "out-of-vocab")):
+        with pytest.raises(InputError, match=f"vLLM refuses prompt 0 with its sampling parameters: .*{text}"):
+            model().generate(ids, max_new_tokens=1, **given).run()
+    with pytest.raises(InputError, match="position_ids: the engine makes its own"):
+        model().trace(torch.tensor(ids), position_ids=torch.tensor([[4, 3, 2, 1, 0]]))
     with pytest.raises(
         InputError, match="Prompt 1 has 64 tokens, and the engine takes fewer than its max_model_len, 64"
     ):

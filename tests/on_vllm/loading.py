@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 from vllm_models import FIELDS, assert_near, folder, hooked, in_transformers, on_engine, prompts
 
 from nnatomy import StandardizedTransformer
@@ -137,6 +141,31 @@ def test_algebra_proves_what_it_can_and_no_more(name: str) -> None:
         by_algebra.neurons[0] if name == "mixtral" else by_algebra.routers_logits[0]
 
 
+def test_an_attention_that_looks_by_another_rule_has_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's layers look at chunks, of which prompts that are proven on show nothing."""
+    own = {
+        "attention_chunk_size": 128,
+        "no_rope_layers": [1, 1, 0],
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+    }
+    kinds = {"layer_types": ["chunked_attention", "chunked_attention", "full_attention"], "intermediate_size_mlp": 96}
+    monkeypatch.setitem(FIELDS, "llama4_text", {**FIELDS["llama"], "max_position_embeddings": 256, **own, **kinds})
+    model, (prompt,) = on_engine("llama4_text", max_model_len=256), prompts(150)
+    with torch.no_grad():
+        theirs = in_transformers("llama4_text")(torch.tensor([prompt]), output_hidden_states=True)
+    with model.trace([prompt]):
+        for name in ("keys", "values", "attention_scores", "attention_probabilities", "values_weighted"):
+            with pytest.raises(
+                NotInThisModelError, match=rf"^{name}\[0\]: the engine's ChunkedLocalAttention looks at"
+            ):
+                getattr(model, name)[0]
+        assert model.heads_output[0].shape == (1, 150, 2, 32)
+        assert_near(model.layers_input[2][0], theirs.hidden_states[2][0])
+        pattern = model.attention_probabilities[2]
+    assert_near(pattern.sum(-1), torch.ones(1, 2, 150))
+
+
 def test_what_is_only_read_says_why() -> None:
     model = on_engine("gpt2")
     with (
@@ -204,6 +233,26 @@ def test_loading_leaves_the_process_as_it_was() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     assert torch.nn.Module._call_impl.__module__ == "torch.nn.modules.module"
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_tokenizer_that_is_given_writes_the_text(is_folder: bool, tmp_path: Path) -> None:
+    """The folder of the model has none; what the words are is written out here."""
+    words = {f"w{96 - i}": i for i in range(97)}
+    own = Tokenizer(WordLevel(words, unk_token="w96"))
+    own.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="w96")
+    tokenizer.save_pretrained(tmp_path)
+    given = tmp_path if is_folder else tokenizer
+    model = on_engine.__wrapped__("llama", tokenizer=given, validate=False)
+    (output,) = model.generate("w90 w5 w20", max_new_tokens=4, ignore_eos=True).run()
+    assert output.prompt_token_ids == [6, 91, 76]
+    tokens = list(output.outputs[0].token_ids)
+    wanted = [f"w{96 - token}" for token in tokens]
+    assert output.outputs[0].text.split() == wanted
+    assert model.generate_text("w90 w5 w20", max_new_tokens=4, ignore_eos=True).split() == wanted
+    (stopped,) = model.generate("w90 w5 w20", max_new_tokens=4, ignore_eos=True, stop=wanted[1]).run()
+    assert list(stopped.outputs[0].token_ids) == tokens[:2]
 
 
 def test_text_needs_a_tokenizer() -> None:
