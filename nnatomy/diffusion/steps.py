@@ -15,7 +15,7 @@ from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
 from nnatomy.diffusion.names import OF_LAYERS
 from nnatomy.diffusion.recording import tensor_of, with_tensor
 from nnatomy.diffusion.stage import Whole
-from nnatomy.errors import NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, NotInThisModelError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
 
 
@@ -64,6 +64,7 @@ class StepNames:
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
+        self._refuse_half("latents")
         slot = self._latents()
         check_fits("latents", slot.value, value)
         slot.value = value
@@ -86,19 +87,30 @@ class StepNames:
 
     @timestep.setter
     def timestep(self, value: Tensor) -> None:
-        own, slot, rows = self._timestep()
+        own, slot, rows, is_shared = self._timestep()
+        if is_shared:
+            self._refuse_half("timestep")
         check_fits("timestep", own, value)
         get, put = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
         slot.value = put(slot.value, put_rows(get(slot.value), rows, value))
 
-    def _timestep(self) -> tuple[Any, Slot, slice]:
+    def _refuse_half(self, name: str) -> None:
+        """Raise AssignmentError where a half's is the other's, too."""
+        if self._half is not None:
+            raise AssignmentError(
+                f"{self._half}.{name} is the other half's, too, and would change both: assign model.{name}."
+            )
+
+    def _timestep(self) -> tuple[Any, Slot, slice, bool]:
+        """The timestep, where it is, its rows, and whether it is one for both halves."""
         self._check("timestep")
         slot, images = self._at_denoiser("timestep", "input")
-        get, _ = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
-        value = get(slot.value)
-        alike = not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1
-        rows = slice(None) if alike else self.halves.rows(self._half, "timestep", len(value), images)
-        return (value if alike else value[rows]), slot, rows
+        names = names_of(self.denoiser)
+        value, sample = (argument(names, name)[0](slot.value) for name in (timestep_argument(self.denoiser), names[0]))
+        rows = self.halves.rows(self._half, "timestep", len(sample), images)
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1:
+            return value, slot, slice(None), self.halves.how == "rows" and len(sample) != images
+        return value[rows], slot, rows, False
 
     @property
     def text_given(self) -> Tensor:
@@ -148,6 +160,20 @@ class StepNames:
         said = f"{self._half}.{name}" if self._half else name
         return block.reach(self.denoiser, kind, said, self.halves.call(self._half)), given.images
 
+    def text_tokens(self, layer: int) -> slice:
+        """In a trace, which positions of the joint attention's pattern on that layer are the text's: of its queries, and its keys.
+
+        All others are the picture's.
+
+        Raises:
+            LayerIndexError, NotInThisModelError: where text and picture are not attended to jointly.
+            InputError: where the halves are calls with texts of different lengths: `model.conditional.text_tokens(i)`.
+        """
+        raise NotImplementedError
+
+    def _text_tokens(self, layer: int, half: Half | None) -> slice:
+        raise NotImplementedError
+
     def _check(self, name: str) -> None:
         if name in self._refused:
             raise NotInThisModelError(f"{name}: {self._refused[name]}.")
@@ -166,6 +192,10 @@ class HalfView(StepNames):
         self._blocks, self.denoiser, self.halves, self._refused = of._blocks, of.denoiser, of.halves, of._refused
         for name in OF_LAYERS:
             setattr(self, name, getattr(of, name).of_half(half, self.halves))
+
+    def text_tokens(self, layer: int) -> slice:
+        """As of the model, in that half's call."""
+        return self._of._text_tokens(layer, self._half)
 
     @property
     def _whole(self) -> Whole:

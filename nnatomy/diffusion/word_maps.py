@@ -153,7 +153,7 @@ def _to_text(model: DiffusionTransformer, layer: int, crosses: bool) -> Float[Te
     if crosses:
         return half.cross_attention_probabilities[layer][0].float().mean(0).cpu()
     pattern = half.attention_probabilities[layer][0].float().mean(0).cpu()
-    text = model.text_tokens(layer)
+    text = half.text_tokens(layer)
     of_picture = torch.ones(pattern.shape[0], dtype=torch.bool)
     of_picture[text] = False
     return pattern[of_picture][:, text]

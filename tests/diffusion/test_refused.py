@@ -43,6 +43,7 @@ SD = "StableDiffusionPipeline"
         ([], {}, r"^prompt=\[\]: it is a text, or a list of texts"),
         ("a cat", {"num_inference_steps": 0}, r"^num_inference_steps=0: it is a whole number, 1 or more\.$"),
         ("a cat", {"num_inference_steps": "4"}, r"^num_inference_steps='4': it is a whole number"),
+        ("a cat", {"num_images_per_prompt": 2.5}, r"^num_images_per_prompt=2\.5: it is a whole number, 1 or more\.$"),
         (
             "a cat",
             {"num_inference_step": 4},
