@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,10 @@ from nnatomy.core.points import Slot
 from nnatomy.diffusion.accessors import Accessor
 from nnatomy.diffusion.anatomy import TEXT, argument, names_of, timestep_argument
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
-from nnatomy.diffusion.names import OF_LAYERS
+from nnatomy.diffusion.names import OF_LAYERS, OF_STEPS
 from nnatomy.diffusion.recording import tensor_of, with_tensor
 from nnatomy.diffusion.stage import Whole
-from nnatomy.errors import AssignmentError, NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, NoSuchModuleError, NotInThisModelError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
 
 
@@ -200,6 +201,26 @@ class HalfView(StepNames):
     @property
     def _whole(self) -> Whole:
         return self._of._whole
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises NoSuchModuleError: a half has the standard names alone."""
+        raise self._no_such(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AssignmentError for a name that is one for each layer; NoSuchModuleError for none."""
+        if isinstance(self.__dict__.get(name), Accessor):
+            name = f"{self._half}.{name}"
+            raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
+        if not (name.startswith("_") or name in (*OF_LAYERS, "denoiser", "halves") or hasattr(type(self), name)):
+            raise self._no_such(name)
+        super().__setattr__(name, value)
+
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        near = difflib.get_close_matches(name, (*OF_STEPS, *OF_LAYERS), n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return NoSuchModuleError(
+            f"A half of guidance has no {name!r}.{hint} It has the standard names: {', '.join((*OF_STEPS, *OF_LAYERS))}."
+        )
 
     def __repr__(self) -> str:
         return f"<the {self._half} half of guidance>"

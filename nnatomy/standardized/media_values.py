@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, counted
-from nnatomy.standardized.accessors import check_fits
+from nnatomy.errors import LayerIndexError, NotInThisModelError
+from nnatomy.standardized.accessors import check_fits, one_for_each
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, place_token, token_ids
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.tower import Tower, find_tower
@@ -45,10 +45,7 @@ class EncoderLayers:
 
     def __setitem__(self, layer: int | slice, value: Any) -> None:
         if isinstance(layer, slice):
-            layers = range(len(self))[layer]
-            if len(value) != len(layers):
-                raise AssignmentError(f"{self._name}: {len(value)} were assigned to {counted(len(layers), 'layer')}.")
-            for i, one in zip(layers, value, strict=True):
+            for i, one in one_for_each(self._name, layer, len(self), value):
                 self[i] = one
             return
         slot = self._slot(layer)

@@ -335,7 +335,7 @@ def test_a_list_is_assigned_to_layers_of_the_tower(llava: StandardizedTransforme
     with torch.no_grad(), ask():
         llava.vision_layers_output[1] = 2 * second
         assert torch.equal(llava.logits, found)
-    with pytest.raises(AssignmentError, match=r"vision_layers_output: 1 were assigned to 2 layers\."), ask():
+    with pytest.raises(AssignmentError, match=r"vision_layers_output\[:2\] is 2 layers; 1 were assigned\. Give"), ask():
         llava.vision_layers_output[:2] = [first]
 
 
