@@ -13,9 +13,9 @@ from torch.nn import Module
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot, Tap
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, counted
+from nnatomy.errors import LayerIndexError, NotInThisModelError, counted
 from nnatomy.names import Name
-from nnatomy.standardized.accessors import check_fits
+from nnatomy.standardized.accessors import check_fits, one_for_each
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.whole_number import whole_number
 
@@ -86,12 +86,7 @@ class Accessor(NotPickled):
 
     def __setitem__(self, layer: int | slice, value: Any) -> None:
         if isinstance(layer, slice):
-            layers = range(len(self))[layer]
-            if len(value) != len(layers):
-                raise AssignmentError(
-                    f"{self._said(layer)} is {counted(len(layers), 'layer')}; {len(value)} were assigned."
-                )
-            for i, one in zip(layers, value, strict=True):
+            for i, one in one_for_each(f"{self.half}.{self.name}" if self.half else self.name, layer, len(self), value):
                 self[i] = one
             return
         place, slot, rows = self._reach(layer)

@@ -16,6 +16,8 @@ from nnatomy.whole_number import count_of
 _SUBJECTS = ("prompt", "class_labels", "prompt_embeds")
 #: How many pixels of a side are one of its latents, by the name of an attribute of the pipeline.
 _SCALES = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+#: How many pictures (videos, sounds) of each prompt, by the name of an argument.
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 #: The modes of pictures that a pipeline takes, by the name of an argument.
 _MODES = {"image": ("RGB",), "mask_image": ("L", "1", "RGB"), "control_image": ("RGB", "L")}
 
@@ -37,10 +39,10 @@ def checked(pipeline: Any, prompt: Any, kwargs: Mapping[str, Any]) -> tuple[dict
             raise InputError(f"{main} is given twice: as the first argument and by its name.")
         given[main] = prompt
     _check_names(name, known, given)
+    for argument in ("num_inference_steps", *_PER_PROMPT):
+        if given.get(argument) is not None and not count_of(given[argument]):
+            raise InputError(f"{argument}={given[argument]!r}: it is a whole number, 1 or more.")
     images = _count(name, main, given)
-    steps = given.get("num_inference_steps")
-    if steps is not None:
-        _check_steps(steps)
     for argument, modes in _MODES.items():
         for picture in given[argument] if isinstance(given.get(argument), list) else [given.get(argument)]:
             mode = getattr(picture, "mode", None)
@@ -81,12 +83,7 @@ def _count(name: str, main: str | None, given: Mapping[str, Any]) -> int:
         if not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt={subject!r:.40}: it is a text, or a list of texts, one for each picture.")
     count = len(subject) if isinstance(subject, (list, Tensor)) else 1
-    return count * int(given.get("num_images_per_prompt") or 1)
-
-
-def _check_steps(steps: Any) -> None:
-    if not count_of(steps):
-        raise InputError(f"num_inference_steps={steps!r}: it is a whole number, 1 or more.")
+    return count * next((int(given[one]) for one in _PER_PROMPT if given.get(one) is not None), 1)
 
 
 def example(pipeline: Any, denoiser: Any) -> dict[str, Any]:

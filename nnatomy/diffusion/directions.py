@@ -14,6 +14,7 @@ from torch import Tensor
 from nnatomy.diffusion.runs import accessor_of, check, chosen, generator
 from nnatomy.diffusion.transformer import DiffusionTransformer
 from nnatomy.errors import InputError, counted
+from nnatomy.whole_number import is_truth
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ class Direction:
         Raises:
             InputError: for a factor that is no number, or a direction of another width than the model's.
         """
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        given: Any = factor
+        try:
+            number = math.nan if is_truth(given) or isinstance(given, str) else float(given)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number):
             raise InputError(f"factor={factor!r}: it is a finite number.")
         accessor = accessor_of(model, self.name)
         for layer, direction in sorted(self.directions.items()):
@@ -94,7 +100,7 @@ class Direction:
                 raise InputError(
                     f"{self.name}[{layer}] is {stream.shape[-1]} wide, and the direction {len(direction)}: it is of another model."
                 )
-            accessor[layer] = stream + factor * direction.to(stream)
+            accessor[layer] = stream + number * direction.to(stream)
 
     def __repr__(self) -> str:
         return f"<a direction at {self.name} of {counted(len(self.directions), 'layer')}>"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nnatomy.core.points import Collector, Slot
-from nnatomy.errors import NotInThisModelError, NotReachedError
+from nnatomy.errors import InputError, NotInThisModelError, NotReachedError
 
 if TYPE_CHECKING:
     from nnatomy.diffusion.accessors import At
@@ -67,23 +67,34 @@ class Given(Collector):
     Attributes:
         images: how many pictures.
         stage: the call of its pipeline (`stage.Stage`).
-        lengths: how many tokens the streams of the picture and of the text have, once a block with both has been called.
+        lengths: by step and call, how many tokens the streams of the picture and of the text have.
         whole: a name that was asked for of the step as a whole, and not of a half.
+        whole_text: the same of where the text stands.
     """
 
     def __init__(self, images: int, stage: Any, streams: tuple[At, At] | None) -> None:
         self.modules = set() if streams is None else {streams[0].module}
         self.kinds = {} if streams is None else {"input": None}
         self._streams = streams
-        self.lengths: tuple[int, int] | None = None
+        self.lengths: dict[tuple[int, int], tuple[int, int]] = {}
         self.images = images
         self.stage = stage
         self.whole = ""
+        self.whole_text = ""
 
     def take(self, slot: Slot) -> None:
         if self._streams is not None:
             image, text = (one.get(slot.value).shape[1] for one in self._streams)
-            self.lengths = image, text
+            self.lengths[slot.step, slot.call] = image, text
+            self.check_text(slot.step)
+
+    def check_text(self, step: int) -> None:
+        """Raise InputError if it was asked of the step as a whole where the text stands, and its calls have texts of two lengths."""
+        if self.whole_text and len({one for (when, _), one in self.lengths.items() if when == step}) > 1:
+            raise InputError(
+                f"{self.whole_text} was asked for, and the halves of guidance have texts of different lengths: write which is meant, "
+                "model.conditional or model.unconditional."
+            )
 
 
 def given_to(run: Any) -> Given:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import index
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from nnatomy.diffusion.names import OF_LAYERS
 from nnatomy.diffusion.stage import latents_of as latents_in
 from nnatomy.diffusion.transformer import DiffusionTransformer
 from nnatomy.errors import InputError, a_kind
+from nnatomy.whole_number import whole_number
 
 #: What a method measures of a picture's latents.
 Metric = Callable[[Tensor], float]
@@ -52,9 +52,11 @@ def chosen(name: str, wanted: Iterable[int] | None, there: Iterable[int]) -> lis
     if wanted is None:
         return there
     try:
-        numbers = sorted({index(one) for one in wanted})
+        numbers = sorted({whole_number(one) for one in wanted})
     except TypeError:
         raise InputError(f"{name}={wanted!r:.40}: give their numbers, such as {there[:2]}.") from None
+    if not numbers:
+        raise InputError(f"{name}={wanted!r:.40}: give at least one, such as {there[:2]}.")
     if missing := [one for one in numbers if one not in there]:
         raise InputError(f"{name}: there is no {missing[0]}; there are {there[0]} to {there[-1]}: {there}.")
     return numbers
@@ -87,4 +89,7 @@ def latents_of(
 
 def generator(seed: int) -> torch.Generator:
     """One that draws the same noise in each run."""
-    return torch.Generator().manual_seed(seed)
+    try:
+        return torch.Generator().manual_seed(whole_number(seed))
+    except TypeError:
+        raise InputError(f"seed={seed!r}: it is a whole number.") from None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from functools import wraps
+from functools import partial, wraps
 from threading import get_ident
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn import Module
 
 from nnatomy.core.gates import runs
 from nnatomy.core.points import Collector, Slot
-from nnatomy.errors import ModelError
+from nnatomy.errors import InputError, ModelError, a_kind
 
 
 class Latents(Module):
@@ -84,6 +84,11 @@ class Stage:
         self.scheduler = copy.deepcopy(pipeline.scheduler)
         self.total: int | None = None
         self.count = 0
+        self._cuts = (
+            "strength" in inspect.signature(type(pipeline).__call__).parameters
+        )  # takes some of the timesteps alone
+        self._has_callback = False
+        self._made: Any = None  # the latents of a step whose callback has not been called yet
         self._whole = whole
         self._denoiser = denoiser
         self._step = self.scheduler.step
@@ -109,6 +114,12 @@ class Stage:
         run = runs[get_ident()]
         if not self.prepares:
             run.replace(_FirstStep(self._denoiser, self._whole))
+        self._cuts = self._cuts or kwargs.get("denoising_end") is not None
+        if (callback := kwargs.get("callback_on_step_end")) is not None:
+            self._has_callback = True
+            kwargs = {**kwargs, "callback_on_step_end": partial(self._called_back, callback)}
+            if hasattr(callback, "tensor_inputs"):  # (which a pipeline asks callbacks of diffusers' own for)
+                kwargs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
         return self._whole(lambda: self.pipeline(**kwargs))
 
     def _timed(self, result: Any) -> Any:
@@ -120,7 +131,10 @@ class Stage:
         """How many steps the call takes; None before its timesteps are set."""
         if self.total is not None or not self._is_timed:
             return self.total
-        return int(self.pipeline.__dict__.get("_num_timesteps") or len(self.scheduler.timesteps))
+        known = self.pipeline.__dict__.get("_num_timesteps")
+        if known is None and self._cuts:
+            return None
+        return int(known or len(self.scheduler.timesteps))
 
     def _begun(self, result: Any) -> Any:
         latents = latents_of(result)
@@ -141,7 +155,23 @@ class Stage:
         if self.count == self.total:
             return result
         runs[get_ident()].end_step()
+        if self._has_callback:  # it may change the latents that the next step begins with
+            self._made = latents_of(result)
+            return result
         return self._begun(result)
+
+    def _called_back(self, callback: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the user's callback, and begin the next step with the latents that it gives."""
+        values = callback(*args, **kwargs)
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"callback_on_step_end gives {a_kind(values)}, and the pipeline takes a dict of what it changes: return the one that "
+                "it is given, or {}."
+            )
+        if self._made is None:
+            return values
+        made, self._made = self._made, None
+        return {**values, "latents": self._whole.begin(values.get("latents", made))}
 
     def _count_steps(self, first: Any) -> int:
         known = self.pipeline.__dict__.get("_num_timesteps")

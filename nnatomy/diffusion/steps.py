@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,10 @@ from nnatomy.core.points import Slot
 from nnatomy.diffusion.accessors import Accessor
 from nnatomy.diffusion.anatomy import TEXT, argument, names_of, timestep_argument
 from nnatomy.diffusion.halves import Half, Halves, given_to, put_rows
-from nnatomy.diffusion.names import OF_LAYERS
+from nnatomy.diffusion.names import OF_LAYERS, OF_STEPS
 from nnatomy.diffusion.recording import tensor_of, with_tensor
 from nnatomy.diffusion.stage import Whole
-from nnatomy.errors import NotInThisModelError, NotReachedError
+from nnatomy.errors import AssignmentError, NoSuchModuleError, NotInThisModelError, NotReachedError
 from nnatomy.standardized.accessors import check_fits
 
 
@@ -64,6 +65,7 @@ class StepNames:
 
     @latents.setter
     def latents(self, value: Tensor) -> None:
+        self._refuse_half("latents")
         slot = self._latents()
         check_fits("latents", slot.value, value)
         slot.value = value
@@ -86,19 +88,30 @@ class StepNames:
 
     @timestep.setter
     def timestep(self, value: Tensor) -> None:
-        own, slot, rows = self._timestep()
+        own, slot, rows, is_shared = self._timestep()
+        if is_shared:
+            self._refuse_half("timestep")
         check_fits("timestep", own, value)
         get, put = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
         slot.value = put(slot.value, put_rows(get(slot.value), rows, value))
 
-    def _timestep(self) -> tuple[Any, Slot, slice]:
+    def _refuse_half(self, name: str) -> None:
+        """Raise AssignmentError where a half's is the other's, too."""
+        if self._half is not None:
+            raise AssignmentError(
+                f"{self._half}.{name} is the other half's, too, and would change both: assign model.{name}."
+            )
+
+    def _timestep(self) -> tuple[Any, Slot, slice, bool]:
+        """The timestep, where it is, its rows, and whether it is one for both halves."""
         self._check("timestep")
         slot, images = self._at_denoiser("timestep", "input")
-        get, _ = argument(names_of(self.denoiser), timestep_argument(self.denoiser))
-        value = get(slot.value)
-        alike = not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1
-        rows = slice(None) if alike else self.halves.rows(self._half, "timestep", len(value), images)
-        return (value if alike else value[rows]), slot, rows
+        names = names_of(self.denoiser)
+        value, sample = (argument(names, name)[0](slot.value) for name in (timestep_argument(self.denoiser), names[0]))
+        rows = self.halves.rows(self._half, "timestep", len(sample), images)
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) == 1:
+            return value, slot, slice(None), self.halves.how == "rows" and len(sample) != images
+        return value[rows], slot, rows, False
 
     @property
     def text_given(self) -> Tensor:
@@ -148,6 +161,20 @@ class StepNames:
         said = f"{self._half}.{name}" if self._half else name
         return block.reach(self.denoiser, kind, said, self.halves.call(self._half)), given.images
 
+    def text_tokens(self, layer: int) -> slice:
+        """In a trace, which positions of the joint attention's pattern on that layer are the text's: of its queries, and its keys.
+
+        All others are the picture's.
+
+        Raises:
+            LayerIndexError, NotInThisModelError: where text and picture are not attended to jointly.
+            InputError: where the halves are calls with texts of different lengths: `model.conditional.text_tokens(i)`.
+        """
+        raise NotImplementedError
+
+    def _text_tokens(self, layer: int, half: Half | None) -> slice:
+        raise NotImplementedError
+
     def _check(self, name: str) -> None:
         if name in self._refused:
             raise NotInThisModelError(f"{name}: {self._refused[name]}.")
@@ -167,9 +194,33 @@ class HalfView(StepNames):
         for name in OF_LAYERS:
             setattr(self, name, getattr(of, name).of_half(half, self.halves))
 
+    def text_tokens(self, layer: int) -> slice:
+        """As of the model, in that half's call."""
+        return self._of._text_tokens(layer, self._half)
+
     @property
     def _whole(self) -> Whole:
         return self._of._whole
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises NoSuchModuleError: a half has the standard names alone."""
+        raise self._no_such(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises AssignmentError for a name that is one for each layer; NoSuchModuleError for none."""
+        if isinstance(self.__dict__.get(name), Accessor):
+            name = f"{self._half}.{name}"
+            raise AssignmentError(f"{name} is one for each layer: assign {name}[i] = ..., or {name}[:] = [one, ...].")
+        if not (name.startswith("_") or name in (*OF_LAYERS, "denoiser", "halves") or hasattr(type(self), name)):
+            raise self._no_such(name)
+        super().__setattr__(name, value)
+
+    def _no_such(self, name: str) -> NoSuchModuleError:
+        near = difflib.get_close_matches(name, (*OF_STEPS, *OF_LAYERS), n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return NoSuchModuleError(
+            f"A half of guidance has no {name!r}.{hint} It has the standard names: {', '.join((*OF_STEPS, *OF_LAYERS))}."
+        )
 
     def __repr__(self) -> str:
         return f"<the {self._half} half of guidance>"

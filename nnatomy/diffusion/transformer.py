@@ -11,7 +11,7 @@ from torch.nn import Module
 from nnatomy.diffusion.accessors import Accessor, At
 from nnatomy.diffusion.arguments import checked
 from nnatomy.diffusion.encoders import encoders_of
-from nnatomy.diffusion.halves import Halves, given_to
+from nnatomy.diffusion.halves import Half, Halves, given_to
 from nnatomy.diffusion.names import OF_LAYERS, OF_STEPS
 from nnatomy.diffusion.stage import Stage, Whole
 from nnatomy.diffusion.steps import HalfView, StepNames
@@ -163,25 +163,27 @@ class DiffusionTransformer(NotPickled, StepNames, Traceable):
         return self._layers[layer].text_first if layer in self.attention_probabilities.layers else None
 
     def text_tokens(self, layer: int) -> slice:
-        """In a trace, which positions of the joint attention's pattern on that layer are the text's: of its queries, and its keys.
+        return self._text_tokens(layer, None)
 
-        All others are the picture's.
+    text_tokens.__doc__ = StepNames.text_tokens.__doc__
 
-        Raises:
-            LayerIndexError, NotInThisModelError: where text and picture are not attended to jointly.
-        """
+    def _text_tokens(self, layer: int, half: Half | None) -> slice:
         self.attention_probabilities.at(layer)
         first = self.text_first(layer)
         if first is None:
             raise NotInThisModelError(
                 f"text_tokens({layer}): the block's attention is not of picture and text jointly."
             )
-        given = given_to(self._blocks.current("text_tokens").run)
-        if given.lengths is None:
-            place = self.text_layers_input.at(layer)
-            given.take(self._blocks.current("text_tokens").reach(place.module, place.kind, f"text_tokens({layer})"))
-        assert given.lengths is not None
-        image, text = given.lengths
+        block, call = self._blocks.current("text_tokens"), self.halves.call(half)
+        given = given_to(block.run)
+        if half is None:
+            given.whole_text = f"text_tokens({layer})"
+        if (block.step, call) not in given.lengths:
+            assert self.streams is not None
+            place = self.streams[0]
+            given.take(block.reach(place.module, place.kind, f"text_tokens({layer})", call))
+        given.check_text(block.step)
+        image, text = given.lengths[block.step, call]
         return slice(0, text) if first else slice(image, image + text)
 
     @property

@@ -105,9 +105,13 @@ def word_maps(
     check(model, "word_maps", prompt, kwargs)
     if not isinstance(prompt, str):
         raise InputError(f"prompt={prompt!r:.40}: word_maps takes a text.")
+    if words is not None and not (isinstance(words, Iterable) and all(isinstance(one, str) for one in words)):
+        raise InputError(f"words={words!r:.40}: give a list of words of the prompt.")
     wanted = list(
         dict.fromkeys(re.findall(r"\w+", prompt) if words is None else [words] if isinstance(words, str) else words)
     )
+    if not wanted:
+        raise InputError(f"words: give at least one of the prompt {prompt!r:.80}.")
     crossing = model.conditional.cross_attention_probabilities
     joint = [i for i in range(model.num_layers) if model.text_first(i) is not None]
     if not (crossing.layers or joint):
@@ -153,7 +157,7 @@ def _to_text(model: DiffusionTransformer, layer: int, crosses: bool) -> Float[Te
     if crosses:
         return half.cross_attention_probabilities[layer][0].float().mean(0).cpu()
     pattern = half.attention_probabilities[layer][0].float().mean(0).cpu()
-    text = model.text_tokens(layer)
+    text = half.text_tokens(layer)
     of_picture = torch.ones(pattern.shape[0], dtype=torch.bool)
     of_picture[text] = False
     return pattern[of_picture][:, text]

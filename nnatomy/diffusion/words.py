@@ -13,12 +13,13 @@ from nnatomy.errors import InputError, a_kind
 
 
 class Segment(NamedTuple):
-    """The tokens of one text encoder among those that the denoiser is given, from `start` on."""
+    """The tokens of one text encoder among those that the denoiser is given, from `start` on, and the ids that it was given."""
 
     encoder: str
     tokenizer: Any
     start: int
     length: int
+    ids: list[int]
 
 
 def encoders_of(model: Any) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def segments_of(model: Any, recorder: Recorder, given: Tensor) -> list[Segment]:
             if len(starts) == 1:
                 start, length = starts.pop()
                 if all(one.start != start for one in found):
-                    found.append(Segment(name, tokenizer, start, length))
+                    ids = call.arguments["input_ids"][0].tolist()
+                    found.append(Segment(name, tokenizer, start, length, ids))
     return found
 
 
@@ -75,18 +77,36 @@ def positions_of(word: str, prompt: str, segments: list[Segment]) -> list[int]:
     if not word or not spans:
         raise InputError(f"words: {word!r} is no word of the prompt {prompt!r:.80}.")
     positions: list[int] = []
-    for _, tokenizer, start, length in segments:
-        if not getattr(tokenizer, "is_fast", False):
+    for one in segments:
+        if not getattr(one.tokenizer, "is_fast", False):
             raise InputError(
-                f"words: {a_kind(tokenizer)} does not say which of its tokens are which letters: give the pipeline a fast "
+                f"words: {a_kind(one.tokenizer)} does not say which of its tokens are which letters: give the pipeline a fast "
                 "one."
             )
-        offsets = tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=length).offset_mapping
+        begins, offsets = _offsets(prompt, one)
         positions += [
-            start + i
+            one.start + begins + i
             for i, (first, last) in enumerate(offsets)
             if first < last and any(first < end and begin < last for begin, end in spans)
         ]
     if not positions:
         raise InputError(f"words: {word!r} stands behind the tokens that the text encoders read of the prompt.")
     return positions
+
+
+def _offsets(prompt: str, segment: Segment) -> tuple[int, list[tuple[int, int]]]:
+    """Where the prompt's tokens begin among those of the encoder, some of which pad on the left; and which letters each is of.
+
+    Raises:
+        InputError: if the encoder was given other tokens: of another text, or of a template around it.
+    """
+    for text in (prompt, prompt.lower()):  # (some pipelines make small letters of it)
+        made = segment.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=segment.length)
+        count = len(made.input_ids)
+        begins = [i for i in range(len(segment.ids) - count + 1) if segment.ids[i : i + count] == made.input_ids]
+        if len(begins) == 1 and len(text) == len(prompt):
+            return begins[0], made.offset_mapping
+    raise InputError(
+        f"words: {segment.encoder} was given other tokens than the prompt's, so that nobody can tell which are a word's: leave out "
+        "prompt_2=..., prompt_3=... and what else changes its text."
+    )

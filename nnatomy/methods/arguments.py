@@ -160,3 +160,9 @@ def _too_many(name: str, signature: inspect.Signature, places: list[str], given:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_list(name: str, given: Any) -> None:
+    """Raise InputError for what is no list of numbers."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{name}={given!r}: give a list of their numbers.")

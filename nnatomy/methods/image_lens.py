@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nnatomy.errors import InputError
-from nnatomy.methods.arguments import method
+from nnatomy.methods.arguments import check_list, method
 from nnatomy.methods.metrics import token_ids
 from nnatomy.methods.result import Axis, Result
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.accessors import read_together
+from nnatomy.whole_number import whole_number
 
 #: How many logits there are at once: 160 MB in float32.
 _LOGITS = 40_000_000
@@ -69,7 +70,8 @@ class ImageLens(Result):
     def _check(self, layers: Sequence[int]) -> None:
         """Raise InputError for a layer that there is not."""
         count = len(self.best)
-        if wrong := [one for one in layers if not isinstance(one, SupportsIndex) or not -count <= one < count]:
+        check_list("layers", layers)
+        if wrong := [one for one in layers if not -count <= _number(one, count) < count]:
             raise InputError(f"There is no layer {wrong[0]!r}: the lens has {count}, 0 to {count - 1}.")
 
     def plot(self, word: str | None = None, layers: Sequence[int] | None = None) -> Any:
@@ -134,16 +136,17 @@ def image_lens(
         InputError: for several prompts, no such image, words that are no list, or a word of several tokens.
         NotInThisModelError: if the image's tokens are no grid of patches, or the head cannot be applied.
     """
-    if isinstance(words, (str, int)):
+    if isinstance(words, str) or not isinstance(words, Iterable):
         raise InputError(f"words={words!r}: give a list of them, words=[{words!r}].")
     tokens = model.image_tokens(prompt, images)
     if any(one.prompt for one in tokens):
         raise InputError("image_lens takes one prompt.")
-    if not -len(tokens) <= image < len(tokens):
-        raise InputError(f"image={image}: the prompt has {len(tokens)}, 0 to {len(tokens) - 1}.")
+    if not -len(tokens) <= _number(image, len(tokens)) < len(tokens):
+        raise InputError(f"image={image!r}: the prompt has {len(tokens)}, 0 to {len(tokens) - 1}.")
     photo = tokens[image]
     grid = photo.patch_grid
-    wanted = token_ids(list(words), model).tolist() if words else []
+    words = list(words)
+    wanted = token_ids(words, model).tolist() if words else []
     with model.trace(prompt, images=images, use_cache=False):
         (streams,) = read_together(
             [(model.layers_output, range(model.num_layers))], lambda hidden, _: hidden[0, photo.positions]
@@ -160,10 +163,21 @@ def image_lens(
     found = torch.cat(best).reshape(shape)
     return ImageLens(
         torch.cat(of_words, 1).reshape(len(wanted), *shape),
-        tuple(model.tokenizer.decode([one]) if isinstance(one, int) else one for one in words),
+        tuple(
+            one if isinstance(one, str) else model.tokenizer.decode([token])
+            for one, token in zip(words, wanted, strict=True)
+        ),
         found,
         torch.cat(most).reshape(shape),
         {str(one): str(model.tokenizer.decode([one])) for one in found.unique().tolist()},
         photo.picture,
         (prompt,) if isinstance(prompt, str) else (),
     )
+
+
+def _number(given: Any, none: int) -> int:
+    """A whole number, or `none`, which there is not, for anything else."""
+    try:
+        return whole_number(given)
+    except TypeError:
+        return none

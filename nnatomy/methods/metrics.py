@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from nnatomy.methods.arguments import model as check_model
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.positions import is_fake, is_one
 from nnatomy.standardized.text import is_unknown, known_ids, written_ids
+from nnatomy.whole_number import whole_number
 
 Metric = Callable[[Float[Tensor, "batch vocab"]], Float[Tensor, " batch"]]
 
@@ -227,7 +227,7 @@ def token_ids(answer: Answer, model: StandardizedTransformer | None = None) -> I
 
 def _known(token: Any, vocab: int | None) -> int:
     try:
-        token = index(token)
+        token = whole_number(token)
     except TypeError:
         raise InputError(f"The answer {token!r} is neither a token id nor a text.") from None
     if token < 0 or (vocab is not None and token >= vocab):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnatomy.errors import InputError, a_kind
 from nnatomy.methods.activation_patching import Grid, measured
-from nnatomy.methods.arguments import method
+from nnatomy.methods.arguments import check_list, method
 from nnatomy.methods.metrics import Metric
 from nnatomy.methods.pairs import Pairs, gap
 from nnatomy.methods.patched_runs import Cells, PatchedRuns
@@ -21,6 +21,7 @@ from nnatomy.methods.result import Axis, Result, name_of
 from nnatomy.standardized import StandardizedTransformer
 from nnatomy.standardized.annotations import PointName
 from nnatomy.standardized.image_tokens import ImageTokens
+from nnatomy.whole_number import count_of
 from nnatomy.words import Mode
 
 
@@ -89,7 +90,9 @@ class PicturePatching(Result):
             raise InputError(
                 "The image was given as numbers that are no bytes: draw `effect` with nnatomy.plots.heat_map."
             )
-        if layers is None:
+        if layers is not None:
+            check_list("layers", layers)
+        else:
             layers = [self.layers[i] for i in sorted({round(i * (len(self.layers) - 1) / 5) for i in range(6)})]
         if missing := [layer for layer in layers if layer not in self.layers]:
             raise InputError(
@@ -165,9 +168,7 @@ def picture_patching(
         )
     grid = image.patch_grid
     sizes = tuple(region) if isinstance(region, Sequence) else ()
-    if len(sizes) != 2 or any(
-        not isinstance(n, int) or n < 1 or size % n for n, size in zip(sizes, grid, strict=False)
-    ):
+    if len(sizes) != 2 or any(not count_of(n) or size % n for n, size in zip(sizes, grid, strict=False)):
         raise InputError(
             f"region={region!r}: it is rows and columns of patches that divide the image's {grid[0]} rows and {grid[1]} columns."
         )

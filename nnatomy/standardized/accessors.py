@@ -148,19 +148,7 @@ class LayerAccessor(NotPickled):
 
     def __setitem__(self, layer: Any, value: Any) -> None:
         if isinstance(layer, slice):
-            layers = range(len(self))[layer]
-            count = (
-                len(value)
-                if isinstance(value, (Sequence, Tensor)) and (isinstance(value, Sequence) or value.ndim)
-                else None
-            )
-            if count != len(layers):
-                given = f"{a_kind(value)} was" if count is None else f"{count} were"
-                raise AssignmentError(
-                    f"{self.name}[{_written(layer)}] is {counted(len(layers), 'layer')}; {given} assigned. "
-                    "Give a list of one tensor for each."
-                )
-            for i, one in zip(layers, value, strict=True):
+            for i, one in one_for_each(self.name, layer, len(self), value):
                 self[i] = one
             return
         slot = self._reach(layer)
@@ -385,6 +373,21 @@ def _written(layers: slice) -> str:
     """The slice as one writes it."""
     parts = [layers.start, layers.stop] + [layers.step] * (layers.step is not None)
     return ":".join("" if one is None else str(one) for one in parts)
+
+
+def one_for_each(name: str, layers: slice, count: int, value: Any) -> Iterator[tuple[int, Any]]:
+    """Each of these of `count` layers, with what is assigned to it. Raises AssignmentError for another number of values."""
+    numbers = range(count)[layers]
+    found = (
+        len(value) if isinstance(value, (Sequence, Tensor)) and (isinstance(value, Sequence) or value.ndim) else None
+    )
+    if found != len(numbers):
+        given = f"{a_kind(value)} was" if found is None else f"{found} were"
+        raise AssignmentError(
+            f"{name}[{_written(layers)}] is {counted(len(numbers), 'layer')}; {given} assigned. "
+            "Give a list of one tensor for each."
+        )
+    return zip(numbers, value, strict=True)
 
 
 def check_fits(name: str, old: Any, new: Any) -> None:

@@ -72,7 +72,7 @@ class ImageTokens:
         for name, one in (("rows", rows), ("columns", columns)):
             if not _is_slice(one):
                 raise InputError(
-                    f"{name}={one!r}: give a slice of whole numbers, such as slice(0, 2) for the first two."
+                    f"{name}={one!r}: give a slice of whole numbers, not backwards, such as slice(0, 2) for the first two."
                 )
         found = self.positions.unflatten(0, self.patch_grid)[rows, columns].flatten()
         if not len(found):
@@ -103,14 +103,27 @@ class ImageTokens:
         grid = self.patch_grid
         if not isinstance(values, Tensor):
             raise InputError(f"values is {a_kind(values)}: give a tensor, torch.as_tensor(values).")
-        if not isinstance(axis, int):
-            raise InputError(f"axis={axis!r}: give the number of the axis of positions.")
+        try:
+            axis = whole_number(axis)
+        except TypeError:
+            raise InputError(f"axis={axis!r}: give the number of the axis of positions.") from None
         if values.ndim <= (axis if axis >= 0 else -axis - 1) or values.shape[axis] <= int(self.positions.max()):
             raise InputError(
                 f"values of shape {tuple(values.shape)} have no axis {axis} with a place for each position up to "
                 f"{int(self.positions.max())}."
             )
         return values.index_select(axis, self.positions.to(values.device)).unflatten(axis, grid)
+
+
+#: Fields of the configs of models whose tokens of an image are learned queries, each of which may read all of it.
+_QUERIES = ("num_query_tokens", "projector_patch_to_query_dict")
+
+
+def resampled(config: Any) -> tuple[None, str] | None:
+    """No grid, and why, for a model whose tokens of an image are those of a resampler."""
+    if any(getattr(config, name, None) for name in _QUERIES):
+        return None, "its tokens are those of a resampler, of which each may read all of the picture."
+    return None
 
 
 def grid_of(inputs: dict[str, Any], merge: int, is_image: Bool[Tensor, " seq"]) -> tuple[tuple[int, int] | None, str]:
@@ -149,10 +162,9 @@ def _is_slice(one: Any) -> bool:
     if not isinstance(one, slice):
         return False
     try:
-        one.indices(1)
+        return one.indices(1)[2] > 0
     except (TypeError, ValueError):
         return False
-    return True
 
 
 def _runs(is_image: Bool[Tensor, " seq"]) -> list[tuple[int, int]]:
@@ -176,6 +188,8 @@ def picture_seen(reader: Any, inputs: dict[str, Any], image: Any) -> UInt8[Tenso
         image: as it was given.
     """
     pixels = inputs.get("pixel_values")
+    if not getattr(reader, "do_rescale", False) and np.array(image).dtype != np.uint8:
+        return None
     if isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.shape[:2] == (1, 3):
         shown = pixels[0].double().permute(1, 2, 0)
         if getattr(reader, "do_normalize", False):

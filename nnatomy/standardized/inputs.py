@@ -23,7 +23,7 @@ from nnatomy.errors import InputError, counted
 from nnatomy.standardized.chats import TEMPLATE_OPTIONS, chat_ids, is_chat, warn_of_two_beginnings
 from nnatomy.standardized.context_length import ContextLength
 from nnatomy.standardized.media import holds_media, kinds_given, misses_media, read_media
-from nnatomy.standardized.media_kinds import KINDS, MEDIA
+from nnatomy.standardized.media_kinds import MEDIA, Kind
 from nnatomy.standardized.text import text_ids
 
 #: Arguments of `prepare` that do not go to the model.
@@ -218,14 +218,12 @@ class Prompts:
         made = read_media(self._processor(), prompts, media, template, side)
         if "input_ids" in made:
             self.check_lengths(made["attention_mask"].sum(-1).tolist(), side)
-        self._check_made(made, media)
+        self._check_made(made, kinds_given(prompts, media))
         return {name: value for name, value in made.items() if self.reads(name) and name != "labels"}
 
-    def _check_made(self, made: dict[str, Any], media: dict[str, Any]) -> None:
+    def _check_made(self, made: dict[str, Any], kinds: list[Kind]) -> None:
         """Raise InputError if the processor passes over what it was given, or the model what comes of it."""
-        for kind in KINDS:
-            if media.get(kind.argument) is None:
-                continue
+        for kind in kinds:
             if not made.keys() - OF_TEXT:
                 raise InputError(
                     f"{kind.argument}=...: {type(self._processor()).__name__} makes nothing of it beside text. Give what the model's "

@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 
 from nnatomy.errors import InputError, a, counted
 from nnatomy.standardized.chats import is_chat
-from nnatomy.standardized.media_files import READ, media_list
+from nnatomy.standardized.media_files import READ, counts_by_prompt, media_list
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, Kind, place_token
 from nnatomy.standardized.media_tokens import Alone
 
@@ -112,8 +112,12 @@ def texts_and_media(
                 f"The chat has its {kind.name}s in it, and {kind.argument}=... gives others: take one of the two."
             )
         every = [READ[kind](one, i, processor) for i, one in enumerate(said[kind] or media_list(kind, given))]
-        rest = iter(every)
-        by_kind[kind] = [list(islice(rest, count)) for count in _places(processor, kind, texts, len(every))]
+        rest, places = iter(every), _places(processor, kind, texts, len(every))
+        if (lists := counts_by_prompt(kind, given)) and lists != places:
+            raise InputError(
+                f"{kind.argument}=... is a list for each prompt, of {lists}, and the prompts have {places} places: give each its own."
+            )
+        by_kind[kind] = [list(islice(rest, count)) for count in places]
     return texts, by_kind
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,27 @@ def media_list(kind: Kind, given: Any) -> list[Any]:
     return [one for each in given for one in media_list(kind, each)]
 
 
+def counts_by_prompt(kind: Kind, given: Any) -> list[int]:
+    """How many there are in each list, where one is given for each prompt; none where they are all in one."""
+    if not isinstance(given, (list, tuple)) or _is_one(kind, given):
+        return []
+    if not any(isinstance(one, (list, tuple)) and not (one and _is_one(kind, one)) for one in given):
+        return []
+    return [len(media_list(kind, one)) for one in given]
+
+
 def _is_one(kind: Kind, given: Any) -> bool:
     """Whether a list is one video of frames, one sound of numbers, or a sound and its sampling rate."""
     if not given or kind is IMAGE:
         return False
     if kind is VIDEO:
         return all(_is_frame(one) for one in given)
-    return isinstance(given[0], float) or (
-        len(given) == 2 and isinstance(given[1], int) and not isinstance(given[0], (int, float))
-    )
+    return all(isinstance(one, Real) for one in given) or _has_rate(given)
+
+
+def _has_rate(given: Any) -> bool:
+    """Whether it is (samples, rate)."""
+    return len(given) == 2 and isinstance(given[1], Real) and not isinstance(given[0], Real)
 
 
 def _is_frame(one: Any) -> bool:
@@ -154,7 +167,7 @@ def _sound(sound: Any, index: int, processor: Any) -> Any:
     rate = None
     if isinstance(sound, Mapping) and "array" in sound:  # as data sets give it
         sound, rate = sound["array"], sound.get("sampling_rate")
-    elif isinstance(sound, tuple):
+    elif isinstance(sound, (list, tuple)) and _has_rate(sound):
         sound, rate = sound
     if rate is not None and rate != wanted:
         raise InputError(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from nnatomy.core import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, a_kind
-from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
+from nnatomy.errors import LayerIndexError, NotInThisModelError
+from nnatomy.standardized.accessors import check_fits, one_for_each
+from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, place_token, token_ids
 from nnatomy.standardized.prompt_trace import RootInputs
 from nnatomy.standardized.tower import Tower, find_tower
 from nnatomy.standardized.values import Values
@@ -42,7 +43,11 @@ class EncoderLayers:
             return [self[i] for i in range(len(self))[layer]]
         return first_tensor(self._slot(layer).value)
 
-    def __setitem__(self, layer: int, value: Tensor) -> None:
+    def __setitem__(self, layer: int | slice, value: Any) -> None:
+        if isinstance(layer, slice):
+            for i, one in one_for_each(self._name, layer, len(self), value):
+                self[i] = one
+            return
         slot = self._slot(layer)
         slot.value = _with_first(f"{self._name}[{layer}]", slot.value, value)
 
@@ -93,6 +98,8 @@ def _entering(kind: Kind, doc: str) -> Any:
 class MediaValues(Values):
     """A model with the names of what it makes of images, videos and sound."""
 
+    _processor: Any = None
+
     image_embeddings: Tensor = _entering(
         IMAGE,
         "(token, hidden): what enters the residual stream at the images' positions, in the order of prompts and positions; can be "
@@ -129,8 +136,8 @@ class MediaValues(Values):
         slot, places = self._slot_of_stream(kind)
         args, kwargs = slot.value
         embeds = kwargs["inputs_embeds"]
-        _check(name, embeds[places], value)
-        slot.value = args, {**kwargs, "inputs_embeds": embeds.masked_scatter(places[..., None], value.to(embeds.dtype))}
+        check_fits(name, embeds[places], value)
+        slot.value = args, {**kwargs, "inputs_embeds": embeds.masked_scatter(places[..., None], value)}
 
     def _slot_of_stream(self, kind: Kind) -> tuple[Slot, Tensor]:
         """Where the module that runs the layers is called, and which positions are of that kind."""
@@ -142,9 +149,14 @@ class MediaValues(Values):
         if not isinstance(slot.value[1].get("inputs_embeds"), Tensor):
             raise NotInThisModelError(f"{name}: the module that runs the layers is given no inputs_embeds.")
         encoded = arguments.get("mm_encoder_outputs") or {}  # what `generate` itself has had encoded
+        of_kind, called = kind.inputs, {kind.name, kind.modality}
+        if kind is VIDEO and self._prompts.reads("pixel_values_videos"):  # images have their own
+            of_kind, called = frozenset({"pixel_values_videos"}), {kind.name}
+        elif kind is VIDEO and self._processor is not None and not place_token(self._processor, VIDEO):
+            raise NotInThisModelError(f"{name}: the model reads no videos.")
         # A later step of a generation has none, whatever token it begins with.
-        given = any(arguments.get(argument) is not None for argument in kind.inputs) or bool(
-            {kind.name, kind.modality} & {modality for modality, one in encoded.items() if one is not None}
+        given = any(arguments.get(argument) is not None for argument in of_kind) or bool(
+            called & {modality for modality, one in encoded.items() if one is not None}
         )
         of_videos = token_ids(self, VIDEO)[0] if kind is not AUDIO else -1
         if both and not (ids == of_videos).any():
@@ -183,14 +195,8 @@ class MediaValues(Values):
 
 
 def _with_first(name: str, value: Any, new: Tensor) -> Any:
-    _check(name, first_tensor(value), new)
+    check_fits(name, first_tensor(value), new)
     return with_first_tensor(value, new)
-
-
-def _check(name: str, old: Tensor, new: Any) -> None:
-    if not isinstance(new, Tensor) or new.shape != old.shape:
-        found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else a_kind(new)
-        raise AssignmentError(f"{name} is of shape {tuple(old.shape)}; what was assigned is {found}.")
 
 
 def _reach(model: Any, module: Module, name: str, kind: str = "output") -> Slot:

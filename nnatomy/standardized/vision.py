@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
-from nnatomy.standardized.media import load_processor, media_alone
-from nnatomy.standardized.media_kinds import AUDIO, IMAGE, VIDEO, Kind, token_ids
+from nnatomy.errors import InputError
+from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen, resampled
+from nnatomy.standardized.media import kinds_given, load_processor, media_alone
+from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, VIDEO, Kind, token_ids
 from nnatomy.standardized.media_tokens import AudioTokens, VideoTokens, shared, video_grid
 from nnatomy.standardized.media_values import MediaValues
 
@@ -20,7 +21,6 @@ from nnatomy.standardized.media_values import MediaValues
 class Vision(MediaValues):
     """A model with the names of what reads images, videos and sound, where it has that and a processor reads them for it."""
 
-    _processor: Any = None
     _processor_options: Mapping[str, Any] = MappingProxyType({})
 
     @property
@@ -63,7 +63,7 @@ class Vision(MediaValues):
         reader = getattr(self.processor, "image_processor", None)
         made = []
         for prompt, i, positions, one, mask in found:
-            grid, why = grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
+            grid, why = resampled(self.config) or grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
             picture = None if grid is None else picture_seen(reader, one.inputs, one.given)
             made.append(ImageTokens(prompt, i, positions, grid, why, picture))
         return made
@@ -133,18 +133,18 @@ class Vision(MediaValues):
                 pattern = vlm.attention_probabilities[5][0]
             to_image = pattern[:, parts["text"]][:, :, parts["image 0"]].sum(-1)    # (head, query): of each text position
         """
+        _refuse_prepared(prompts, media)
         inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
         text = inputs["attention_mask"].bool()
         found: list[dict[str, Tensor]] = [{} for _ in text]
-        for kind in (IMAGE, VIDEO, AUDIO):
-            if media.get(kind.argument) is None:
-                continue
+        for kind in kinds_given(prompts, media):
             for prompt, i, positions, _, _ in self._places_of(kind, prompts, media):
                 found[prompt][f"{kind.name} {i}"] = positions
                 text[prompt, positions] = False
         return [{"text": mask.nonzero().flatten(), **one} for mask, one in zip(text, found, strict=True)]
 
     def _places_of(self, kind: Kind, prompts: Any, media: dict[str, Any]) -> list[Any]:
+        _refuse_prepared(prompts, media)
         ids = token_ids(self, kind)
         inputs = self._prompts.prepare(prompts, media, torch.device("cpu"))
         alone = media_alone(self.processor, kind, prompts, media)
@@ -152,3 +152,12 @@ class Vision(MediaValues):
             (one for one in ids for mine in alone for made in mine if (made.inputs["input_ids"] == one).any()), ids[0]
         )
         return shared(inputs["input_ids"] == stands, alone, stands, kind)
+
+
+def _refuse_prepared(prompts: Any, media: Mapping[str, Any]) -> None:
+    """Raise InputError for pixels or features, of which nobody can tell how many images or sounds they are."""
+    for name in (*media, *(prompts if isinstance(prompts, Mapping) else ())):
+        if kind := next((one for one in KINDS if name in one.inputs), None):
+            raise InputError(
+                f"{name}: whose positions are which {kind.name}'s is found from the text: give it, and {kind.argument}=..."
+            )

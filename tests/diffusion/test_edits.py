@@ -6,11 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusion_pipelines import PIPELINES, arguments, loaded
+from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusion_pipelines import ALL, PIPELINES, arguments, loaded, quiet
+from PIL import Image
 from torch import Tensor
 
 from nnatomy.diffusion import DiffusionTransformer
-from nnatomy.errors import AssignmentError, NotInThisModelError, NotReachedError, OutOfOrderError, UsageError
+from nnatomy.errors import (
+    AssignmentError,
+    InputError,
+    NotInThisModelError,
+    NotReachedError,
+    OutOfOrderError,
+    UsageError,
+)
 
 
 @pytest.fixture(params=list(PIPELINES))
@@ -221,3 +231,121 @@ def test_a_step_as_a_whole_is_refused_where_the_halves_are_calls_of_their_own() 
     ):
         for _ in tracer.iter[:]:
             model.image_layers_output[0]
+
+
+def test_the_halves_of_several_videos_of_a_prompt() -> None:
+    model = loaded("ltx")
+    size = {"height": 32, "width": 32, "num_frames": 9, "steps": 1, "num_videos_per_prompt": 2}
+    for guided in (True, False):
+        given: list[Tensor] = []
+        handle = model.layers[0].module.register_forward_hook(lambda *args, given=given: given.append(args[-1]))
+        images_of(model, guided=guided, **size)
+        handle.remove()
+        with model.generate(**arguments(model, guided=guided, **size)):
+            found = model.conditional.layers_output[0]
+        assert len(given[0]) == (4 if guided else 2)
+        assert torch.equal(found, given[0][-2:])
+
+
+def images_of(model: DiffusionTransformer, **kwargs: Any) -> Any:
+    return model.pipeline(**arguments(model, **kwargs))
+
+
+def test_latents_that_a_callback_changes_are_those_of_the_next_step() -> None:
+    """As the denoiser is given them; and the picture is the pipeline's own."""
+    for name in ("stable_diffusion", "flux"):
+        model = loaded(name)
+
+        def flip(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": values["latents"].flip(1)} if step == 0 else {}
+
+        given: list[Tensor] = []
+        handle = model.denoiser.register_forward_pre_hook(
+            lambda _, args, kwargs, given=given: given.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        expected = images(model, guided=False, callback_on_step_end=flip)
+        handle.remove()
+        with model.generate(**arguments(model, guided=False), callback_on_step_end=flip) as tracer:
+            found = [model.latents for _ in tracer.iter[:]]
+            result = tracer.result.images
+        assert torch.equal(result, expected)
+        assert len(found) == len(given) == 3
+        assert all(torch.equal(one, other) for one, other in zip(found, given, strict=True))
+
+
+def test_callbacks_of_diffusers_own_and_those_that_give_nothing() -> None:
+    model = loaded("stable_diffusion")
+
+    def cutoff() -> Any:
+        return SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+
+    expected = images(model, callback_on_step_end=cutoff())
+    with model.generate(**arguments(model), callback_on_step_end=cutoff()) as tracer:
+        rows = [len(model.layers_output[0]) for _ in tracer.iter[:]]
+        assert torch.equal(tracer.result.images, expected)
+    assert rows == [2, 2, 1]
+    with pytest.raises(
+        InputError, match=r"^callback_on_step_end gives a NoneType, .* return the one that it is given, or \{\}"
+    ):
+        model.generate(**arguments(model), callback_on_step_end=lambda *_: None).run()
+
+
+def test_what_both_halves_have_is_not_assigned_on_one() -> None:
+    model = loaded("stable_diffusion")
+    with model.generate(**arguments(model)):
+        with pytest.raises(
+            AssignmentError, match=r"conditional\.latents is the other half's, too.*assign model\.latents"
+        ):
+            model.conditional.latents = torch.zeros_like(model.latents)
+        with pytest.raises(
+            AssignmentError, match=r"unconditional\.timestep is the other half's, too.* model\.timestep"
+        ):
+            model.unconditional.timestep = model.unconditional.timestep + 1
+    with model.generate(**arguments(model, guided=False)):
+        with pytest.raises(NotReachedError, match=r"unconditional\.timestep: this run has no guidance"):
+            model.unconditional.timestep
+        model.conditional.timestep = model.conditional.timestep + 0
+
+
+def test_how_many_steps_there_are_where_a_pipeline_begins_with_a_picture() -> None:
+    """It takes the last of the timesteps alone, which nobody knows before it has cut them off."""
+    parts = {**ALL["stable_diffusion"]().components, "requires_safety_checker": False}
+    model = DiffusionTransformer(quiet(StableDiffusionImg2ImgPipeline(**parts)), validate=False)
+    given = {"image": Image.new("RGB", (16, 16)), "num_inference_steps": 4, "strength": 0.5}
+    with model.generate("a cat", **given) as tracer:
+        for step in tracer.iter[:]:
+            model.latents
+            if step == 0:
+                with pytest.raises(NotReachedError, match="behind a value of the denoiser's"):
+                    model.steps
+            model.layers_output[0]
+            assert model.steps == 2
+
+
+def test_where_the_text_stands_in_halves_with_texts_of_different_lengths() -> None:
+    model = loaded("qwen_image")
+    given = arguments(model, negative_prompt="two birds in the sky on the big red table")
+    lengths: list[int] = []
+    handle = model.layers[0].module.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    model.pipeline(**given)
+    handle.remove()
+    found: list[int] = []
+    with model.generate(**arguments(model, negative_prompt=given["negative_prompt"])) as tracer:
+        for _ in tracer.iter[:]:
+            for half in (model.conditional, model.unconditional):
+                before = half.text_tokens(1)
+                half.attention_probabilities[1]
+                assert half.text_tokens(1) == before
+                found.append(before.stop - before.start)
+    assert found == lengths
+    assert len(set(lengths)) == 2
+    with (
+        pytest.raises(InputError, match=r"^text_tokens\(1\) was asked for, and the halves .* of different lengths"),
+        model.generate(**given) as tracer,
+    ):
+        for _ in tracer.iter[:]:
+            model.text_tokens(1)
+            model.unconditional.attention_probabilities[1]

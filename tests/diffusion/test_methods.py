@@ -72,6 +72,34 @@ def test_word_maps_of_the_other_kinds(name: str) -> None:
     assert not torch.equal(found.map("birds"), found.map("sky"))
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt", "word", "at"),
+    [
+        ("cogview4", "two birds in the sky", "birds", 16 - len("<s> two birds in the sky </s>".split()) + 2),
+        ("pixart", "A Photo of a Cat", "Cat", 4),
+    ],
+)
+def test_word_maps_of_the_tokens_that_the_encoder_was_given(name: str, prompt: str, word: str, at: int) -> None:
+    """CogView4's text is padded on its left to 16 tokens; PixArt's is written small."""
+    model = loaded(name)
+    given = SMALL | {"max_sequence_length": 24} | (PLAIN if name == "pixart" else {})
+    found = word_maps(model, prompt, [word], layers=[1], **given)
+    with model.generate(prompt, generator=torch.Generator().manual_seed(0), **given) as tracer:
+        for _ in tracer.iter[1]:
+            if name == "pixart":
+                seen = model.conditional.cross_attention_probabilities[1][0].mean(0)[:, at]
+            else:  # the text's 16 tokens come first
+                seen = model.conditional.attention_probabilities[1][0].mean(0)[16:, at]
+    torch.testing.assert_close(found.map(word, 1).flatten(), seen, atol=1e-6, rtol=1e-5)
+
+
+def test_words_of_another_text_than_an_encoders_are_refused() -> None:
+    for name, other in (("sd3", "prompt_3"), ("flux", "prompt_2")):
+        text = r"words: text_encoder_\d was given other tokens than the prompt's, .*leave out prompt_2"
+        with pytest.raises(InputError, match=text):
+            word_maps(loaded(name), "two birds", ["birds"], **{other: "a big cat"}, **SMALL, **TEXT)
+
+
 def test_word_maps_are_drawn_over_the_picture() -> None:
     found = word_maps(loaded("stable_diffusion"), PROMPT, ["cat"], **SMALL)
     figure = found.plot()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +18,9 @@ from diffusion_pipelines import ALL, arguments, loaded, quiet
 from PIL import Image
 from torch.nn import Module
 
-from nnatomy.diffusion import DiffusionTransformer
+from nnatomy.diffusion import DiffusionTransformer, word_maps
 from nnatomy.errors import (
+    AssignmentError,
     InputError,
     LoadError,
     NoSuchModuleError,
@@ -43,6 +47,7 @@ SD = "StableDiffusionPipeline"
         ([], {}, r"^prompt=\[\]: it is a text, or a list of texts"),
         ("a cat", {"num_inference_steps": 0}, r"^num_inference_steps=0: it is a whole number, 1 or more\.$"),
         ("a cat", {"num_inference_steps": "4"}, r"^num_inference_steps='4': it is a whole number"),
+        ("a cat", {"num_images_per_prompt": 2.5}, r"^num_images_per_prompt=2\.5: it is a whole number, 1 or more\.$"),
         (
             "a cat",
             {"num_inference_step": 4},
@@ -277,3 +282,44 @@ def test_a_method_of_language_models_says_where_those_of_pipelines_are() -> None
         InputError, match="model is a DiffusionTransformer: .* nnatomy.diffusion has methods for pipelines"
     ):
         logit_lens(loaded("dit"), "a prompt")
+
+
+def test_a_half_has_the_standard_names_alone() -> None:
+    model = loaded("stable_diffusion")
+    with model.generate(**arguments(model)):
+        with pytest.raises(
+            NoSuchModuleError, match=r"A half of guidance has no 'layer_output'\. Did you mean 'layers_output'"
+        ):
+            model.conditional.layer_output
+        with pytest.raises(
+            NoSuchModuleError, match=r"has no 'latent'\. Did you mean 'latents'\? It has the standard names: "
+        ):
+            model.conditional.latent = torch.zeros(1)
+        with pytest.raises(
+            AssignmentError, match=r"^conditional\.layers_output is one for each layer: assign conditional\."
+        ):
+            model.conditional.layers_output = torch.zeros(1)  # type: ignore[assignment]
+        text = r"^conditional\.layers_output\[0:2\] is 2 layers; an int was assigned\. Give a list of one tensor for each\."
+        with pytest.raises(AssignmentError, match=text):
+            model.conditional.layers_output[0:2] = 5
+    assert not hasattr(model.conditional, "_repr_html_")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"words": []}, r"^words: give at least one of the prompt 'a cat'"),
+        ({"layers": []}, r"^layers=\[\]: give at least one, such as \[0, 1\]"),
+        ({"layers": [True]}, r"^layers=\[True\]: give their numbers, such as \[0, 1\]"),
+    ],
+)
+def test_what_methods_are_given_that_is_nothing(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        word_maps(loaded("stable_diffusion"), "a cat", **given, num_inference_steps=1, height=16, width=16)
+
+
+def test_methods_arguments_of_wrong_kinds() -> None:
+    """In a process of its own, as in the tests' the runtime checks of types come first."""
+    script = Path(__file__).with_name("wrong_kinds.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_families import FAMILIES
+import zoo
+from image_families import FAMILIES, pil, tokenizer, with_ids
 from media_checks import Asked, check_a_batch, check_a_trace, check_generating, check_what_is_assigned
 from PIL import Image
 from reference import hooked
 from torch import Tensor, nn
+from transformers import AriaProcessor
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import AssignmentError, InputError, LayerIndexError, NotInThisModelError, OutsideTraceError
@@ -222,8 +224,15 @@ def test_what_is_assigned_goes_on(loaded: Any) -> None:
             del module.forward
 
     check_what_is_assigned(asked, zeroed)
-    with pytest.raises(AssignmentError, match="image_embeddings is of shape"), asked.trace():
+    with pytest.raises(AssignmentError, match="image_embeddings is torch.float32 of shape"), asked.trace():
         model.image_embeddings = model.image_embeddings[:, :-1]
+    with (
+        pytest.raises(AssignmentError, match=r"image_embeddings .* torch.int64 .*: convert it with x.to"),
+        asked.trace(),
+    ):
+        model.image_embeddings = model.image_embeddings.long()
+    with pytest.raises(AssignmentError, match=r"vision_layers_output\[0\] .* torch.float64"), asked.trace():
+        model.vision_layers_output[0] = model.vision_layers_output[0].double()
 
 
 def test_generating(loaded: Any) -> None:
@@ -281,6 +290,86 @@ def test_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
             llava.trace(chat, images=picture())
     finally:
         llava.processor.chat_template = None
+
+
+def test_the_parts_of_a_chat_with_its_images_in_it(llava: StandardizedTransformer) -> None:
+    """As those of the text that the chat is, with its images beside it; of a prompt that is prepared nobody can tell."""
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "what ?"}]}]
+    llava.processor.chat_template = CHAT
+    try:
+        (found,) = llava.prompt_parts(chat)
+        ids = llava.prepare(chat)["input_ids"][0]
+    finally:
+        llava.processor.chat_template = None
+    assert torch.equal(found["image 0"], (ids == llava.config.image_token_id).nonzero().flatten())
+    assert torch.equal(found["text"], (ids != llava.config.image_token_id).nonzero().flatten())
+    prepared = llava.prepare("<image> what", images=picture())
+    for ask in (llava.prompt_parts, llava.image_tokens):
+        with pytest.raises(
+            InputError, match=r"^pixel_values: whose positions .* is found from the text: give it, and images="
+        ):
+            ask(prepared)
+
+
+def test_a_list_for_each_prompt_is_of_its_own_images(llava: StandardizedTransformer) -> None:
+    prompts, images = ["<image> what", "<image> what <image> is"], [picture(1), picture(2), picture(3)]
+    plain = llava.prepare(prompts, images=images)["pixel_values"]
+    for lists in ([images[:1], images[1:]], [images[0], images[1:]]):
+        assert torch.equal(llava.prepare(prompts, images=lists)["pixel_values"], plain)
+    text = r"^images=\.\.\. is a list for each prompt, of \[2, 1\], and the prompts have \[1, 2\] places: give each its own"
+    with pytest.raises(InputError, match=text):
+        llava.prepare(prompts, images=[images[:2], images[2:]])
+    with pytest.raises(InputError, match=r"of \[3\], and the prompts have \[1, 2\] places"):
+        llava.prepare(prompts, images=[images])
+
+
+def test_a_list_is_assigned_to_layers_of_the_tower(llava: StandardizedTransformer) -> None:
+    def ask() -> Any:
+        return llava.trace("<image> what", images=picture())
+
+    with torch.no_grad(), ask():
+        first, second = llava.vision_layers_output[:2]
+    with torch.no_grad(), ask():
+        llava.vision_layers_output[:2] = [0 * first, 2 * second]
+        found = llava.logits
+    with torch.no_grad(), ask():
+        llava.vision_layers_output[1] = 2 * second
+        assert torch.equal(llava.logits, found)
+    with pytest.raises(AssignmentError, match=r"vision_layers_output\[:2\] is 2 layers; 1 were assigned\. Give"), ask():
+        llava.vision_layers_output[:2] = [first]
+
+
+def test_images_are_no_videos(llava: StandardizedTransformer) -> None:
+    with pytest.raises(NotInThisModelError, match=r"^video_embeddings: the model reads no videos\.$"):
+        with llava.trace("<image> what", images=picture()):
+            llava.video_embeddings
+    hf, processor = FAMILIES["qwen2_vl"]()
+    model = StandardizedTransformer(hf, processor=processor)
+    with torch.no_grad(), model.trace(image_token(processor) + " what", images=picture()):
+        assert len(model.video_embeddings) == 0
+    with torch.no_grad(), model.trace(image_token(processor) + " what", images=picture()):
+        assert len(model.image_embeddings) == 6
+
+
+def test_tokens_of_a_resampler_are_no_grid() -> None:
+    """Each of Aria's reads all of the picture, though they are as many as a square has: a pixel changes every one."""
+    hf = zoo.build_class(
+        "AriaForConditionalGeneration",
+        "aria",
+        vision_config={"image_size": 980, "patch_size": 196},
+        projector_patch_to_query_dict={25: 16},
+    )
+    words = tokenizer(image_token="<image>")
+    processor = AriaProcessor(pil("aria", max_image_size=980), words, size_conversion={980: 16})
+    with_ids(hf, processor, image_token_id="<image>", image_token_index="<image>")
+    model = StandardizedTransformer(hf, processor=processor)
+    (photo,) = model.image_tokens("<image> what", images=picture())
+    assert len(photo.positions) == 16
+    assert photo.picture is None
+    with pytest.raises(
+        NotInThisModelError, match=r"^patch_grid of image 0 of prompt 0: its tokens are those of a resampler"
+    ):
+        photo.patch_grid
 
 
 def test_a_file_is_read_as_rgb_and_has_no_transparent_pixels(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,6 +115,13 @@ def test_attribution_knows_another_image_from_the_same(pair: Any) -> None:
 # By the picture.
 
 
+def test_arguments_of_other_kinds_are_read_or_refused() -> None:
+    """In a process of its own, as in the tests' the runtime checks of types come first."""
+    script = Path(__file__).with_name("other_kinds.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def question(name: str) -> tuple[StandardizedTransformer, str, Any]:
     """A model whose image is a grid of patches, a prompt, and the image's tokens."""
     hf, processor = FAMILIES[name]()
@@ -150,6 +160,10 @@ def test_the_lens_at_patches(name: str) -> None:
         image_lens(model, prompt, picture(1), image=1)
     with pytest.raises(InputError, match=r"words='what': give a list of them, words=\['what'\]"):
         image_lens(model, prompt, picture(1), words="what")
+    with pytest.raises(InputError, match="The answer True is neither a token id nor a text"):
+        image_lens(model, prompt, picture(1), words=[True])
+    with pytest.raises(InputError, match="There is no layer True: the lens has "):
+        found.said(True)
     with pytest.raises(InputError, match="There is no layer 50: the lens has "):
         found.said(50)
     with pytest.raises(InputError, match="There is no layer 77: the lens has "):
@@ -227,6 +241,10 @@ def test_patterns_by_text_and_image() -> None:
     assert torch.equal(photo.arranged(pattern, axis=1)[:, 2, 3], pattern[:, photo.position_of(2, 3)])
     with pytest.raises(InputError, match=r"values of shape \(4, 3\) have no axis -1 with a place for each position"):
         photo.arranged(pattern[:, -1, :3])
+    with pytest.raises(InputError, match=r"axis=True: give the number of the axis of positions"):
+        photo.arranged(pattern, axis=True)
+    with pytest.raises(InputError, match=r"rows=slice\(None, None, -1\): give a slice of whole numbers, not backwards"):
+        photo.region(slice(None, None, -1))
     with pytest.raises(InputError, match="none is in rows slice"):
         photo.region(slice(9, 12), slice(None))
     assert torch.equal(photo.region(columns=slice(0, 1)), photo.positions.view(4, 4)[:, 0])

@@ -878,7 +878,7 @@ ROWS: list[tuple[Callable[[], Any], str, str]] = [
     (
         lambda: PHOTO.region("upper"),
         "InputError",
-        "rows='upper': give a slice of whole numbers, such as slice(0, 2) for the first two.",
+        "rows='upper': give a slice of whole numbers, not backwards, such as slice(0, 2) for the first two.",
     ),
     (lambda: PHOTO.region(slice(0, 2), 1), "InputError", "columns=1: give a slice of whole numbers"),
     (lambda: PHOTO.region(slice("a", "b")), "InputError", "rows=slice('a', 'b', None): give a slice of whole numbers"),
