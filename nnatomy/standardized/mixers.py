@@ -193,7 +193,7 @@ class MixerMode(ShowMode):
                 self._check(call, returned, *run)
             i = self._inside.states[name]
             state = run[1][i]
-            shown = shaped(name, state)
+            shown = shaped(name, state).clone()  # no view, for `detach_`
             before = shown.detach().clone()
             new = self._report(shown, name, Axes(ROWS[name].here)).value
             where = (new.detach() != before).flatten(2).any(-1)
@@ -206,6 +206,9 @@ class MixerMode(ShowMode):
                         "which a generation goes on from a state, gives something else than its scan of a prompt "
                         f"({self._inside.apart:.1e} of it, relative), and no call of it goes on with its scan by one position."
                     )
+                if shown.retains_grad and new is shown and not bool(where.any()):
+                    # All that it is computed from is in the steps that are made now, too, and would count twice.
+                    shown.detach_().requires_grad_()
                 forced[i] = where, new.reshape(state.shape)
                 changed.append(where | awaited)
                 run = call.run(forced)

@@ -419,6 +419,34 @@ def test_gradients(model_type: str) -> None:
     assert abs(slope) > 1e-4
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "qwen3_5_text"])
+def test_the_gradient_of_a_state_leaves_all_others_as_they_are(model_type: str) -> None:
+    """Those of the embedding are a plain pass's, and an earlier layer's state has what finite differences give."""
+    hf = zoo.build(model_type).double()
+    model = StandardizedTransformer(hf, validate=False)
+    weight = hf.get_input_embeddings().weight
+    hf(IDS).logits[:, 4].square().mean().backward()
+    plain = weight.grad.clone()
+    weight.grad = None
+    states = []
+    with model.trace(input_ids=IDS) as tracer:
+        for layer in (0, 2):
+            states.append(model.ssm_states[layer])
+            states[-1].retain_grad()
+        loss = tracer.result.logits[:, 4].square().mean()
+    loss.backward()
+    assert (weight.grad - plain).abs().max() <= 1e-4 * plain.abs().max()
+    direction = torch.randn(states[0][:, 1].shape, generator=torch.Generator().manual_seed(0)).to(states[0])
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad(), model.trace(input_ids=IDS) as tracer:
+            model.ssm_states[0][:, 1] += sign * 1e-3 * direction
+            losses.append(tracer.result.logits[:, 4].square().mean())
+    slope = float(losses[0] - losses[1]) / 2e-3
+    assert states[0].grad is not None
+    assert slope == pytest.approx(float((states[0].grad[:, 1] * direction).sum()), rel=2e-2)
+
+
 def test_a_generation() -> None:
     """Each step's states go on from those of the step before, also from those put there."""
     model = StandardizedTransformer(zoo.build("mamba2"), validate=False)
