@@ -1,6 +1,7 @@
 """The steps of a generation, to loop over in a block."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from nnatomy.core.block import Block
@@ -84,11 +85,9 @@ def _indices(which: slice | int | Iterable[int]) -> Iterable[int]:
                 "known beforehand, so steps count from 0 upwards."
             )
         return range(start, 2**62 if stop is None else stop, stride)
-    try:
+    with suppress(TypeError):
         every: Any = which if isinstance(which, Iterable) and getattr(which, "ndim", 1) > 0 else [which]
         steps = [*map(whole_number, every)]
-    except TypeError:
-        steps = [-1]
-    if min(steps, default=0) < 0 or steps != sorted(set(steps)):
-        raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")
-    return steps
+        if steps == sorted({step for step in steps if step >= 0}):
+            return steps
+    raise UsageError(f"tracer.iter[{which!r}]: steps are counted from 0, each once, in rising order.")

@@ -10,9 +10,9 @@ from torch import Tensor
 from nnatomy.core.block import Block
 from nnatomy.core.open_blocks import OpenBlocks
 from nnatomy.core.points import Slot
-from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError, a_kind, counted
+from nnatomy.errors import AssignmentError, LayerIndexError, NotInThisModelError, UsageError
 from nnatomy.names import Name
-from nnatomy.standardized.accessors import check_fits
+from nnatomy.standardized.accessors import check_fits, one_for_each
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.tracing.attach import Point
 from nnatomy.vllm.layout import Layout
@@ -71,14 +71,7 @@ class Accessor(NotPickled):
 
     def __setitem__(self, layer: Any, value: Any) -> None:
         if isinstance(layer, slice):
-            layers = range(len(self))[layer]
-            count = len(value) if isinstance(value, (Sequence, Tensor)) else None
-            if count != len(layers):
-                given = f"{a_kind(value)} was" if count is None else f"{count} were"
-                raise AssignmentError(
-                    f"{self.name}[...] is {counted(len(layers), 'layer')}; {given} assigned. Give a list of one tensor for each."
-                )
-            for i, one in zip(layers, value, strict=True):
+            for i, one in one_for_each(self.name, layer, len(self), value):
                 self[i] = one
             return
         place, slot, block = self._reach(layer)
