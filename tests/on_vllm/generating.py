@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm.sampling_params import RequestOutputKind
 from vllm_models import assert_near, hidden_states, hooked, in_transformers, on_engine, plainly, prompts, written
 
 from nnatomy.errors import AssignmentError, InputError, NotInThisModelError, UsageError
@@ -315,7 +314,7 @@ def test_sampling_parameters_are_the_engines() -> None:
 
 def test_an_output_is_of_all_tokens_whatever_kind_is_asked_for() -> None:
     ids = prompts(5, 6)
-    for kind in RequestOutputKind:
+    for kind in model().engine.vllm.sampling_params.RequestOutputKind:
         made = model().engine.vllm.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, output_kind=kind)
         for given in ({"sampling_params": made}, {"max_new_tokens": 4, "ignore_eos": True, "output_kind": kind}):
             found = [list(one.outputs[0].token_ids) for one in model().generate(ids, **given).run()]
