@@ -251,7 +251,9 @@ def test_what_is_wrong_is_said_at_the_line() -> None:
             model().routers_logits[0]
         with pytest.raises(AssignmentError, match=r"layers_output\[1\] is .*of shape \(3, 9, 64\)"):
             model().layers_output[1] = torch.zeros(3, 9, 63)
-        with pytest.raises(AssignmentError, match=r"layers_output\[1:\] is 2 layers; a Tensor was assigned\. Give a list"):
+        with pytest.raises(
+            AssignmentError, match=r"layers_output\[1:\] is 2 layers; a Tensor was assigned\. Give a list"
+        ):
             model().layers_output[1:] = torch.tensor(0.0)
         with pytest.raises(OutOfOrderError, match=r"layers_output\[0\] was asked for"):
             model().layers_output[0]
