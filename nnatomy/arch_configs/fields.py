@@ -1,4 +1,4 @@
-"""The config fields that change what a model computes: which of them somebody has looked at."""
+"""The config fields that change what a model computes, and which of them somebody has looked at; and those that tell a resampler."""
 
 from __future__ import annotations
 
@@ -59,3 +59,8 @@ def _is_neutral(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_neutral, value))
     return not value or (value == 1 and value is not True)
+
+
+def is_resampled(config: Any) -> bool:
+    """Whether a model's tokens of an image are a resampler's learned queries, each of which may read all of it."""
+    return any(getattr(config, name, None) for name in ("num_query_tokens", "projector_patch_to_query_dict"))

@@ -115,17 +115,6 @@ class ImageTokens:
         return values.index_select(axis, self.positions.to(values.device)).unflatten(axis, grid)
 
 
-#: Fields of the configs of models whose tokens of an image are learned queries, each of which may read all of it.
-_QUERIES = ("num_query_tokens", "projector_patch_to_query_dict")
-
-
-def resampled(config: Any) -> tuple[None, str] | None:
-    """No grid, and why, for a model whose tokens of an image are those of a resampler."""
-    if any(getattr(config, name, None) for name in _QUERIES):
-        return None, "its tokens are those of a resampler, of which each may read all of the picture."
-    return None
-
-
 def grid_of(inputs: dict[str, Any], merge: int, is_image: Bool[Tensor, " seq"]) -> tuple[tuple[int, int] | None, str]:
     """(rows, columns) of the tokens of one image that is processed by itself; or why they are no grid."""
     count = int(is_image.sum())

@@ -45,13 +45,14 @@ from nnatomy.standardized.elsewhere import Elsewhere, said_of
 from nnatomy.standardized.encoder import add_encoder
 from nnatomy.standardized.facts import Facts
 from nnatomy.standardized.head import NO_HEAD, Head
-from nnatomy.standardized.inputs import Prompts, decoder_start, pad_token_id, padding_token_id
+from nnatomy.standardized.inputs import Prompts
 from nnatomy.standardized.keywords import Keywords
 from nnatomy.standardized.layers import LayerView, LayerViews
 from nnatomy.standardized.loading import SHARED, load_model, load_tokenizer
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.prompt_texts import PromptTexts
 from nnatomy.standardized.reading import Reading
+from nnatomy.standardized.special_tokens import decoder_start, pad_token_id, padding_token_id
 from nnatomy.standardized.values import Values
 from nnatomy.standardized.vision import Vision
 from nnatomy.standardized.weights import Weights

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from nnatomy.arch_configs.fields import is_resampled
 from nnatomy.errors import InputError
-from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen, resampled
+from nnatomy.standardized.image_tokens import ImageTokens, grid_of, picture_seen
 from nnatomy.standardized.media import kinds_given, load_processor, media_alone
 from nnatomy.standardized.media_kinds import AUDIO, IMAGE, KINDS, VIDEO, Kind, token_ids
 from nnatomy.standardized.media_tokens import AudioTokens, VideoTokens, shared, video_grid
@@ -63,7 +64,9 @@ class Vision(MediaValues):
         reader = getattr(self.processor, "image_processor", None)
         made = []
         for prompt, i, positions, one, mask in found:
-            grid, why = resampled(self.config) or grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
+            grid, why = grid_of(one.inputs, getattr(reader, "merge_size", 1), mask)
+            if is_resampled(self.config):
+                grid, why = None, "its tokens are those of a resampler, of which each may read all of the picture."
             picture = None if grid is None else picture_seen(reader, one.inputs, one.given)
             made.append(ImageTokens(prompt, i, positions, grid, why, picture))
         return made

@@ -20,10 +20,11 @@ from nnatomy.errors import (
 )
 from nnatomy.names import OF_LAYERS, ROWS
 from nnatomy.standardized.asked_for import check_model
-from nnatomy.standardized.inputs import Prompts, is_batch, pad_token_id, padding_token_id
+from nnatomy.standardized.inputs import Prompts, is_batch
 from nnatomy.standardized.loading import load_tokenizer, locate
 from nnatomy.standardized.pickling import NotPickled
 from nnatomy.standardized.positions import numbers
+from nnatomy.standardized.special_tokens import pad_token_id, padding_token_id
 from nnatomy.standardized.steering import checked_layers, checked_vector
 from nnatomy.tracing import ModuleView, Traceable
 from nnatomy.tracing.attach import Point

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from diffusion_pipelines import loaded
+from refusals import refused
 
 from nnatomy.diffusion import Direction, head_ablation, word_maps
-from nnatomy.errors import InputError
 
 
 def main() -> None:
     model = loaded("stable_diffusion")
     SMALL: dict[str, Any] = {"num_inference_steps": 1, "height": 16, "width": 16}
-
-    def refused(ask: Callable[[], Any], says: str) -> None:
-        try:
-            ask()
-        except InputError as error:
-            assert str(error).startswith(says), error
-        else:
-            raise AssertionError(says)
 
     def edited(factor: Any) -> Any:
         seed = torch.Generator().manual_seed(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from image_families import FAMILIES
+from refusals import refused
 
 from nnatomy import StandardizedTransformer
-from nnatomy.errors import InputError
 from nnatomy.methods import image_lens, logit_difference, picture_patching
 
 
@@ -35,14 +34,6 @@ def main() -> None:
         return picture_patching(
             model, clean, corrupted, image=photo, metric=metric, layers=[1], region=region, progress=False
         )
-
-    def refused(ask: Callable[[], Any], says: str) -> None:
-        try:
-            ask()
-        except InputError as error:
-            assert str(error).startswith(says), error
-        else:
-            raise AssertionError(says)
 
     plain = lens(words=["what", "is"])
     ids = [processor.tokenizer.convert_tokens_to_ids(word) for word in ("what", "is")]

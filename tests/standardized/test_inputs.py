@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 from nnatomy import StandardizedTransformer
 from nnatomy.errors import InputError
-from nnatomy.standardized.inputs import pad_token_id
+from nnatomy.standardized.special_tokens import pad_token_id
 
 
 @pytest.fixture(scope="module")
