@@ -84,11 +84,10 @@ class Stage:
         self.scheduler = copy.deepcopy(pipeline.scheduler)
         self.total: int | None = None
         self.count = 0
-        self._cuts = (
-            "strength" in inspect.signature(type(pipeline).__call__).parameters
-        )  # takes some of the timesteps alone
+        # With `strength` or `denoising_end` a pipeline takes a part of the timesteps, after it has set all of them.
+        self._takes_part = "strength" in inspect.signature(type(pipeline).__call__).parameters
         self._has_callback = False
-        self._made: Any = None  # the latents of a step whose callback has not been called yet
+        self._behind_step: Any = None  # the latents of a step whose callback has not been called yet
         self._whole = whole
         self._denoiser = denoiser
         self._step = self.scheduler.step
@@ -114,11 +113,11 @@ class Stage:
         run = runs[get_ident()]
         if not self.prepares:
             run.replace(_FirstStep(self._denoiser, self._whole))
-        self._cuts = self._cuts or kwargs.get("denoising_end") is not None
+        self._takes_part = self._takes_part or kwargs.get("denoising_end") is not None
         if (callback := kwargs.get("callback_on_step_end")) is not None:
             self._has_callback = True
             kwargs = {**kwargs, "callback_on_step_end": partial(self._called_back, callback)}
-            if hasattr(callback, "tensor_inputs"):  # (which a pipeline asks callbacks of diffusers' own for)
+            if hasattr(callback, "tensor_inputs"):  # diffusers' own callbacks say so which tensors they are given
                 kwargs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
         return self._whole(lambda: self.pipeline(**kwargs))
 
@@ -132,7 +131,7 @@ class Stage:
         if self.total is not None or not self._is_timed:
             return self.total
         known = self.pipeline.__dict__.get("_num_timesteps")
-        if known is None and self._cuts:
+        if known is None and self._takes_part:
             return None
         return int(known or len(self.scheduler.timesteps))
 
@@ -156,7 +155,7 @@ class Stage:
             return result
         runs[get_ident()].end_step()
         if self._has_callback:  # it may change the latents that the next step begins with
-            self._made = latents_of(result)
+            self._behind_step = latents_of(result)
             return result
         return self._begun(result)
 
@@ -168,9 +167,9 @@ class Stage:
                 f"callback_on_step_end gives {a_kind(values)}, and the pipeline takes a dict of what it changes: return the one that "
                 "it is given, or {}."
             )
-        if self._made is None:
+        if self._behind_step is None:
             return values
-        made, self._made = self._made, None
+        made, self._behind_step = self._behind_step, None
         return {**values, "latents": self._whole.begin(values.get("latents", made))}
 
     def _count_steps(self, first: Any) -> int:
